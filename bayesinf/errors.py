@@ -1,0 +1,132 @@
+"""Errors, and the checks of arguments that raise them.
+
+Three places (STYLE): while tracing, shapes and counts raise ValueError; the driver checks values on the host before a
+loop; inside compiled loops failures are counted and raised once, by the driver, with the partial result attached.
+Values are checked only when they are concrete: under `jit` or `vmap` a value is unknown and the check is skipped.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key, PyTree
+
+__all__ = [
+    "BayesinfError",
+    "CheckpointError",
+    "DegenerateWeightsError",
+    "InitializationError",
+    "SamplingError",
+    "SamplingWarning",
+    "as_key",
+    "check_choice",
+    "check_count",
+    "check_floating",
+    "check_positive",
+    "is_concrete",
+]
+
+
+class BayesinfError(RuntimeError):
+    """Base of the errors raised at run time; `result` is what had been computed before the failure, or None."""
+
+    def __init__(self, message: str, result: Any = None):
+        super().__init__(message)
+        self.result = result
+
+
+class SamplingError(BayesinfError):
+    """A run of `sample` failed; `draws` holds the partial `Draws`."""
+
+    @property
+    def draws(self) -> Any:
+        return self.result
+
+
+class InitializationError(BayesinfError):
+    """No starting point with a finite log density and gradient was found."""
+
+
+class DegenerateWeightsError(BayesinfError):
+    """All particle weights vanished; `result` holds the partial filter result."""
+
+
+class CheckpointError(BayesinfError):
+    """A checkpoint cannot be continued: damaged, or written by another run."""
+
+
+class SamplingWarning(UserWarning):
+    """A run ended, but its draws should be looked at before they are used."""
+
+
+def is_concrete(tree: PyTree) -> bool:
+    """Whether every array of `tree` has a value now, that is, none is being traced."""
+    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def as_key(key: Any) -> Key[Array, ""]:
+    """A typed PRNG key from a typed key, a raw `PRNGKey` array, or an integer seed in [0, 2**32).
+
+    Larger seeds are refused because without 64-bit mode JAX folds them onto small ones: key(2**40) is key(0).
+    """
+    if isinstance(key, bool) or (isinstance(key, float | complex | str)):
+        raise ValueError(f"key must be a jax.random.key or an integer seed, got {key!r}; use jax.random.key(0)")
+    if isinstance(key, int | np.integer):
+        if not 0 <= int(key) < 2**32:
+            raise ValueError(f"key as an integer seed must lie in [0, 2**32), got {key}; larger seeds collide in JAX")
+        return jax.random.key(int(key))
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"key must be a jax.random.key or an integer seed, got {type(key).__name__}")
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if key.dtype != jnp.uint32 or key.ndim != 1:
+            raise ValueError(
+                f"key must be one typed key or a raw uint32 key, got dtype {key.dtype} and shape {key.shape}"
+            )
+        return jax.random.wrap_key_data(key)
+    if key.shape != ():
+        raise ValueError(f"key must be a single key, got an array of keys of shape {key.shape}; pass one of them")
+    return key
+
+
+def check_count(name: str, value: Any, *, minimum: int = 1) -> int:
+    """A static whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"{name} must be a whole number known before compilation, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """One of the strings in `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Finite and > 0 in every element; skipped while traced."""
+    if not is_concrete(value):
+        return
+    # jax fills pytrees with placeholders while it handles their structure; only numbers are judged
+    if not hasattr(value, "dtype") and not isinstance(value, int | float):
+        return
+    array = np.asarray(value)
+    if not (np.all(np.isfinite(array)) and np.all(array > 0)):
+        raise ValueError(f"{name} must be finite and positive, got {array}")
+
+
+def check_floating(name: str, tree: PyTree) -> None:
+    """A non-empty pytree whose leaves are arrays of floating point."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if not leaves:
+        raise ValueError(f"{name} must hold at least one array, got {tree!r}")
+    for path, leaf in leaves:
+        where = name + jax.tree_util.keystr(path)
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError as error:
+            raise ValueError(f"{where} must be a floating-point array, got {type(leaf).__name__}") from error
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"{where} must be floating point, got {dtype}; convert it with jnp.asarray(x, float)")

@@ -1,0 +1,132 @@
+"""The contract of a transition kernel.
+
+A kernel is a pytree with two pure functions,
+
+    init(position) -> state,          step(key, state) -> (state, info),
+
+and every State has a `.position`. Data, step sizes and preconditioners are leaves, so a new value of the same shape
+compiles nothing, and kernels can be vmapped, differentiated, donated and checkpointed. Structure, shape and dtype of
+the state never change across a step. Nothing raises inside: a non-finite log density is a rejected move (for an
+unadjusted kernel an undone one) and is counted in `Info.is_divergent`; the driver decides.
+
+It is BlackJAX's protocol, so kernels of either library run in the loops of the other.
+"""
+
+import abc
+import dataclasses
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+__all__ = ["Evaluation", "Info", "Kernel", "accept", "is_finite", "keep_finite", "select"]
+
+S = TypeVar("S")
+
+
+class Evaluation(NamedTuple):
+    """A target's log density, and its gradient where one was asked for, at one position."""
+
+    logdensity: Float[Array, ""]
+    grad: PyTree = None
+
+
+class Info(NamedTuple):
+    """What a diagnostic may want from one step.
+
+    Attributes:
+        acceptance_rate: the probability with which the proposal is accepted; 1 for kernels that always move.
+        is_accepted: whether the state moved to the proposal.
+        is_divergent: whether a log density or gradient was NaN or +inf; the move was then undone.
+        num_gradients: gradient evaluations spent.
+        log_work: log density of the reversed step minus that of the step, log r(x' -> x) - log q(x -> x'), where a
+            path weight exists, else None. Along a path with targets pi_0, ..., pi_n the weight
+            log pi_n(x_n) - log pi_0(x_0) + sum log_work has mean-exp Z_n / Z_0, for unadjusted kernels too.
+    """
+
+    acceptance_rate: Float[Array, ""]
+    is_accepted: Bool[Array, ""]
+    is_divergent: Bool[Array, ""]
+    num_gradients: Int[Array, ""]
+    log_work: Float[Array, ""] | None = None
+
+
+class Kernel(eqx.Module):
+    """Abstract transition kernel; concrete kernels are final.
+
+    Class attributes:
+        target_acceptance: the acceptance rate that warm-up tunes the step size to; None where there is none to tune.
+        is_sequential: whether several chains run faster one by one (on threads) than vectorised on a CPU, as is the
+            case for kernels that branch, loop or gather.
+    """
+
+    target_acceptance: ClassVar[float | None] = None
+    is_sequential: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def init(self, position: PyTree) -> Any:
+        """The state that starts a chain at `position`; deterministic."""
+
+    @abc.abstractmethod
+    def step(self, key: Key[Array, ""], state: Any) -> tuple[Any, Any]:
+        """One transition."""
+
+    def with_target(self, target: Any) -> Self:
+        """The same kernel on another target."""
+        return dataclasses.replace(self, target=target)  # type: ignore[call-arg]
+
+    def with_step_size(self, step_size: Any) -> Self:
+        """The same kernel with another step size; what warm-up calls."""
+        return dataclasses.replace(self, step_size=step_size)  # type: ignore[call-arg]
+
+
+def is_finite(evaluation: Evaluation) -> Bool[Array, ""]:
+    """Whether the log density and every component of the gradient are finite."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(evaluation)]
+    return jnp.all(jnp.stack(finite))
+
+
+def accept(
+    key: Key[Array, ""], log_ratio: Float[Array, ""], proposed: S, current: S, *, num_gradients: int
+) -> tuple[S, Info]:
+    """The Metropolis-Hastings decision between two states that carry an `evaluation`.
+
+    A log density of -inf is an ordinary rejection; NaN, +inf or a non-finite gradient rejects and counts as divergent.
+
+    Args:
+        key: decides.
+        log_ratio: log of pi(y) q(y, x) / (pi(x) q(x, y)).
+        proposed, current: states with `.evaluation`, of the same structure.
+        num_gradients: what the proposal cost.
+    """
+    old, new = current.evaluation.logdensity, proposed.evaluation.logdensity  # type: ignore[attr-defined]
+    is_outside = jnp.isneginf(new)
+    is_divergent = ~is_outside & ~is_finite(proposed.evaluation)  # type: ignore[attr-defined]
+    log_ratio = jnp.where(is_outside | is_divergent | jnp.isnan(log_ratio), -jnp.inf, log_ratio)
+    is_accepted = jnp.log(jax.random.uniform(key, dtype=log_ratio.dtype)) < log_ratio
+    state = select(is_accepted, proposed, current)
+    # reversible: r = q, and pi(x) q(x, x') = pi(x') q(x', x)
+    log_work = jnp.where(is_accepted, old - new, jnp.zeros_like(old))
+    info = Info(
+        jnp.exp(jnp.minimum(log_ratio, 0.0)), is_accepted, is_divergent, jnp.asarray(num_gradients, jnp.int32), log_work
+    )
+    return state, info
+
+
+def keep_finite(
+    proposed: S, current: S, *, num_gradients: int, log_work: Float[Array, ""] | None = None
+) -> tuple[S, Info]:
+    """The move of an unadjusted kernel: taken, unless the new evaluation is not finite, when it is undone and counted."""
+    is_ok = is_finite(proposed.evaluation)  # type: ignore[attr-defined]
+    logdensity = proposed.evaluation.logdensity  # type: ignore[attr-defined]
+    if log_work is not None:
+        log_work = jnp.where(is_ok, log_work, jnp.zeros_like(log_work))
+    info = Info(is_ok.astype(logdensity.dtype), is_ok, ~is_ok, jnp.asarray(num_gradients, jnp.int32), log_work)
+    return select(is_ok, proposed, current), info
+
+
+def select(condition: Bool[Array, ""], on_true: S, on_false: S) -> S:
+    """Leaf-wise `where`, in the dtype of `on_false`."""
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old).astype(old.dtype), on_true, on_false)

@@ -1,0 +1,151 @@
+"""A NumPyro model as pure functions of (position, data): the atoms of `Target.from_numpyro`.
+
+NumPyro does the work (supports, bijections, Jacobians, dynamic supports); this file separates the array arguments, which
+travel as data, from everything else, which is hashed with the model, so that new data never recompile.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from numpyro import handlers
+from numpyro.infer import util
+
+__all__ = ["NumPyroModel"]
+
+
+@dataclasses.dataclass(frozen=True)
+class NumPyroModel:
+    """The static part of a model call: the function, the structure of its arguments, the arguments that are not arrays.
+
+    Every method takes `data`, the tuple of array arguments in the order of the flattened call.
+    """
+
+    model: Callable[..., Any]
+    treedef: Any
+    static: tuple[Any, ...]  # one entry an argument leaf; _ARRAY where the leaf travels as data
+
+    @classmethod
+    def build(cls, model: Callable[..., Any], args: tuple, kwargs: dict) -> tuple["NumPyroModel", tuple[Array, ...]]:
+        """Splits the arguments and checks that the model has continuous latent sites."""
+        if not callable(model):
+            raise ValueError(f"model must be a function of NumPyro primitives, got {type(model).__name__}")
+        leaves, treedef = jax.tree.flatten((args, kwargs))
+        is_array = [isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves]
+        static = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+        try:
+            hash(static)
+        except TypeError as error:
+            raise ValueError(f"arguments of the model must be arrays or hashable, got {static}") from error
+        data = tuple(jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array)
+        self = cls(model, treedef, static)
+        latent = self._latent(data)
+        discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
+        if discrete:
+            raise ValueError(
+                f"latent sites {discrete} are discrete, and a gradient kernel moves continuous sites only; "
+                "sum them out of the model, or give it them as data"
+            )
+        if not latent:
+            raise ValueError(f"model {getattr(model, '__name__', model)!r} has no latent site: nothing to infer")
+        return self, data
+
+    def call(self, data: tuple[Array, ...]) -> tuple[tuple, dict]:
+        """The model's (args, kwargs) with `data` put back."""
+        arrays = iter(data)
+        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in self.static]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def logdensity(self, position: dict[str, Array], data: tuple[Array, ...]) -> Float[Array, ""]:
+        args, kwargs = self.call(data)
+        return -util.potential_energy(self.model, args, kwargs, position)
+
+    def constrain(self, position: dict[str, Array], data: tuple[Array, ...]) -> dict[str, Array]:
+        args, kwargs = self.call(data)
+        return util.constrain_fn(self.model, args, kwargs, position, return_deterministic=True)
+
+    def unconstrain(self, values: dict[str, Array], data: tuple[Array, ...]) -> dict[str, Array]:
+        args, kwargs = self.call(data)
+        latent = {name: values[name] for name in self._latent(data)}
+        return util.unconstrain_fn(self.model, args, kwargs, latent)
+
+    def template(self, data: tuple[Array, ...]) -> dict[str, Array]:
+        """Zeros of the shape and dtype of an unconstrained position."""
+        values = {name: site["value"] for name, site in self._latent(data).items()}
+        shapes = jax.eval_shape(lambda v, d: self.unconstrain(v, d), values, data)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def site_log_probs(self, position: dict[str, Array], data: tuple[Array, ...]) -> dict[str, float]:
+        """The log density of each site, latent and observed, summed over the site."""
+        args, kwargs = self.call(data)
+        substituted = handlers.substitute(self.model, data=self.constrain(position, data))
+        _, trace = util.log_density(substituted, args, kwargs, {})
+        sites = [(name, site) for name, site in trace.items() if site["type"] == "sample"]
+        return {name: float(jnp.sum(site["fn"].log_prob(site["value"]))) for name, site in sites}
+
+    def observed(self, data: tuple[Array, ...]) -> dict[str, np.ndarray]:
+        """The observed sites and their values."""
+        sites = self._trace(data)
+        return {
+            name: np.asarray(site["value"])
+            for name, site in sites.items()
+            if site["type"] == "sample" and site["is_observed"]
+        }
+
+    def log_likelihood(self, values: dict[str, Any], data: tuple[Array, ...]) -> dict[str, Array]:
+        """Pointwise log likelihood of every observed site at one constrained draw."""
+        args, kwargs = self.call(data)
+        trace = handlers.trace(handlers.substitute(handlers.seed(self.model, 0), data=values)).get_trace(
+            *args, **kwargs
+        )
+        return {
+            name: site["fn"].log_prob(site["value"])
+            for name, site in trace.items()
+            if site["type"] == "sample" and site["is_observed"]
+        }
+
+    def labels(self, data: tuple[Array, ...]) -> tuple[tuple, tuple]:
+        """(dims, coords) from the plates around each site, as hashable tuples of pairs."""
+        dims, coords = [], {}
+        for name, site in self._trace(data).items():
+            if site["type"] not in ("sample", "deterministic"):
+                continue
+            shape = np.shape(site["value"])
+            event_dim = site["fn"].event_dim if site["type"] == "sample" else 0
+            plates = {frame.dim: frame for frame in site.get("cond_indep_stack", [])}
+            names = []
+            for axis in range(len(shape)):
+                frame = plates.get(axis - len(shape) + event_dim)
+                if frame is not None and frame.size == shape[axis]:
+                    names.append(frame.name)
+                    coords[frame.name] = tuple(range(frame.size))
+                else:
+                    names.append(f"{name}_dim_{axis}")
+            if any(label in coords for label in names):
+                dims.append((name, tuple(names)))
+        return tuple(dims), tuple(coords.items())
+
+    def _trace(self, data: tuple[Array, ...]) -> dict[str, Any]:
+        args, kwargs = self.call(data)
+        return handlers.trace(handlers.seed(self.model, 0)).get_trace(*args, **kwargs)
+
+    def _latent(self, data: tuple[Array, ...]) -> dict[str, Any]:
+        return {
+            name: site
+            for name, site in self._trace(data).items()
+            if site["type"] == "sample" and not site["is_observed"]
+        }
+
+
+class _Array:
+    """Marks the place of an array among the arguments of a model."""
+
+    def __repr__(self) -> str:
+        return "<array>"
+
+
+_ARRAY = _Array()

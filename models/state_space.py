@@ -1,0 +1,164 @@
+"""State-space models: three laws, from which every filter, smoother and sampler is derived.
+
+    x_0 ~ initial(),   x_t | x_{t-1} ~ transition(x_{t-1}, t)  (t >= 1),   y_t | x_t ~ observation(x_t, t)  (t >= 0)
+
+y_0 is observed, and every series has T rows. A row of y that is NaN is missing: it says nothing about x_t. A law is a
+numpyro distribution, or a pair of functions (sample(key) -> x, log_prob(x) -> scalar).
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Int, Key, PyTree
+from numpyro.distributions.batch_util import promote_batch_shape
+
+from bayesinf import errors
+
+__all__ = ["StateSpaceModel", "check_series", "log_prob", "observation_log_prob", "sample", "sample_each", "simulate"]
+
+Law = Any  # a numpyro distribution, or a (sample, log_prob) pair
+
+
+class StateSpaceModel(eqx.Module):
+    """A state-space model; parameters are fields, and so pytree leaves.
+
+    Subclasses define `initial`, `transition` and `observation`. They may also define
+
+        proposal(x_prev, y, t), initial_proposal(y)   the laws from which a guided filter moves its particles,
+        lookahead(x_prev, y, t)                       log of a first-stage weight, for auxiliary filters,
+        log_transition_bound(t)                       sup over x, x' of the log transition density.
+
+    Example:
+        >>> import jax, numpyro.distributions as dist
+        >>> import bayesinf as bi
+        >>> class RandomWalk(bi.models.StateSpaceModel):
+        ...     scale: float
+        ...     def initial(self): return dist.Normal(0.0, 1.0)
+        ...     def transition(self, x_prev, t): return dist.Normal(x_prev, self.scale)
+        ...     def observation(self, x, t): return dist.Poisson(jax.numpy.exp(x))
+        >>> xs, ys = bi.models.simulate(jax.random.key(0), RandomWalk(0.1), num_steps=10)
+        >>> xs.shape, ys.shape
+        ((10,), (10,))
+    """
+
+    @abc.abstractmethod
+    def initial(self) -> Law:
+        """The law of x_0."""
+
+    @abc.abstractmethod
+    def transition(self, x_prev: PyTree, t: Int[Array, ""]) -> Law:
+        """The law of x_t given x_{t-1}, for t >= 1."""
+
+    @abc.abstractmethod
+    def observation(self, x: PyTree, t: Int[Array, ""]) -> Law:
+        """The law of y_t given x_t, for t >= 0."""
+
+
+def sample(key: Key[Array, ""], law: Law) -> PyTree:
+    """One draw."""
+    return law[0](key) if isinstance(law, tuple) else law.sample(key)
+
+
+def log_prob(law: Law, x: PyTree) -> Float[Array, ""]:
+    """The log density at x, summed over the components of x where the law is over independent components."""
+    if isinstance(law, tuple):
+        return law[1](x)
+    return jnp.sum(jnp.asarray(law.log_prob(x)))
+
+
+def sample_each(key: Key[Array, ""], law_of: Callable[..., Law], xs: PyTree) -> PyTree:
+    """One draw from `law_of(x)` for every x along the leading axis of `xs`, from one key where the law allows.
+
+    A single batched draw is several times faster than one key a particle, but only for laws whose sampler is
+    elementwise in its batch; the others get a key each.
+    """
+    num = jax.tree.leaves(xs)[0].shape[0]
+    if _draws_in_batches(law_of(jax.tree.map(lambda leaf: leaf[0], xs))):
+        return promote_batch_shape(jax.vmap(law_of)(xs)).sample(key)
+    return jax.vmap(lambda k, x: sample(k, law_of(x)))(jax.random.split(key, num), xs)
+
+
+def observation_log_prob(model: StateSpaceModel, x: PyTree, y: PyTree, t: Int[Array, ""]) -> Float[Array, ""]:
+    """Log p(y_t | x_t); 0 where y is missing. NaN components of independent components are left out one by one."""
+    law = model.observation(x, t)
+    is_missing = jax.tree.map(jnp.isnan, y)
+    if not isinstance(law, tuple) and law.event_dim > 0 and isinstance(law, dist.Independent):
+        safe = jnp.where(is_missing, _inside(law.base_dist, y), y)
+        return jnp.sum(jnp.where(is_missing, 0.0, law.base_dist.log_prob(safe)))
+    any_missing = jnp.any(jnp.stack([jnp.any(leaf) for leaf in jax.tree.leaves(is_missing)]))
+    if isinstance(law, tuple):
+        # the pair tells nothing of its support: zeros stand in for what is missing, and their density is not used
+        safe = jax.tree.map(lambda leaf, missing: jnp.where(missing, 0.0, leaf), y, is_missing)
+    else:
+        safe = jnp.where(any_missing, _inside(law, y), y)
+    return jnp.where(any_missing, 0.0, log_prob(law, safe))
+
+
+def simulate(key: Key[Array, ""] | int, model: StateSpaceModel, num_steps: int) -> tuple[PyTree, PyTree]:
+    """Draws states and observations from the model.
+
+    Args:
+        key: PRNG key or seed.
+        model: a state-space model.
+        num_steps: T >= 1.
+
+    Returns:
+        (xs, ys), each with leading axis T.
+    """
+    errors.check_count("num_steps", num_steps)
+    key_initial, key_steps, key_observe = jax.random.split(errors.as_key(key), 3)
+    x_0 = sample(key_initial, model.initial())
+
+    def move(x_prev, t):
+        x = sample(jax.random.fold_in(key_steps, t), model.transition(x_prev, t))
+        x = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), x, x_prev)
+        return x, x
+
+    ts = jnp.arange(num_steps)
+    _, xs = jax.lax.scan(move, x_0, ts[1:])
+    xs = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), x_0, xs)
+    ys = jax.vmap(lambda x, t: sample(jax.random.fold_in(key_observe, t), model.observation(x, t)))(xs, ts)
+    return xs, ys
+
+
+def check_series(ys: PyTree) -> PyTree:
+    """Observations as arrays of floating point with one common number of rows, at least one.
+
+    Whole numbers (counts) are converted; infinite values are refused.
+    """
+    ys = jax.tree.map(jnp.asarray, ys)
+    leaves = jax.tree.leaves(ys)
+    if not leaves:
+        raise ValueError("ys must hold at least one array of observations, got an empty pytree")
+    for leaf in leaves:
+        if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
+            raise ValueError(f"ys must have one leading axis of time, got shapes {[leaf.shape for leaf in leaves]}")
+        if leaf.shape[0] == 0:
+            raise ValueError("ys must have at least one row; the law of x_0 alone is model.initial()")
+        if not (jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.issubdtype(leaf.dtype, jnp.integer)):
+            raise ValueError(f"ys must be numbers, got {leaf.dtype}")
+        if errors.is_concrete(leaf) and np.any(np.isinf(np.asarray(leaf))):
+            rows = np.unique(np.nonzero(np.isinf(np.asarray(leaf)))[0])[:5]
+            raise ValueError(f"ys must be finite, or NaN where missing; rows {rows.tolist()} are infinite")
+    return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(float), ys)
+
+
+# samplers that are elementwise in the batch, so that one key serves a whole population
+_ELEMENTWISE = (dist.Normal, dist.MultivariateNormal, dist.LogNormal, dist.Laplace, dist.Cauchy, dist.Logistic)
+
+
+def _draws_in_batches(law: Law) -> bool:
+    if isinstance(law, dist.Independent | dist.ExpandedDistribution):
+        return _draws_in_batches(law.base_dist)
+    return type(law) in _ELEMENTWISE
+
+
+def _inside(law: dist.Distribution, like: Array) -> Array:
+    """A value inside the support, of the shape of `like`, to stand where data are missing: keeps gradients finite."""
+    return jnp.broadcast_to(law.support.feasible_like(jnp.zeros(jnp.shape(like))), jnp.shape(like))
