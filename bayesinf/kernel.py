@@ -14,7 +14,7 @@ It is BlackJAX's protocol, so kernels of either library run in the loops of the 
 
 import abc
 import dataclasses
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 __all__ = ["Evaluation", "Info", "Kernel", "accept", "is_finite", "keep_finite", "select"]
 
 S = TypeVar("S")
+K = TypeVar("K", bound="Kernel")
 
 
 class Evaluation(NamedTuple):
@@ -73,11 +74,11 @@ class Kernel(eqx.Module):
     def step(self, key: Key[Array, ""], state: Any) -> tuple[Any, Any]:
         """One transition."""
 
-    def with_target(self, target: Any) -> Self:
+    def with_target(self: K, target: Any) -> K:
         """The same kernel on another target."""
         return dataclasses.replace(self, target=target)  # type: ignore[call-arg]
 
-    def with_step_size(self, step_size: Any) -> Self:
+    def with_step_size(self: K, step_size: Any) -> K:
         """The same kernel with another step size; what warm-up calls."""
         return dataclasses.replace(self, step_size=step_size)  # type: ignore[call-arg]
 
@@ -118,7 +119,7 @@ def accept(
 def keep_finite(
     proposed: S, current: S, *, num_gradients: int, log_work: Float[Array, ""] | None = None
 ) -> tuple[S, Info]:
-    """The move of an unadjusted kernel: taken, unless the new evaluation is not finite, when it is undone and counted."""
+    """The move of an unadjusted kernel: taken, unless the new evaluation is not finite; then undone and counted."""
     is_ok = is_finite(proposed.evaluation)  # type: ignore[attr-defined]
     logdensity = proposed.evaluation.logdensity  # type: ignore[attr-defined]
     if log_work is not None:
