@@ -1,0 +1,120 @@
+"""Two comparisons of laws, on which the tests of this package rest.
+
+`law_has_moved` asks whether pairs (start, end), whose starts are exact draws, have ends of the same law. Every scalar x
+is first mapped to v = 2 F(x) - 1 in [-1, 1] by the empirical distribution function F of fresh draws, and then the means
+of Legendre polynomials of v are compared before and after. All is bounded, so that the t-tests hold for tails of any
+weight; the pairing takes away the noise of the starts, so that slow kernels are tested as sharply as fast ones.
+Products of two coordinates see what the marginals do not, random projections what the products do not, and a
+Kolmogorov-Smirnov test against the fresh draws whatever remains of each law.
+
+References:
+    Neyman (1937), doi:10.1080/03461238.1937.10404821 (smooth tests).
+    Gandy and Scott (2020), arXiv:2001.06465 (tests from exact draws).
+"""
+
+from itertools import combinations
+
+import jax
+import numpy as np
+import scipy.stats
+from jaxtyping import Float, PyTree
+from numpy.polynomial import legendre
+
+__all__ = ["columns", "law_has_moved", "uniform_p_values"]
+
+DEGREES = {"location": 1, "scale": 2, "skewness": 3, "tails": 4}
+ALL_PAIRS = 8  # up to this many scalars every pair is compared, above it only neighbours and projections
+NUM_PROJECTIONS = 3
+
+
+def columns(tree: PyTree) -> dict[str, Float[np.ndarray, " n"]]:
+    """Every scalar component of a pytree with a leading axis of n replicates, by name, in float64."""
+    named = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        values = np.asarray(leaf, np.float64)
+        for index in np.ndindex(values.shape[1:]):
+            suffix = f"[{','.join(map(str, index))}]" if index else ""
+            named[name + suffix] = values[(slice(None), *index)]
+    return named
+
+
+def law_has_moved(starts: PyTree, ends: PyTree, fresh: PyTree) -> dict[str, float]:
+    """P-values of the hypothesis that `ends` have the law of `starts`, by comparison.
+
+    Args:
+        starts: exact draws, arrays with a leading axis of n independent replicates.
+        ends: the same pytree, what became of each start.
+        fresh: exact draws, independent of both, with a leading axis of m.
+    """
+    starts_of, ends_of, fresh_of = columns(starts), columns(ends), columns(fresh)
+    names = list(starts_of)
+    before, after, reference = (np.stack(list(by_name.values()), -1) for by_name in (starts_of, ends_of, fresh_of))
+
+    # a value that is not finite has no place in the law of finite draws
+    strays = [name for name in names if np.isfinite(fresh_of[name]).all() and not np.isfinite(ends_of[name]).all()]
+    if strays:
+        return {f"{name} is finite": 0.0 for name in strays}
+
+    v_before, v_after, v_reference = (_to_uniform(reference, x) for x in (before, after, reference))
+    p_values: dict[str, float] = {}
+    for i, name in enumerate(names):
+        p_values |= _compare_scalar(name, before[:, i], after[:, i], reference[:, i])
+
+    num = len(names)
+    pairs = combinations(range(num), 2) if num <= ALL_PAIRS else zip(range(num), range(1, num), strict=False)
+    for i, j in pairs:
+        for first, second in ((1, 1), (1, 2), (2, 1)):
+            change = _product(v_after, i, j, first, second) - _product(v_before, i, j, first, second)
+            power_i, power_j = "^2" if first == 2 else "", "^2" if second == 2 else ""
+            p_values[f"{names[i]}{power_i} x {names[j]}{power_j}"] = _paired(change)
+
+    if num > 1:
+        # the directions are fixed: what is tested is the same for every key
+        directions = np.random.default_rng(0).standard_normal((num, NUM_PROJECTIONS))
+        for k, direction in enumerate(directions.T):
+            projected = (v @ direction for v in (v_before, v_after, v_reference))
+            p_values |= _compare_scalar(f"projection {k}", *projected)
+    return p_values
+
+
+def uniform_p_values(name: str, u: Float[np.ndarray, " n"]) -> dict[str, float]:
+    """P-values of the hypothesis that n independent values are uniform on [0, 1]."""
+    p_values = {f"{name} law": float(scipy.stats.kstest(u, "uniform").pvalue)}
+    for word, degree in DEGREES.items():
+        z = np.sqrt(u.size * (2 * degree + 1)) * np.mean(_legendre(2 * u - 1, degree))
+        p_values[f"{name} {word}"] = float(2 * scipy.stats.norm.sf(abs(z)))
+    return p_values
+
+
+def _compare_scalar(name: str, before: np.ndarray, after: np.ndarray, reference: np.ndarray) -> dict[str, float]:
+    p_values = {f"{name} law": float(scipy.stats.ks_2samp(after, reference, method="asymp").pvalue)}
+    v_before, v_after = (_to_uniform(reference[:, None], x[:, None])[:, 0] for x in (before, after))
+    for word, degree in DEGREES.items():
+        p_values[f"{name} {word}"] = _paired(_legendre(v_after, degree) - _legendre(v_before, degree))
+    return p_values
+
+
+def _to_uniform(reference: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """2 F(x) - 1 by column, F the empirical distribution function of the reference, with ties halved."""
+    transformed = np.empty_like(x)
+    for i, column in enumerate(np.sort(reference, axis=0).T):
+        below, upto = (np.searchsorted(column, x[:, i], side) for side in ("left", "right"))
+        transformed[:, i] = (below + upto) / column.size - 1.0
+    return transformed
+
+
+def _legendre(v: np.ndarray, degree: int) -> np.ndarray:
+    return legendre.legval(v, [0.0] * degree + [1.0])
+
+
+def _product(v: np.ndarray, i: int, j: int, first: int, second: int) -> np.ndarray:
+    return _legendre(v[:, i], first) * _legendre(v[:, j], second)
+
+
+def _paired(change: np.ndarray) -> float:
+    """The p-value of a t-test that the change has mean zero; what never changes has not moved."""
+    if not np.any(change):
+        return 1.0
+    t = np.mean(change) / (np.std(change, ddof=1) / np.sqrt(change.size))
+    return float(2 * scipy.stats.t.sf(abs(t), change.size - 1))
