@@ -10,6 +10,8 @@
 what was compared, and `raise_if_rejected()`.
 """
 
+from bayesinf.conformance.contract import ContractError as ContractError
+from bayesinf.conformance.contract import contract as contract
 from bayesinf.conformance.invariance import exact_start_invariance as exact_start_invariance
 from bayesinf.conformance.report import FALSE_ALARM as FALSE_ALARM
 from bayesinf.conformance.report import Report as Report

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Self
 
 import numpy as np
 import scipy.stats
@@ -57,7 +56,7 @@ class Report:
         """The name of the comparison with the smallest p-value."""
         return self._ranked()[0][0]
 
-    def raise_if_rejected(self, false_alarm: float = FALSE_ALARM) -> Self:
+    def raise_if_rejected(self, false_alarm: float = FALSE_ALARM) -> "Report":
         """The report itself, unless p <= false_alarm.
 
         Raises:
