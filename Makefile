@@ -1,0 +1,57 @@
+# make demo      run the main job on real data; writes bayesinf-demo/
+# make test      the tests and the doctests (ARGS are passed to pytest: make test ARGS="-k mala")
+# make slow      the long statistical runs
+# make lint      format, lint, types
+# make bench     speed, beside other libraries where they are installed
+# make docs      the documentation, with its notebooks executed: docs/_build/html
+# make package   build sdist and wheel, install the wheel where nothing else is, and use it
+#
+# All of them make .venv themselves. Needed beforehand: Python 3.11 or newer, and make.
+
+ifndef PYTHON
+PYTHON := $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo "$$python" && break; done)
+endif
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: demo test slow lint bench docs package clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed-plots
+	$(BIN)/python -m bayesinf $(ARGS)
+
+# one file of tests stays on one worker, so that what it compiles is compiled once; timings are of no use on two workers
+test: $(VENV)/installed-test
+	$(BIN)/pytest -p no:benchmark -n $(JOBS) --dist loadfile $(ARGS)
+
+slow: $(VENV)/installed-test
+	$(BIN)/pytest -p no:benchmark -n $(JOBS) -m slow $(ARGS)
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/installed-bench
+	$(BIN)/pytest benchmarks -o filterwarnings=default -o addopts="" --benchmark-sort=name --benchmark-columns=median,iqr,rounds $(ARGS)
+
+docs: $(VENV)/installed-docs
+	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+package: $(VENV)/installed-lint
+	$(BIN)/python .ci/check_package.py
+
+clean:
+	rm -rf $(VENV) dist docs/_build bayesinf-demo .pytest_cache .mypy_cache .ruff_cache .benchmarks
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "bayesinf needs Python 3.11 or newer: make PYTHON=/path/to/python3 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# one stamp for each extra, stale when pyproject.toml is newer
+$(VENV)/installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
