@@ -10,9 +10,12 @@
 what was compared, and `raise_if_rejected()`.
 """
 
+from bayesinf.conformance.calibration import simulation_based_calibration as simulation_based_calibration
 from bayesinf.conformance.contract import ContractError as ContractError
 from bayesinf.conformance.contract import contract as contract
+from bayesinf.conformance.evidence import evidence_is_unbiased as evidence_is_unbiased
 from bayesinf.conformance.invariance import exact_start_invariance as exact_start_invariance
+from bayesinf.conformance.joint import geweke_joint as geweke_joint
 from bayesinf.conformance.report import FALSE_ALARM as FALSE_ALARM
 from bayesinf.conformance.report import Report as Report
 from bayesinf.conformance.report import mean_p_value as mean_p_value

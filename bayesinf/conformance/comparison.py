@@ -20,7 +20,7 @@ import scipy.stats
 from jaxtyping import Float, PyTree
 from numpy.polynomial import legendre
 
-__all__ = ["columns", "law_has_moved", "uniform_p_values"]
+__all__ = ["columns", "law_has_moved", "pairs", "uniform_p_values"]
 
 DEGREES = {"location": 1, "scale": 2, "skewness": 3, "tails": 4}
 ALL_PAIRS = 8  # up to this many scalars every pair is compared, above it only neighbours and projections
@@ -37,6 +37,11 @@ def columns(tree: PyTree) -> dict[str, Float[np.ndarray, " n"]]:
             suffix = f"[{','.join(map(str, index))}]" if index else ""
             named[name + suffix] = values[(slice(None), *index)]
     return named
+
+
+def pairs(num: int) -> list[tuple[int, int]]:
+    """All pairs of few scalars, neighbours of many."""
+    return list(combinations(range(num), 2)) if num <= ALL_PAIRS else [(i, i + 1) for i in range(num - 1)]
 
 
 def law_has_moved(starts: PyTree, ends: PyTree, fresh: PyTree) -> dict[str, float]:
@@ -61,17 +66,15 @@ def law_has_moved(starts: PyTree, ends: PyTree, fresh: PyTree) -> dict[str, floa
     for i, name in enumerate(names):
         p_values |= _compare_scalar(name, before[:, i], after[:, i], reference[:, i])
 
-    num = len(names)
-    pairs = combinations(range(num), 2) if num <= ALL_PAIRS else zip(range(num), range(1, num), strict=False)
-    for i, j in pairs:
+    for i, j in pairs(len(names)):
         for first, second in ((1, 1), (1, 2), (2, 1)):
             change = _product(v_after, i, j, first, second) - _product(v_before, i, j, first, second)
             power_i, power_j = "^2" if first == 2 else "", "^2" if second == 2 else ""
             p_values[f"{names[i]}{power_i} x {names[j]}{power_j}"] = _paired(change)
 
-    if num > 1:
+    if len(names) > 1:
         # the directions are fixed: what is tested is the same for every key
-        directions = np.random.default_rng(0).standard_normal((num, NUM_PROJECTIONS))
+        directions = np.random.default_rng(0).standard_normal((len(names), NUM_PROJECTIONS))
         for k, direction in enumerate(directions.T):
             projected = (v @ direction for v in (v_before, v_after, v_reference))
             p_values |= _compare_scalar(f"projection {k}", *projected)

@@ -65,8 +65,9 @@ def contract(kernel: Any, position: PyTree, *, key: Key[Array, ""] | int = 0, sk
     Example:
         >>> import jax.numpy as jnp
         >>> import bayesinf as bi
+        >>> from bayesinf import conformance
         >>> kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), step_size=0.5)
-        >>> contract(kernel, jnp.zeros(2))
+        >>> conformance.contract(kernel, jnp.zeros(2))
     """
     for name in skip:
         errors.check_choice("skip", name, CLAUSES)
@@ -78,7 +79,7 @@ def contract(kernel: Any, position: PyTree, *, key: Key[Array, ""] | int = 0, sk
         try:
             seen = "; ".join(clause(subject))
         except Exception as error:  # a clause that cannot be carried out is violated
-            seen = f"{type(error).__name__}: {error}"
+            seen = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         if seen:
             violations[name] = seen
             if name == "protocol":

@@ -55,12 +55,13 @@ def exact_start_invariance(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import bayesinf as bi
+        >>> from bayesinf import conformance
         >>> target = bi.Target(lambda x: jnp.sum(3.0 * x - jnp.exp(x)))
         >>> kernel = bi.kernels.MALA(target, step_size=0.5)
         >>> def exact_sampler(key):
         ...     return jax.random.loggamma(key, 3.0, (2,))
-        >>> report = exact_start_invariance(0, kernel, exact_sampler, num_chains=10_000)
-        >>> report.p_value > FALSE_ALARM
+        >>> report = conformance.exact_start_invariance(0, kernel, exact_sampler, num_chains=10_000)
+        >>> report.p_value > conformance.FALSE_ALARM
         True
 
     References:

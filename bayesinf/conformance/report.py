@@ -29,6 +29,7 @@ class Report:
         notes: measured quantities that help to read the outcome; no part of the judgement.
 
     Example:
+        >>> from bayesinf.conformance import Report
         >>> report = Report("a test", {"mean": 0.4, "variance": 0.01})
         >>> report
         a test: p = 0.02 from 2 comparisons; smallest: variance 0.01, mean 0.4
