@@ -2,8 +2,10 @@
 
 from bayesinf import kernels as kernels
 from bayesinf import models as models
+from bayesinf.draws import Draws as Draws
 from bayesinf.kernel import Info as Info
 from bayesinf.kernel import Kernel as Kernel
+from bayesinf.sampling import sample as sample
 from bayesinf.target import Target as Target
 
 __version__ = "0.1.0"

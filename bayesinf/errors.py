@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Key, PyTree, UInt32
 
 __all__ = [
     "BayesinfError",
     "CheckpointError",
     "DegenerateWeightsError",
     "InitializationError",
+    "KeyLike",
     "SamplingError",
     "SamplingWarning",
     "as_key",
@@ -27,6 +28,10 @@ __all__ = [
     "check_positive",
     "is_concrete",
 ]
+
+
+KeyLike = Key[Array, ""] | UInt32[Array, " words"] | int | np.integer
+"""What every function takes as a key: a typed key, a raw one, or a seed."""
 
 
 class BayesinfError(RuntimeError):
@@ -71,7 +76,7 @@ def as_key(key: Any) -> Key[Array, ""]:
 
     Larger seeds are refused because without 64-bit mode JAX folds them onto small ones: key(2**40) is key(0).
     """
-    if isinstance(key, bool) or (isinstance(key, float | complex | str)):
+    if isinstance(key, bool | float | complex | str):
         raise ValueError(f"key must be a jax.random.key or an integer seed, got {key!r}; use jax.random.key(0)")
     if isinstance(key, int | np.integer):
         if not 0 <= int(key) < 2**32:

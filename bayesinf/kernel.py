@@ -14,6 +14,7 @@ It is BlackJAX's protocol, so kernels of either library run in the loops of the 
 
 import abc
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -117,14 +118,29 @@ def accept(
 
 
 def keep_finite(
-    proposed: S, current: S, *, num_gradients: int, log_work: Float[Array, ""] | None = None
+    proposed: S,
+    current: S,
+    *,
+    num_gradients: int,
+    log_work: Float[Array, ""] | None = None,
+    evaluations: Sequence[Evaluation] | None = None,
 ) -> tuple[S, Info]:
-    """The move of an unadjusted kernel: taken, unless the new evaluation is not finite; then undone and counted."""
-    is_ok = is_finite(proposed.evaluation)  # type: ignore[attr-defined]
-    logdensity = proposed.evaluation.logdensity  # type: ignore[attr-defined]
+    """The move of an unadjusted kernel: taken, unless an evaluation on its way is not finite; then undone and counted.
+
+    Args:
+        proposed: where the move ends.
+        current: where the chain is if the move is undone.
+        num_gradients: what the move cost.
+        log_work: of the move; 0 if it is undone.
+        evaluations: all that the move has made; by default `proposed.evaluation`.
+    """
+    if evaluations is None:
+        evaluations = [proposed.evaluation]  # type: ignore[attr-defined]
+    is_ok = jnp.all(jnp.stack([is_finite(evaluation) for evaluation in evaluations]))
     if log_work is not None:
         log_work = jnp.where(is_ok, log_work, jnp.zeros_like(log_work))
-    info = Info(is_ok.astype(logdensity.dtype), is_ok, ~is_ok, jnp.asarray(num_gradients, jnp.int32), log_work)
+    rate = is_ok.astype(evaluations[-1].logdensity.dtype)
+    info = Info(rate, is_ok, ~is_ok, jnp.asarray(num_gradients, jnp.int32), log_work)
     return select(is_ok, proposed, current), info
 
 

@@ -1,7 +1,7 @@
 """A NumPyro model as pure functions of (position, data): the atoms of `Target.from_numpyro`.
 
-NumPyro does the work (supports, bijections, Jacobians, dynamic supports); this file separates the array arguments, which
-travel as data, from everything else, which is hashed with the model, so that new data never recompile.
+NumPyro does the work (supports, bijections, Jacobians, dynamic supports); this file separates the array arguments,
+which travel as data, from everything else, which is hashed with the model, so that new data never recompile.
 """
 
 import dataclasses

@@ -6,6 +6,7 @@ compiles nothing.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ class Target(eqx.Module):
 
     def init(
         self,
-        key: Key[Array, ""] | int,
+        key: errors.KeyLike,
         num_chains: int = 4,
         *,
         template: PyTree = None,
@@ -159,7 +160,7 @@ class Target(eqx.Module):
             fresh, is_fresh_ok = _draw_starts(
                 self, jax.random.fold_in(key, attempt), template, jnp.asarray(radius), num_chains
             )
-            positions = jax.tree.map(lambda old, new: _where_chain(is_ok, old, new), positions, fresh)
+            positions = jax.tree.map(functools.partial(_where_chain, is_ok), positions, fresh)
             is_ok = is_ok | is_fresh_ok
         if np.all(is_ok):
             return positions

@@ -100,7 +100,7 @@ def observation_log_prob(model: StateSpaceModel, x: PyTree, y: PyTree, t: Int[Ar
     return jnp.where(any_missing, 0.0, log_prob(law, safe))
 
 
-def simulate(key: Key[Array, ""] | int, model: StateSpaceModel, num_steps: int) -> tuple[PyTree, PyTree]:
+def simulate(key: errors.KeyLike, model: StateSpaceModel, num_steps: int) -> tuple[PyTree, PyTree]:
     """Draws states and observations from the model.
 
     Args:

@@ -1,0 +1,167 @@
+"""Warm-up: tunes a kernel's step size and metric while the chain runs, each chain for itself.
+
+A warm-up is three pure functions that the driver calls inside its compiled loop,
+
+    init(kernel, position) -> state,   update(state, step, position, info) -> state,   apply(kernel, state) -> kernel,
+
+so it is resumed, checkpointed and vmapped like the chain. `StepSize` serves every kernel that names a
+`target_acceptance`; `Window` is Stan's schedule for kernels with an `inverse_mass_matrix` as well. Both are assembled
+from BlackJAX's dual averaging, Welford estimator and window schedule.
+
+References:
+    Nesterov (2009), doi:10.1007/s10107-007-0149-x; Hoffman and Gelman (2014), arXiv:1111.4246 (dual averaging).
+    Stan reference manual, "Adaptation" (windows).
+"""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, PyTree
+
+from bayesinf.kernel import Kernel, select
+
+__all__ = ["StepSize", "Tuned", "Warmup", "Window", "default_warmup"]
+
+
+class Tuned(NamedTuple):
+    """What a warm-up has found for one chain.
+
+    Attributes:
+        step_size: the step size to use next.
+        inverse_mass_matrix: the diagonal metric to use next; None where only the step size is tuned.
+        averaging: state of the dual averaging.
+        estimator: state of the running covariance.
+    """
+
+    step_size: Float[Array, ""]
+    inverse_mass_matrix: Float[Array, " d"] | None = None
+    averaging: PyTree = None
+    estimator: PyTree = None
+
+
+class Warmup(eqx.Module):
+    """Abstract warm-up of `num_warmup` steps."""
+
+    @abc.abstractmethod
+    def init(self, kernel: Any, position: PyTree) -> Tuned:
+        """The state before the first step."""
+
+    @abc.abstractmethod
+    def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
+        """The state after warm-up step number `step`."""
+
+    def apply(self, kernel: Any, state: Tuned) -> Any:
+        """The kernel with the parameters of `state`."""
+        kernel = kernel.with_step_size(state.step_size)
+        if state.inverse_mass_matrix is None:
+            return kernel
+        return dataclasses.replace(kernel, inverse_mass_matrix=state.inverse_mass_matrix)
+
+
+class StepSize(Warmup):
+    """Dual averaging of the step size towards a target acceptance rate.
+
+        x_{t+1} = mu - sqrt(t) / gamma * sum_{i<=t} (target - alpha_i) / (t + t0),   log step = x
+
+    and at the end the averaged iterate.
+
+    Args:
+        num_warmup: number of steps.
+        target_acceptance: in (0, 1).
+    """
+
+    num_warmup: Int[Array, ""] = eqx.field(converter=jnp.asarray)
+    target_acceptance: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+
+    def init(self, kernel: Any, position: PyTree) -> Tuned:
+        init, _, _ = _dual_averaging(self.target_acceptance)
+        dtype = ravel_pytree(position)[0].dtype
+        step_size = jnp.asarray(kernel.step_size, dtype)
+        return Tuned(step_size, averaging=_strong(init(step_size)))
+
+    def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
+        is_last = step == self.num_warmup - 1
+        return _average(self.target_acceptance, state, info.acceptance_rate, is_last)
+
+
+class Window(Warmup):
+    """Stan's window adaptation: the step size always, the diagonal of the metric in windows that double in length.
+
+    Args:
+        num_warmup: number of steps; at least 20, or no window fits.
+        target_acceptance: in (0, 1).
+    """
+
+    schedule: Int[Array, "t 2"]
+    target_acceptance: Float[Array, ""]
+
+    def __init__(self, num_warmup: int, target_acceptance: float = 0.8):
+        from blackjax.adaptation.window_adaptation import build_schedule
+
+        self.schedule = jnp.asarray(np.asarray(build_schedule(num_warmup), np.int32).reshape(num_warmup, 2))
+        self.target_acceptance = jnp.asarray(target_acceptance)
+
+    def init(self, kernel: Any, position: PyTree) -> Tuned:
+        flat, _ = ravel_pytree(position)
+        init, _, _ = _dual_averaging(self.target_acceptance)
+        init_metric, _, _ = _welford()
+        step_size = jnp.asarray(kernel.step_size, flat.dtype)
+        estimator = _strong(init_metric(flat.size))
+        return Tuned(step_size, jnp.ones_like(flat), _strong(init(step_size)), estimator)
+
+    def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
+        init, _, _ = _dual_averaging(self.target_acceptance)
+        _, update_metric, end_window = _welford()
+        num_warmup = self.schedule.shape[0]
+        is_slow, is_window_end = self.schedule[jnp.minimum(step, num_warmup - 1)]
+
+        averaged = _average(self.target_acceptance, state, info.acceptance_rate, step == num_warmup - 1)
+        estimator = select(is_slow == 1, update_metric(state.estimator, position), state.estimator)
+        ended = end_window(estimator)
+        # a new metric asks for a new step size: the averaging starts again from the present one
+        restarted = Tuned(averaged.step_size, ended.inverse_mass_matrix, init(averaged.step_size), ended)
+        return select(is_window_end == 1, restarted, averaged._replace(estimator=estimator))
+
+
+def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
+    """The warm-up that suits a kernel; None where there is nothing to tune and the steps are only discarded."""
+    target = getattr(kernel, "target_acceptance", None)
+    if num_warmup == 0 or target is None:
+        return None
+    if isinstance(kernel, Kernel) and hasattr(kernel, "inverse_mass_matrix") and num_warmup >= 20:
+        return Window(num_warmup, target)
+    return StepSize(num_warmup, target)
+
+
+def _average(target: Float[Array, ""], state: Tuned, acceptance_rate: Float[Array, ""], is_last: Array) -> Tuned:
+    _, update, final = _dual_averaging(target)
+    averaging = update(state.averaging, acceptance_rate)
+    step_size = jnp.where(is_last, final(averaging), jnp.exp(averaging.log_step_size))
+    moved = Tuned(step_size, state.inverse_mass_matrix, averaging, state.estimator)
+    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), moved, state)
+
+
+# BlackJAX is imported inside functions: importing it starts the XLA backend
+
+
+def _dual_averaging(target: Float[Array, ""]) -> Any:
+    from blackjax.adaptation.step_size import dual_averaging_adaptation
+
+    return dual_averaging_adaptation(target)  # type: ignore[arg-type]
+
+
+def _welford() -> Any:
+    from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
+
+    return mass_matrix_adaptation(is_diagonal_matrix=True)
+
+
+def _strong(tree: PyTree) -> PyTree:
+    """Arrays without weak types, so that the loop's carry keeps its types."""
+    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.result_type(leaf)), tree)

@@ -1,0 +1,105 @@
+"""Streaming diagnostics: moments, split R-hat and effective sample size from batches, without keeping the draws.
+
+    R-hat = sqrt( ((n-1)/n W + B/n) / W ),   B/n = variance of the means of the half-chains, W = their mean variance
+
+References:
+    Gelman and Rubin (1992), doi:10.1214/ss/1177011136; Gelman et al., Bayesian Data Analysis, 3rd ed., section 11.4.
+    Chan, Golub, LeVeque (1983), doi:10.1080/00031305.1983.10483115 (merging of moments).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+__all__ = ["Moments", "MomentsState", "SplitRHat"]
+
+
+class MomentsState(NamedTuple):
+    """Count, mean and sum of squared deviations of what has been seen."""
+
+    count: Int[Array, ""]
+    mean: PyTree
+    deviation: PyTree
+
+
+class Moments(eqx.Module):
+    """Running mean and variance of a function of the draws: a reducer for runs that keep none (Welford's recursion).
+
+    Args:
+        statistic: function of one collected draw, any pytree of arrays; the draw itself by default.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> moments = Moments()
+        >>> state = moments.init(jnp.array(0.0))
+        >>> for value in (1.0, 2.0, 4.5):
+        ...     state = moments.update(state, jnp.array(value))
+        >>> mean, variance = moments.result(state)
+        >>> float(mean), float(variance)
+        (2.5, 3.25)
+    """
+
+    statistic: Callable[[PyTree], PyTree] = eqx.field(static=True, default=lambda draw: draw)
+
+    def init(self, draw: PyTree) -> MomentsState:
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(self.statistic, draw))
+        return MomentsState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(self, state: MomentsState, draw: PyTree) -> MomentsState:
+        value = self.statistic(draw)
+        count = state.count + 1
+        mean = jax.tree.map(lambda m, v: m + (v - m) / count.astype(m.dtype), state.mean, value)
+        deviation = jax.tree.map(
+            lambda s, v, old, new: s + (v - old) * (v - new), state.deviation, value, state.mean, mean
+        )
+        return MomentsState(count, mean, deviation)
+
+    def result(self, state: MomentsState) -> tuple[PyTree, PyTree]:
+        """(mean, variance with n - 1)."""
+        return state.mean, jax.tree.map(lambda s: s / (state.count - 1), state.deviation)
+
+
+class SplitRHat:
+    """Split R-hat of all components, fed with batches of draws; keeps two numbers per component, chain and batch.
+
+    The chains are split at the batch nearest to their middle, so a drift within the chains is seen as well as a
+    difference between them. Runs on the host in float64.
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def update(self, draws: Float[np.ndarray, "c n d"]) -> None:
+        """Takes in a batch of n draws of d components from c chains."""
+        if draws.shape[1] > 0:
+            mean = draws.mean(axis=1, dtype=np.float64)
+            deviation = np.square(draws - mean[:, None]).sum(axis=1, dtype=np.float64)
+            self._batches.append((draws.shape[1], mean, deviation))
+
+    def value(self) -> Float[np.ndarray, " d"] | None:
+        """R-hat of every component, or None before two halves of at least two draws exist."""
+        counts = np.cumsum([count for count, _, _ in self._batches])
+        if len(counts) < 2:
+            return None
+        middle = 1 + int(np.argmin(np.abs(counts[:-1] - counts[-1] / 2)))
+        halves = [_merge(self._batches[:middle]), _merge(self._batches[middle:])]
+        if min(count for count, _, _ in halves) < 2:
+            return None
+        num = float(np.mean([count for count, _, _ in halves]))
+        means = np.concatenate([mean for _, mean, _ in halves])
+        within = np.concatenate([deviation / (count - 1) for count, _, deviation in halves]).mean(axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.sqrt((num - 1) / num + means.var(axis=0, ddof=1) / within)
+
+
+def _merge(batches: list[tuple[int, np.ndarray, np.ndarray]]) -> tuple[int, Any, Any]:
+    counts = np.array([count for count, _, _ in batches], np.float64)
+    means = np.stack([mean for _, mean, _ in batches])
+    mean = np.tensordot(counts, means, axes=1) / counts.sum()
+    between = np.tensordot(counts, np.square(means - mean), axes=1)
+    return int(counts.sum()), mean, sum(deviation for _, _, deviation in batches) + between

@@ -1,0 +1,167 @@
+"""Draws: what `sample` returns, with the bridges to ArviZ and to disk."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from bayesinf.target import Target
+
+if TYPE_CHECKING:  # slow to import, so imported where they are used
+    import pandas
+    import xarray
+
+__all__ = ["Draws"]
+
+# our names of statistics, where ArviZ's schema has another
+_ARVIZ_STATS = {"is_divergent": "diverging", "logdensity": "lp", "num_integration_steps": "n_steps"}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Draws:
+    """Draws of several chains.
+
+    Attributes:
+        samples: the collected values, a pytree of numpy arrays with leading axes (chain, draw).
+        stats: statistics of every draw by name, (chain, draw, ...): acceptance_rate, is_accepted, is_divergent,
+            num_gradients, logdensity, and what else the kernel reports.
+        final_state: the state of every chain after its last step; `final_state.position` continues the run.
+        tuned: what warm-up found, with a leading chain axis; None without adaptation.
+        reduced: results of the reducers, each with a leading chain axis.
+        status: "complete", "interrupted", or why the run failed.
+        seconds: wall time of "compile", "warmup" and "sampling".
+        target: the target, where the kernel has one; it gives names, observed data and pointwise log likelihood.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), step_size=0.5)
+        >>> draws = bi.sample(0, kernel, jnp.zeros((4, 2)), num_samples=100, progress=False)
+        >>> draws["x"].shape
+        (4, 100, 2)
+    """
+
+    samples: PyTree
+    stats: dict[str, np.ndarray]
+    final_state: Any = None
+    tuned: Any = None
+    reduced: tuple[Any, ...] = ()
+    status: str = "complete"
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    target: Target | None = None
+    attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def variables(self) -> dict[str, np.ndarray]:
+        """The samples by name: keys of nested dicts joined by dots; a bare array is called "x"."""
+        leaves = jax.tree_util.tree_leaves_with_path(self.samples)
+        return {".".join(map(_key_name, path)) or "x": leaf for path, leaf in leaves}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        variables = self.variables
+        if name not in variables:
+            raise KeyError(f"no variable {name!r}; there are {sorted(variables)}")
+        return variables[name]
+
+    @property
+    def num_chains(self) -> int:
+        return self.stats["acceptance_rate"].shape[0]
+
+    @property
+    def num_samples(self) -> int:
+        """Draws a chain."""
+        return self.stats["acceptance_rate"].shape[1]
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}{list(leaf.shape[2:]) or ''}" for name, leaf in self.variables.items())
+        divergent = int(np.sum(self.stats["is_divergent"]))
+        return (
+            f"Draws({self.num_chains} chains x {self.num_samples} draws of {shapes}; {self.status}; "
+            f"acceptance {np.mean(self.stats['acceptance_rate']):.2f}, {divergent} divergent)"
+        )
+
+    def to_arviz(self, *, log_likelihood: bool = True) -> "xarray.DataTree":
+        """The draws as an xarray.DataTree in ArviZ's schema, read by arviz 1.x as it is.
+
+        For arviz 0.23 wrap it: `arviz.InferenceData.from_datatree(tree)`.
+
+        Args:
+            log_likelihood: compute the pointwise log likelihood, where the target is a NumPyro model whose sites the
+                samples hold.
+
+        Returns:
+            Groups posterior, sample_stats, and observed_data and log_likelihood where they are known.
+        """
+        import arviz_base
+
+        groups: dict[str, Mapping[str, Any]] = {
+            "posterior": self.variables,
+            "sample_stats": {_ARVIZ_STATS.get(name, name): value for name, value in self.stats.items()},
+        }
+        if self.tuned is not None:
+            step_size = np.broadcast_to(np.asarray(self.tuned.step_size)[:, None], self.stats["is_accepted"].shape)
+            groups["sample_stats"] = {**groups["sample_stats"], "step_size": step_size}
+        model = self.target.model if self.target is not None else None
+        if model is not None and self.target is not None:
+            observed = model.observed(self.target.data)
+            if observed:
+                groups["observed_data"] = observed
+            has_sites = set(model.template(self.target.data)) <= set(self.variables)
+            if observed and log_likelihood and has_sites:
+                groups["log_likelihood"] = jax.tree.map(
+                    np.asarray, _log_likelihood(self.target, {name: self[name] for name in self.variables})
+                )
+        dims = self.target.dims if self.target is not None else {}
+        coords = self.target.coords if self.target is not None else {}
+        return arviz_base.from_dict(
+            groups, dims=dims, coords=coords, attrs={"posterior": self.attrs}, check_conventions=False
+        )
+
+    def summary(self, var_names: list[str] | None = None) -> "pandas.DataFrame":
+        """Mean, sd, 94% highest-density interval, bulk and tail ESS, rank-normalised split R-hat and the MCSE.
+
+        Args:
+            var_names: which variables; all by default.
+        """
+        import arviz_stats
+
+        tree = self.to_arviz(log_likelihood=False)
+        return arviz_stats.summary(
+            tree, var_names=var_names, kind="all", ci_kind="hdi", ci_prob=0.94, round_to="none"
+        ).rename(columns={"hdi94_lb": "hdi_3%", "hdi94_ub": "hdi_97%"})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes everything `to_arviz` gives as netCDF, which xarray and both lines of arviz read."""
+        self.to_arviz().to_netcdf(path, engine="h5netcdf")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> "Draws":
+        """Reads what `save` wrote; samples come back as a flat dict by name."""
+        import xarray
+
+        ours = {theirs: name for name, theirs in _ARVIZ_STATS.items()}
+        with xarray.open_datatree(path, engine="h5netcdf") as tree:
+            posterior = {str(name): value.to_numpy() for name, value in tree["posterior"].data_vars.items()}
+            stats = {ours.get(str(name), str(name)): v.to_numpy() for name, v in tree["sample_stats"].data_vars.items()}
+            attrs = dict(tree["posterior"].attrs)
+        return Draws(posterior, stats, attrs=attrs, status=attrs.get("status", "complete"))
+
+
+def _key_name(entry: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(entry, attribute):
+            return str(getattr(entry, attribute))
+    return str(entry)
+
+
+@eqx.filter_jit
+def _log_likelihood(target: Target, values: dict[str, Any]) -> dict[str, Any]:
+    assert target.model is not None
+    pointwise = target.model.log_likelihood
+    # one chain at a time: the result is as large as the draws times the data
+    return jax.lax.map(jax.vmap(lambda draw: pointwise(draw, target.data)), values)

@@ -1,0 +1,194 @@
+"""The compiled loop of `sample`, and how a chunk of it is carried out over the chains.
+
+One function advances one chain by `num_draws` draws that are `thin` steps apart, beginning at an absolute step; all
+three are arguments, so warm-up, sampling and the last short chunk share one executable. It is vmapped over the chains,
+or called for each of them on a thread of its own.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Key, PyTree
+
+from bayesinf import adaptation
+from bayesinf.kernel import Kernel, select
+
+__all__ = ["Chain", "Collect", "Plan", "Runner", "start"]
+
+
+class Collect(eqx.Module):
+    """What is kept of a state."""
+
+    collect: Callable[[Any], PyTree] | None
+    constrain: Callable[[PyTree], PyTree] | None
+
+    def __call__(self, state: Any) -> PyTree:
+        value = state.position if self.collect is None else self.collect(state)
+        return value if self.constrain is None else self.constrain(value)
+
+
+class Plan(NamedTuple):
+    """What a run does; a pytree, and the same for every chain."""
+
+    kernel: Any
+    warmup: adaptation.Warmup | None
+    collect: Collect
+    reducers: tuple[Any, ...]
+
+
+class Chain(NamedTuple):
+    """The carry of a chain."""
+
+    key: Key[Array, "..."]
+    state: Any
+    tuned: adaptation.Tuned | None
+    reduced: tuple[Any, ...]
+
+
+def _step(plan: Plan, chain: Chain, t: Int[Array, ""], num_warmup: Int[Array, ""]) -> tuple[Chain, dict[str, Array]]:
+    """Step number t of one chain, and its statistics."""
+    kernel = plan.kernel if plan.warmup is None else plan.warmup.apply(plan.kernel, chain.tuned)
+    state, info = kernel.step(jax.random.fold_in(chain.key, t), chain.state)
+    tuned = chain.tuned
+    if plan.warmup is not None:
+        tuned = select(t < num_warmup, plan.warmup.update(tuned, t, state.position, info), tuned)
+    return chain._replace(state=state, tuned=tuned), _statistics(kernel, state, info)
+
+
+def _advance(
+    plan: Plan,
+    shapes: Any,
+    capacity: int,
+    chain: Chain,
+    start: Int[Array, ""],
+    num_draws: Int[Array, ""],
+    thin: Int[Array, ""],
+    num_warmup: Int[Array, ""],
+) -> tuple[Chain, Any]:
+    """`num_draws` <= capacity draws of one chain, `thin` steps apart, after absolute step `start`.
+
+    Returns the chain and buffers of (value, statistics) of length capacity, filled up to num_draws.
+    """
+
+    def draw(chain: Chain, t: Int[Array, ""]) -> tuple[Chain, Any]:
+        def one_step(i, carry):
+            chain, total = carry
+            chain, stats = _step(plan, chain, t + i, num_warmup)
+            return chain, _accumulate(total, stats)
+
+        chain, stats = jax.lax.fori_loop(0, thin, one_step, (chain, _zeros(shapes[1])))
+        stats["acceptance_rate"] /= thin
+        value = plan.collect(chain.state)
+        reduced = tuple(
+            select(t >= num_warmup, reducer.update(state, value), state)
+            for reducer, state in zip(plan.reducers, chain.reduced, strict=True)
+        )
+        return chain._replace(reduced=reduced), (value, stats)
+
+    def body(i, carry):
+        chain, buffers = carry
+        chain, kept = draw(chain, start + i * thin)
+        return chain, jax.tree.map(lambda buffer, leaf: buffer.at[i].set(leaf), buffers, kept)
+
+    return jax.lax.fori_loop(0, num_draws, body, (chain, _zeros(shapes, capacity)))
+
+
+def _zeros(shapes: Any, *leading: int) -> Any:
+    return jax.tree.map(lambda leaf: jnp.zeros((*leading, *leaf.shape), leaf.dtype), shapes)
+
+
+_advance_one = eqx.filter_jit(_advance)
+
+
+@eqx.filter_jit
+def _advance_all(plan: Plan, shapes: Any, capacity: int, chains: Chain, *numbers: Array) -> tuple[Chain, Any]:
+    return jax.vmap(lambda chain: _advance(plan, shapes, capacity, chain, *numbers))(chains)
+
+
+@jax.jit
+def _chain(chains: Chain, index: Int[Array, ""]) -> Chain:
+    return jax.tree.map(lambda leaf: leaf[index], chains)
+
+
+@eqx.filter_jit
+def start(plan: Plan, key: Key[Array, ""], initial: PyTree) -> tuple[Chain, Any]:
+    """Every chain before its first step, and the shapes of one draw and its statistics."""
+
+    def begin(key, position):
+        state = plan.kernel.init(position)
+        tuned = None if plan.warmup is None else plan.warmup.init(plan.kernel, position)
+        value = jax.eval_shape(plan.collect, state)
+        return Chain(key, state, tuned, tuple(reducer.init(value) for reducer in plan.reducers))
+
+    num_chains = jax.tree.leaves(initial)[0].shape[0]
+    keys = jax.vmap(lambda c: jax.random.fold_in(key, c))(jnp.arange(num_chains))
+    chains = jax.vmap(begin)(keys, initial)
+    one = jax.tree.map(lambda leaf: leaf[0], chains)
+    zero = jnp.zeros((), jnp.int32)
+    shapes = jax.eval_shape(lambda c: (plan.collect(c.state), _step(plan, c, zero, zero)[1]), one)
+    return chains, shapes
+
+
+def _statistics(kernel: Any, state: Any, info: Any) -> dict[str, Array]:
+    """The fields of an info that are kept with each draw; other libraries' infos are cut down to their scalars."""
+    fields = dict(info._asdict()) if hasattr(info, "_asdict") else {}
+    is_ours = isinstance(kernel, Kernel)
+    stats = {
+        name: jax.tree.map(jnp.asarray, value)
+        for name, value in fields.items()
+        if jax.tree.leaves(value) and (is_ours or jnp.ndim(jax.tree.leaves(value)[0]) == 0)
+    }
+    if hasattr(state, "evaluation"):
+        stats["logdensity"] = state.evaluation.logdensity
+    defaults = {"acceptance_rate": 1.0, "is_accepted": True, "is_divergent": False, "num_gradients": 0}
+    return {**{name: jnp.asarray(value) for name, value in defaults.items()}, **stats}
+
+
+def _accumulate(total: dict[str, Array], stats: dict[str, Array]) -> dict[str, Array]:
+    """Statistics of the steps between two draws: sums, any, and the last value for the rest."""
+    merged = {**stats}
+    for name in ("acceptance_rate", "num_gradients"):
+        merged[name] = (total[name] + stats[name]).astype(total[name].dtype)
+    for name in ("is_accepted", "is_divergent"):
+        merged[name] = total[name] | stats[name]
+    return merged
+
+
+class Runner(NamedTuple):
+    """How a chunk is carried out over the chains."""
+
+    plan: Plan
+    shapes: Any
+    capacity: int
+    method: str
+    num_warmup: Int[Array, ""]
+
+    def advance(self, chains: Chain, start: int, num_draws: int, thin: int) -> tuple[Chain, Any]:
+        """The chains after a chunk, and its draws and statistics on the host, (chain, draw, ...)."""
+        numbers = (*(jnp.asarray(number, jnp.int32) for number in (start, num_draws, thin)), self.num_warmup)
+
+        if self.method == "vectorized":
+            chains, chunk = _advance_all(self.plan, self.shapes, self.capacity, chains, *numbers)
+            return jax.block_until_ready(chains), jax.tree.map(
+                lambda leaf: np.asarray(leaf)[:, :num_draws].copy(), chunk
+            )
+
+        def one(chain):
+            return jax.block_until_ready(_advance_one(self.plan, self.shapes, self.capacity, chain, *numbers))
+
+        num_chains = chains.key.shape[0]
+        each = [_chain(chains, jnp.asarray(c)) for c in range(num_chains)]
+        num_threads = min(num_chains, os.cpu_count() or 1) if self.method == "parallel" and num_draws else 1
+        with ThreadPoolExecutor(num_threads) as pool:
+            done = list(pool.map(one, each))
+        chains = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[chain for chain, _ in done])
+        chunk = jax.tree.map(
+            lambda *leaves: np.stack([np.asarray(leaf)[:num_draws] for leaf in leaves]), *[c for _, c in done]
+        )
+        return chains, chunk

@@ -1,0 +1,317 @@
+"""`sample`: runs any kernel over several chains, in chunks of one compiled loop.
+
+The host sees the run between chunks only: it moves draws off the device, updates the bar, writes the checkpoint, and
+honours Ctrl-C. The loop is compiled once; how many steps it takes, which of them are warm-up, and how far they are
+apart are arguments. Chain c takes step t with the key fold_in(fold_in(key, c), t), so that a resumed or differently
+chunked run is bitwise the run that it continues.
+"""
+
+import dataclasses
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from bayesinf import adaptation, errors
+from bayesinf.checkpoint import Checkpoint, fingerprint
+from bayesinf.diagnostics import SplitRHat
+from bayesinf.draws import Draws
+from bayesinf.kernel import is_finite
+from bayesinf.loop import Chain, Collect, Plan, Runner, start
+from bayesinf.progress import Progress
+from bayesinf.target import Target
+
+__all__ = ["sample"]
+
+_SECONDS_PER_CHUNK = 0.5
+_MAX_CHUNK = 1_000
+_MAX_BYTES = 256 * 2**20  # of draws on the device
+
+
+def sample(
+    key: errors.KeyLike,
+    kernel: Any,
+    initial: PyTree,
+    *,
+    num_samples: int,
+    num_warmup: int = 0,
+    thin: int = 1,
+    constrain: Callable[[PyTree], PyTree] | None = None,
+    warmup: adaptation.Warmup | None = None,
+    collect: Callable[[Any], PyTree] | None = None,
+    reducers: Sequence[Any] = (),
+    chunk_size: int | None = None,
+    progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    chain_method: str = "auto",
+    throw: bool = True,
+) -> Draws:
+    """Runs `kernel` from `initial` and returns the draws of all chains.
+
+    Args:
+        key: PRNG key or integer seed.
+        kernel: anything with `init(position)` and `step(key, state) -> (state, info)`; ours are pytrees, so that a run
+            with new data or another step size of the same shape compiles nothing.
+        initial: starting positions, a pytree whose leaves have a leading axis of chains; `target.init` makes one.
+        num_samples: draws kept of each chain.
+        num_warmup: steps taken first and discarded, while step size and metric are tuned if the kernel has a target
+            acceptance rate.
+        thin: steps between kept draws.
+        constrain: maps each collected value before it is kept. By default the kernel's or its target's own `constrain`
+            where the position is collected.
+        warmup: how to tune; by default what suits the kernel (`adaptation.default_warmup`).
+        collect: what of a state is kept; the position by default. Return None to keep nothing, with `reducers`.
+        reducers: streaming expectations, such as `diagnostics.Moments()`, of the collected values.
+        chunk_size: draws between two looks of the host; by default about half a second of them.
+        progress: show a bar with acceptance rate, steps per second, R-hat and remaining time.
+        checkpoint: a folder; an unfinished run found there is continued, bitwise.
+        mesh: devices over which chains are spread, along the mesh's first axis.
+        chain_method: "vectorized", "parallel" (one thread a chain), "sequential"; "auto" is vectorized, but parallel
+            on a CPU for kernels that say they are sequential.
+        throw: raise if the run has failed; otherwise return what there is with its `status`.
+
+    Returns:
+        `Draws`. After Ctrl-C, those drawn until then, with status "interrupted".
+
+    Raises:
+        ValueError: bad arguments, named.
+        InitializationError: a starting point has a non-finite log density or gradient.
+        SamplingError: a chain diverged at every step of a chunk, never moved, or produced draws that are not finite;
+            `error.draws` holds what there is.
+        CheckpointError: the checkpoint is damaged or of another run.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), step_size=0.5)
+        >>> draws = bi.sample(0, kernel, jnp.zeros((4, 2)), num_samples=500, num_warmup=500, progress=False)
+        >>> draws.num_chains, draws.num_samples
+        (4, 500)
+    """
+    key = errors.as_key(key)
+    for name, value, minimum in (("num_samples", num_samples, 0), ("num_warmup", num_warmup, 0), ("thin", thin, 1)):
+        errors.check_count(name, value, minimum=minimum)
+    if chunk_size is not None:
+        errors.check_count("chunk_size", chunk_size)
+    errors.check_choice("chain_method", chain_method, ("auto", "vectorized", "parallel", "sequential"))
+    if not (hasattr(kernel, "init") and hasattr(kernel, "step")):
+        raise ValueError(f"kernel must have init(position) and step(key, state), got {type(kernel).__name__}")
+    initial = _check_initial(initial)
+
+    if warmup is None:
+        warmup = adaptation.default_warmup(kernel, num_warmup)
+    if constrain is None and collect is None:
+        owner = kernel if hasattr(kernel, "constrain") else getattr(kernel, "target", None)
+        constrain = getattr(owner, "constrain", None)
+    plan = Plan(kernel, warmup, Collect(collect, constrain), tuple(reducers))
+
+    started = time.perf_counter()
+    chains, shapes = start(plan, key, initial)
+    if throw:
+        _check_start(kernel, chains.state)
+    if mesh is not None:
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
+        chains = jax.device_put(chains, sharding)
+
+    capacity = _capacity(shapes, chains.key.shape[0], chunk_size)
+    runner = Runner(plan, shapes, capacity, _resolve(chain_method, kernel), jnp.asarray(num_warmup, jnp.int32))
+    run = _Run(chains, shapes, Progress(num_warmup + num_samples * thin, is_shown=progress))
+    store = None
+    if checkpoint is not None:
+        store = Checkpoint(checkpoint, fingerprint(kernel, warmup, initial, key, (num_warmup, thin)))
+        run.resume(store, num_samples)
+
+    try:
+        runner.advance(run.chains, 0, 0, 1)
+        run.seconds["compile"] = time.perf_counter() - started
+        while run.step < num_warmup + num_samples * thin and run.failure is None:
+            is_warmup = run.step < num_warmup
+            every = 1 if is_warmup else thin
+            left = num_warmup - run.step if is_warmup else num_samples - run.num_draws
+            num = min(left, capacity if chunk_size else run.pace(every, capacity))
+            clock = time.perf_counter()
+            chains, chunk = runner.advance(run.chains, run.step, num, every)
+            run.take(chains, chunk, num, every, is_warmup=is_warmup, seconds=time.perf_counter() - clock)
+            if store is not None:
+                store.save(run.chains, run.standing(), None if is_warmup else _flatten(chunk))
+    except KeyboardInterrupt:
+        run.failure = "interrupted"
+    finally:
+        run.progress.close()
+    return _finish(run, plan, thin=thin, throw=throw)
+
+
+class _Run:
+    """Where a run stands, on the host."""
+
+    def __init__(self, chains: Chain, shapes: Any, progress: Progress):
+        self.chains = chains
+        self._shapes = shapes
+        self.progress = progress
+        self.step = 0
+        self.num_draws = 0
+        self.chunks: list[Any] = []
+        self.failure: str | None = None
+        self.seconds = {"compile": 0.0, "warmup": 0.0, "sampling": 0.0}
+        self._r_hat = SplitRHat()
+        self._speed = 0.0  # steps a second
+
+    def pace(self, every: int, capacity: int) -> int:
+        """Draws that take about as long as a chunk should."""
+        return int(np.clip(self._speed * _SECONDS_PER_CHUNK / every, 2, capacity))
+
+    def take(self, chains: Chain, chunk: Any, num: int, every: int, *, is_warmup: bool, seconds: float) -> None:
+        """Takes in a finished chunk."""
+        self.chains = chains
+        self.step += num * every
+        self._speed = num * every / max(seconds, 1e-6)
+        self.seconds["warmup" if is_warmup else "sampling"] += seconds
+        if not is_warmup:
+            self._keep(chunk, num)
+        self.progress.update(num * every, "warm-up" if is_warmup else "sampling", chunk[1], self._r_hat.value())
+        is_lost = np.all(chunk[1]["is_divergent"], axis=1)
+        if num >= 100 and not is_warmup and np.any(is_lost):
+            self.failure = f"chains {np.flatnonzero(is_lost).tolist()} diverged at every one of {num} draws in a row"
+
+    def _keep(self, chunk: Any, num: int) -> None:
+        self.num_draws += num
+        self.chunks.append(chunk)
+        leaves = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(chunk[0])]
+        if leaves:
+            self._r_hat.update(np.concatenate(leaves, axis=2))
+
+    def standing(self) -> dict[str, int]:
+        return {"step": self.step, "num_draws": self.num_draws}
+
+    def resume(self, store: Checkpoint, num_samples: int) -> None:
+        """Continues from a checkpoint, if there is one."""
+        found = store.load(self.chains)
+        if found is None:
+            return
+        self.chains, standing, chunks = found
+        if standing["num_draws"] > num_samples:
+            raise errors.CheckpointError(
+                f"the checkpoint holds {standing['num_draws']} draws, more than num_samples={num_samples}"
+            )
+        self.step = standing["step"]
+        self.progress.update(self.step, "resumed", None, None)
+        treedef = jax.tree.structure(self._shapes)
+        for arrays in chunks:
+            chunk = jax.tree.unflatten(treedef, [arrays[f"leaf-{i}"] for i in range(treedef.num_leaves)])
+            self._keep(chunk, chunk[1]["is_accepted"].shape[1])
+
+    def result(self, plan: Plan) -> Draws:
+        """What has been drawn until now."""
+        if self.chunks:
+            samples, stats = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *self.chunks)
+        else:
+            num_chains = self.chains.key.shape[0]
+            samples, stats = jax.tree.map(lambda x: np.zeros((num_chains, 0, *x.shape), x.dtype), self._shapes)
+        reduced = tuple(
+            jax.vmap(reducer.result)(state) for reducer, state in zip(plan.reducers, self.chains.reduced, strict=True)
+        )
+        target = getattr(plan.kernel, "target", None)
+        return Draws(
+            samples,
+            stats,
+            final_state=self.chains.state,
+            tuned=self.chains.tuned,
+            reduced=reduced,
+            status=self.failure or "complete",
+            seconds=self.seconds,
+            target=target if isinstance(target, Target) else None,
+        )
+
+
+def _check_initial(initial: PyTree) -> PyTree:
+    errors.check_floating("initial", initial)
+    initial = jax.tree.map(jnp.asarray, initial)
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(initial)}
+    if len(sizes) != 1 or None in sizes:
+        shapes = jax.tree.map(jnp.shape, initial)
+        raise ValueError(f"initial must have one leading axis of chains in every leaf, got shapes {shapes}")
+    if sizes == {0}:
+        raise ValueError("initial must hold at least one chain, got a leading axis of length 0")
+    return initial
+
+
+def _check_start(kernel: Any, state: Any) -> None:
+    if hasattr(state, "evaluation"):
+        is_ok = np.asarray(jax.vmap(is_finite)(state.evaluation))
+    else:
+        finite = [jnp.all(jnp.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in _leaves(state.position)]
+        is_ok = np.all(np.asarray(finite), axis=0)
+    if np.all(is_ok):
+        return
+    chain = int(np.flatnonzero(~is_ok)[0])
+    position = jax.tree.map(lambda leaf: leaf[chain], state.position)
+    target = getattr(kernel, "target", None)
+    why = target.explain(position) if isinstance(target, Target) else "The position is not finite."
+    raise errors.InitializationError(
+        f"initial: chain {chain} starts where the log density or its gradient is not finite. {why} "
+        "Start elsewhere, for example at target.init(key, num_chains)."
+    )
+
+
+def _finish(run: _Run, plan: Plan, *, thin: int, throw: bool) -> Draws:
+    """The draws, after the checks that decide whether they may be trusted."""
+    draws = run.result(plan)
+    num_steps = draws.num_samples * thin
+    if draws.status == "complete" and num_steps:
+        is_bad = [~np.all(np.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in _leaves(draws.samples)]
+        is_stuck = ~np.any(draws.stats["is_accepted"], axis=1)
+        if np.any(is_bad):
+            chains = np.flatnonzero(np.any(is_bad, axis=0)).tolist()
+            run.failure = f"draws of chains {chains} are not finite"
+        elif num_steps >= 100 and np.any(is_stuck):
+            run.failure = f"chains {np.flatnonzero(is_stuck).tolist()} never moved in {num_steps} steps"
+        draws = dataclasses.replace(draws, status=run.failure or "complete")
+    if draws.status not in ("complete", "interrupted"):
+        if throw:
+            raise errors.SamplingError(
+                f"sampling failed: {draws.status}. Try a smaller step_size or more num_warmup, and look at the model "
+                "there; the draws until then are in error.draws, and throw=False returns them.",
+                draws,
+            )
+        return draws
+    num_divergent = int(np.sum(draws.stats["is_divergent"]))
+    if num_divergent:
+        share = np.mean(draws.stats["is_divergent"])
+        warnings.warn(
+            f"{num_divergent} draws ({share:.1%}) met a log density or gradient that is not finite, or a divergent "
+            "trajectory; the moves were undone, and the region behind them may be missing from the draws",
+            errors.SamplingWarning,
+            stacklevel=3,
+        )
+    return draws
+
+
+def _leaves(tree: PyTree) -> list[Any]:
+    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def _flatten(chunk: Any) -> dict[str, np.ndarray]:
+    return {f"leaf-{i}": leaf for i, leaf in enumerate(jax.tree.leaves(chunk))}
+
+
+def _capacity(shapes: Any, num_chains: int, chunk_size: int | None) -> int:
+    """Draws that a chunk may hold; the same for every num_samples, so that another one compiles nothing."""
+    if chunk_size is not None:
+        return chunk_size
+    bytes_per_draw = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)) * num_chains
+    return int(np.clip(_MAX_BYTES // max(bytes_per_draw, 1), 1, _MAX_CHUNK))
+
+
+def _resolve(chain_method: str, kernel: Any) -> str:
+    if chain_method != "auto":
+        return chain_method
+    # vectorised branches and loops run to the slowest chain, and gathers do not vectorise, on a CPU
+    is_sequential = getattr(kernel, "is_sequential", False) and jax.default_backend() == "cpu"
+    return "parallel" if is_sequential else "vectorized"

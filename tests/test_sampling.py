@@ -1,0 +1,290 @@
+"""The driver: what it keeps, how it resumes, what it says when a run fails."""
+
+import _thread
+import threading
+import warnings
+
+import blackjax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bayesinf as bi
+from bayesinf.diagnostics import Moments
+from bayesinf.errors import CheckpointError, InitializationError, SamplingError, SamplingWarning
+
+
+def skewed(x):
+    """Log of a gamma(3) variable and a normal whose mean depends on it: asymmetric and correlated."""
+    return 3.0 * x["a"] - jnp.exp(x["a"]) - 0.5 * jnp.sum((x["b"] - x["a"]) ** 2)
+
+
+TARGET = bi.Target(skewed)
+KERNEL = bi.kernels.MALA(TARGET, step_size=0.3)
+INITIAL = {"a": jnp.array([0.0, 0.5, 1.0]), "b": jnp.zeros((3, 2))}
+
+
+def run(**options):
+    options = {"num_samples": 50, "num_warmup": 30, "progress": False, **options}
+    return bi.sample(7, options.pop("kernel", KERNEL), options.pop("initial", INITIAL), **options)
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return run()
+
+
+def test_shapes_and_statistics(whole):
+    assert whole["a"].shape == (3, 50)
+    assert whole["b"].shape == (3, 50, 2)
+    assert whole.stats["acceptance_rate"].shape == (3, 50)
+    assert whole.stats["num_gradients"].sum() == 150
+    assert whole.status == "complete"
+    assert np.allclose(
+        whole.stats["logdensity"][1, 3], skewed({"a": whole["a"][1, 3], "b": whole["b"][1, 3]}), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 50, 64])
+def test_chunks_do_not_change_the_draws(whole, chunk_size):
+    assert same(whole.samples, run(chunk_size=chunk_size).samples)
+
+
+def test_thinning_keeps_every_third_draw():
+    assert same(run(num_samples=10, thin=3)["b"], run(num_samples=30)["b"][:, 2::3])
+
+
+def test_statistics_of_thinned_draws_cover_all_steps():
+    thinned, every = run(num_samples=10, thin=3), run(num_samples=30)
+    assert np.array_equal(thinned.stats["num_gradients"], np.full((3, 10), 3))
+    expected = every.stats["acceptance_rate"].reshape(3, 10, 3).mean(axis=2)
+    assert np.allclose(thinned.stats["acceptance_rate"], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("chain_method", ["parallel", "sequential"])
+def test_chain_methods_agree_to_rounding(whole, chain_method):
+    draws = run(chain_method=chain_method, num_warmup=0, num_samples=5)
+    assert np.allclose(draws["b"], run(num_warmup=0, num_samples=5)["b"], atol=1e-5)
+
+
+def test_chains_do_not_depend_on_how_many_there_are():
+    one = run(initial=jax.tree.map(lambda leaf: leaf[:1], INITIAL), num_warmup=0, num_samples=5)
+    assert np.allclose(one["b"][0], run(num_warmup=0, num_samples=5)["b"][0], atol=1e-5)
+
+
+def test_new_data_and_step_size_compile_nothing():
+    traces = []
+
+    def logdensity(x, data):
+        traces.append(None)
+        return -0.5 * jnp.sum((x - data) ** 2)
+
+    def go(data, step_size, num_samples):
+        kernel = bi.kernels.MALA(bi.Target(logdensity, data), step_size)
+        return bi.sample(0, kernel, jnp.zeros((2, 3)), num_samples=num_samples, num_warmup=10, progress=False)
+
+    go(jnp.zeros(3), 0.1, 20)
+    num_traces = len(traces)
+    go(jnp.ones(3), 0.2, 35)
+    assert len(traces) == num_traces
+
+
+def test_warmup_reaches_the_target_acceptance():
+    draws = run(num_warmup=1_000, num_samples=1_000)
+    # the averaged iterate of dual averaging is within a few hundredths after 1000 steps
+    assert np.all(np.abs(draws.stats["acceptance_rate"].mean(axis=1) - 0.574) < 0.08)
+    assert np.all(np.asarray(draws.tuned.step_size) != 0.3)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, num_chunks, error):
+    """Makes the run fail with `error` when its chunk number `num_chunks` has been computed but not taken in."""
+    from bayesinf.sampling import _Run
+
+    take, seen = _Run.take, []
+
+    def counted(self, *args, **kwargs):
+        seen.append(None)
+        if len(seen) > num_chunks:
+            raise error
+        return take(self, *args, **kwargs)
+
+    monkeypatch.setattr(_Run, "take", counted)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 4, 7])
+def test_resume_is_bitwise(tmp_path, monkeypatch, whole, num_chunks):
+    with monkeypatch.context() as patch:
+        stop_after(patch, num_chunks, Stop())
+        with pytest.raises(Stop):
+            run(checkpoint=tmp_path, chunk_size=10)
+    resumed = run(checkpoint=tmp_path, chunk_size=13)
+    assert same(whole.samples, resumed.samples)
+    assert same(whole.stats, resumed.stats)
+    assert same(whole.final_state, resumed.final_state)
+
+
+def test_a_finished_run_is_extended(tmp_path):
+    run(checkpoint=tmp_path, num_samples=20)
+    assert same(run(checkpoint=tmp_path, num_samples=50).samples, run().samples)
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path):
+    run(checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="another run"):
+        run(checkpoint=tmp_path, kernel=bi.kernels.MALA(TARGET, step_size=0.31))
+    with pytest.raises(CheckpointError, match="more than num_samples"):
+        run(checkpoint=tmp_path, num_samples=10)
+
+
+def test_damaged_checkpoint_is_named(tmp_path):
+    run(checkpoint=tmp_path)
+    (tmp_path / "state.npz").write_bytes(b"PK\x03\x04 truncated")
+    with pytest.raises(CheckpointError, match=r"state\.npz"):
+        run(checkpoint=tmp_path)
+
+
+def test_interrupt_returns_what_exists(monkeypatch, whole):
+    stop_after(monkeypatch, 5, KeyboardInterrupt())
+    draws = run(chunk_size=10)  # three chunks of warm-up, two of draws
+    assert draws.status == "interrupted"
+    assert same(draws["b"], whole["b"][:, :20])
+
+
+def test_a_real_signal_interrupts():
+    timer = threading.Timer(2.0, _thread.interrupt_main)
+    timer.start()
+    draws = run(num_samples=50_000_000)
+    timer.cancel()
+    assert draws.status == "interrupted"
+    assert 0 < draws.num_samples < 50_000_000
+
+
+def test_reducers_without_draws(whole):
+    draws = run(collect=lambda state: state.position, reducers=(Moments(),))
+    mean, variance = draws.reduced[0]
+    assert np.allclose(mean["b"], draws["b"].mean(axis=1), atol=1e-5)
+    assert np.allclose(variance["b"], draws["b"].var(axis=1, ddof=1), rtol=1e-4)
+    nothing = run(collect=lambda state: None)
+    assert nothing.variables == {}
+    assert nothing.num_samples == 50
+
+
+def test_mesh_gives_the_same_draws(whole):
+    mesh = jax.make_mesh((1,), ("chains",), axis_types=(jax.sharding.AxisType.Auto,))
+    assert same(whole.samples, run(mesh=mesh).samples)
+
+
+def test_blackjax_kernels_run_here():
+    algorithm = blackjax.rmh(lambda x: -0.5 * jnp.sum(x**2), blackjax.mcmc.random_walk.normal(jnp.ones(2)))
+    draws = bi.sample(0, algorithm, jnp.zeros((2, 2)), num_samples=200, progress=False)
+    assert draws["x"].shape == (2, 200, 2)
+    assert 0.2 < draws.stats["acceptance_rate"].mean() < 0.9
+
+
+def test_progress_shows_phase_acceptance_and_r_hat(capsys):
+    run(progress=True, chunk_size=20)
+    shown = capsys.readouterr().err
+    assert "acceptance=" in shown
+    assert "R-hat=" in shown
+    assert "step/s" in shown
+
+
+# what is refused before the run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_samples": -1}, "num_samples must be at least 0"),
+        ({"num_samples": 2.5}, "num_samples must be a whole number"),
+        ({"num_warmup": -1}, "num_warmup"),
+        ({"thin": 0}, "thin must be at least 1"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"chain_method": "pmap"}, "chain_method must be one of 'auto', 'vectorized'"),
+        ({"kernel": object()}, "kernel must have init"),
+        ({"initial": {"a": jnp.zeros(3), "b": jnp.zeros((2, 2))}}, "initial must have one leading axis of chains"),
+        ({"initial": {"a": jnp.zeros(()), "b": jnp.zeros(2)}}, "initial must have one leading axis of chains"),
+        ({"initial": {"a": jnp.zeros(0), "b": jnp.zeros((0, 2))}}, "at least one chain"),
+        ({"initial": {"a": jnp.zeros(3, int), "b": jnp.zeros((3, 2))}}, r"initial\['a'\] must be floating point"),
+        ({"initial": {}}, "initial must hold at least one array"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+@pytest.mark.parametrize("key", [0.5, -1, 2**32, "0", None, True])
+@pytest.mark.usefixtures("unchecked")
+def test_bad_keys_are_named(key):
+    with pytest.raises(ValueError, match="key"):
+        bi.sample(key, KERNEL, INITIAL, num_samples=1, progress=False)
+
+
+def test_all_forms_of_a_key_agree():
+    typed = bi.sample(jax.random.key(7), KERNEL, INITIAL, num_samples=5, progress=False)
+    raw = bi.sample(jax.random.PRNGKey(7), KERNEL, INITIAL, num_samples=5, progress=False)
+    assert same(typed.samples, raw.samples)
+    assert same(typed.samples, run(num_warmup=0, num_samples=5).samples)
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_bad_starting_point_is_named(value):
+    with pytest.raises(InitializationError, match="chain 1 starts where"):
+        run(initial={**INITIAL, "a": jnp.array([0.0, value, 1.0])})
+
+
+# what is counted inside and raised once
+
+
+def broken_beyond(x):
+    """A standard normal whose log density is NaN beyond 1.5."""
+    return jnp.where(jnp.all(x < 1.5), -0.5 * jnp.sum(x**2), jnp.nan)
+
+
+def test_divergences_warn_once_with_their_share():
+    kernel = bi.kernels.MALA(bi.Target(broken_beyond), step_size=0.5)
+    with pytest.warns(SamplingWarning, match=r"draws \(.*%\) met") as caught:
+        draws = bi.sample(0, kernel, jnp.zeros((2, 1)), num_samples=300, progress=False)
+    assert len(caught) == 1
+    assert np.all(np.isfinite(draws["x"]))
+    assert np.all(draws["x"] < 1.5)
+
+
+def test_a_lost_chain_raises_with_the_draws_attached():
+    """Every move of the second chain fails; the first is fine."""
+    target = bi.Target(lambda x: jnp.where((x[0] == 50.0) | (x[0] < 10.0), -0.5 * jnp.sum((x / 10.0) ** 2), jnp.nan))
+    kernel = bi.kernels.MALA(target, step_size=0.01)
+    initial = jnp.array([[0.0], [50.0]])
+    with pytest.raises(SamplingError, match=r"chains \[1\] diverged at every one") as caught:
+        bi.sample(0, kernel, initial, num_samples=500, chunk_size=200, progress=False)
+    assert caught.value.draws.num_samples == 200
+    quiet = bi.sample(0, kernel, initial, num_samples=500, chunk_size=200, progress=False, throw=False)
+    assert "diverged" in quiet.status
+
+
+def test_a_stuck_chain_raises():
+    target = bi.Target(lambda x: jnp.where(x[0] == 50.0, 0.0, -jnp.inf))
+    with pytest.raises(SamplingError, match="never moved"):
+        bi.sample(0, bi.kernels.MALA(target, 0.01), jnp.array([[50.0]]), num_samples=200, progress=False)
+
+
+def test_no_samples_is_an_answer():
+    draws = run(num_samples=0)
+    assert draws["b"].shape == (3, 0, 2)
+
+
+def test_quiet_when_all_is_well():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run()
