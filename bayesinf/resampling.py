@@ -1,0 +1,269 @@
+"""Resampling: which particles have offspring.
+
+Every scheme maps (key, log weights of N particles, number n of offspring) to n indices, with exactly
+E[number of copies of i] = n W_i. The indices are drawn by inverting the cumulative weights,
+
+    systematic    at (j + u) / n, one u:             |copies - n W_i| < 1; the cheapest, and the default
+    stratified    at (j + u_j) / n:                  |copies - n W_i| < 2; independent strata
+    multinomial   at n sorted independent uniforms:  independent copies, in sorted order
+    residual      floor(n W_i) copies, the rest independently with the remaining weights
+    ssp           floor(n W_i) copies, plus one with probability n W_i - floor(n W_i), negatively associated
+    killing       n = N; each i stays with probability w_i / max w, else an independent index takes its place
+
+or, for the algorithms that need exchangeable indices (conditional SMC), independently and unsorted by `iid`.
+
+Weights are summed and inverted in float64 whatever the precision of the program, with uniforms of 52 bits in the open
+interval: in float32 a million particles would lose copies, and small weights would be off by per cents. A particle of
+weight zero is never drawn. Where no weight is positive there is no answer: concrete weights raise, traced ones give
+the indices 0, 1, 2, ..., and `weights.is_degenerate` tells.
+
+References:
+    Douc, Cappé and Moulines (2005), doi:10.1109/ISPA.2005.195385.
+    Gerber, Chopin and Whiteley (2019), doi:10.1214/18-AOS1746 (ssp).
+    Chauvet (2012), doi:10.1016/j.jspi.2011.12.003 (ordered pivotal sampling by intervals).
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from bayesinf import errors, weights
+
+__all__ = [
+    "SCHEMES",
+    "gather",
+    "iid",
+    "killing",
+    "multinomial",
+    "resample",
+    "residual",
+    "ssp",
+    "stratified",
+    "systematic",
+]
+
+
+def resample(
+    key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int, method: str = "systematic"
+) -> Int[Array, " n"]:
+    """Indices of the offspring, by the scheme named `method`.
+
+    Args:
+        key: PRNG key or seed.
+        log_weights: shape (N,), unnormalised; NaN and +inf are weights of zero.
+        num_samples: n >= 1.
+        method: one of `SCHEMES`.
+
+    Returns:
+        n indices in [0, N), int32.
+
+    Raises:
+        ValueError: no weight is positive (concrete weights only), or an argument has the wrong shape or type.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from bayesinf import resampling
+        >>> resampling.resample(jax.random.key(0), jnp.log(jnp.array([0.5, 0.0, 0.25, 0.25])), 4).tolist()
+        [0, 0, 2, 3]
+    """
+    errors.check_choice("method", method, SCHEMES)
+    return SCHEMES[method](key, log_weights, num_samples)
+
+
+def gather(tree: PyTree, indices: Int[Array, "..."]) -> PyTree:
+    """The rows `indices` of every leaf."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, indices, axis=0, mode="clip"), tree)
+
+
+def systematic(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+    """Sorted indices at (j + u) / n for one uniform u; see `resample`."""
+    return _draw(_systematic, key, log_weights, num_samples)
+
+
+def stratified(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+    """Sorted indices at (j + u_j) / n for independent uniforms; see `resample`."""
+    return _draw(_stratified, key, log_weights, num_samples)
+
+
+def multinomial(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+    """Independent indices in sorted order; see `resample`."""
+    return _draw(_multinomial, key, log_weights, num_samples)
+
+
+def iid(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+    """Independent indices in the order drawn, so that any of them may be singled out; see `resample`."""
+    return _draw(_iid, key, log_weights, num_samples)
+
+
+def residual(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+    """The whole copies, then independent indices with the remaining weights; see `resample`."""
+    return _draw(_residual, key, log_weights, num_samples)
+
+
+def ssp(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+    """Srinivasan sampling process: the whole copies, then at most one more of each particle; see `resample`.
+
+    The process settles the fractions of n W_i pair by pair along the particles. Its law is that of one draw from every
+    unit interval of their cumulative sum, where a particle lying across two intervals is not taken twice (Chauvet):
+    that form needs no sequential loop.
+    """
+    return _draw(_ssp, key, log_weights, num_samples)
+
+
+def killing(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+    """Particle i stays in place i with probability w_i / max w, else an independent index comes; see `resample`.
+
+    Needs num_samples = N.
+    """
+    if num_samples != log_weights.shape[0]:
+        raise ValueError(
+            f"num_samples must be the number of particles {log_weights.shape[0]} for killing, which keeps "
+            f"each particle in its place, got {num_samples}; use systematic resampling to change their number"
+        )
+    return _draw(_killing, key, log_weights, num_samples)
+
+
+SCHEMES: dict[str, Callable[..., Array]] = {
+    "systematic": systematic,
+    "stratified": stratified,
+    "multinomial": multinomial,
+    "residual": residual,
+    "ssp": ssp,
+    "killing": killing,
+}
+
+
+def uniform64(key: Key[Array, ""], shape: tuple[int, ...] = ()) -> Float[Array, "..."]:
+    """Uniforms in the open unit interval, odd multiples of 2**-53, as float64 arrays whatever the precision.
+
+    Only to be used inside `with jax.enable_x64(True)`.
+    """
+    high, low = jax.random.bits(key, (2, *shape), jnp.uint32)
+    with jax.enable_x64(True):
+        return (high.astype(jnp.float64) * 2.0**20 + (low >> 12).astype(jnp.float64) + 0.5) * 2.0**-52
+
+
+def cumulative64(masses: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Cumulative sums over the last axis in float64, normalised to end at 1: the array to invert with `side="right"`.
+
+    Flat exactly where a mass is zero (a parallel sum alone is not, by rounding), so that a point u < 1 falls only on
+    indices of positive mass. Only to be used inside `with jax.enable_x64(True)`.
+    """
+    with jax.enable_x64(True):
+        sums = jnp.cumsum(masses.astype(jnp.float64), axis=-1)
+        sums = jax.lax.cummax(jnp.where(masses > 0, sums, 0.0), axis=masses.ndim - 1)
+        total = sums[..., -1:]
+        return sums / jnp.where(total > 0, total, 1.0)
+
+
+def _draw(scheme: Callable[..., Array], key, log_weights: Array, num_samples: int) -> Array:
+    num_samples = errors.check_count("num_samples", num_samples)
+    if log_weights.ndim != 1 or log_weights.shape[0] == 0:
+        raise ValueError(f"log_weights must have shape (N,) with N >= 1, got {log_weights.shape}; vmap for more axes")
+    if errors.is_concrete(log_weights) and not np.any(np.isfinite(log_weights)):
+        num_bad = np.sum(~np.isneginf(log_weights))
+        raise ValueError(
+            f"log_weights must hold a finite one, got {log_weights.shape[0]} of which {num_bad} are NaN or +inf and "
+            "the others -inf; there is nothing to resample from"
+        )
+    return _core(scheme, errors.as_key(key), log_weights, num_samples)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _core(scheme: Callable[..., Array], key: Array, log_weights: Array, n: int) -> Array:
+    log_weights = weights.clean(jax.lax.stop_gradient(log_weights))
+    with jax.enable_x64(True):
+        log_weights = log_weights.astype(jnp.float64)
+        largest = jnp.max(log_weights)
+        is_degenerate = ~jnp.isfinite(largest)
+        w = jnp.exp(log_weights - jnp.where(is_degenerate, 0.0, largest))
+        indices = scheme(key, w, n)
+        fallback = jnp.arange(n, dtype=jnp.int32) % w.shape[0]
+        return jnp.where(is_degenerate, fallback, indices.astype(jnp.int32))
+
+
+# The schemes, in float64: w are the weights over the largest one.
+
+
+def _invert(cumulative: Array, points: Array) -> Array:
+    """The index i with cumulative[i - 1] <= point < cumulative[i]."""
+    points = jnp.minimum(points, 1.0 - 2.0**-53)
+    return jnp.searchsorted(cumulative, points, side="right", method="scan")
+
+
+def _systematic(key: Array, w: Array, n: int) -> Array:
+    return _invert(cumulative64(w), (jnp.arange(n) + uniform64(key)) / n)
+
+
+def _stratified(key: Array, w: Array, n: int) -> Array:
+    return _invert(cumulative64(w), (jnp.arange(n) + uniform64(key, (n,))) / n)
+
+
+def _multinomial(key: Array, w: Array, n: int) -> Array:
+    # n sorted uniforms are the first n of n + 1 cumulated exponentials over their total
+    spacings = jnp.cumsum(-jnp.log1p(-uniform64(key, (n + 1,))))
+    return _invert(cumulative64(w), spacings[:-1] / spacings[-1])
+
+
+def _iid(key: Array, w: Array, n: int) -> Array:
+    return _invert(cumulative64(w), uniform64(key, (n,)))
+
+
+def _residual(key: Array, w: Array, n: int) -> Array:
+    fractions, ends = _whole_copies(w, n)
+    return _fill(ends, n, _iid(key, fractions, n))
+
+
+def _ssp(key: Array, w: Array, n: int) -> Array:
+    fractions, ends = _whole_copies(w, n)
+    num_rest = n - ends[-1]
+    last = w.shape[0] - 1
+    upto = cumulative64(fractions) * num_rest  # the particles' places on [0, num_rest)
+    border = jnp.arange(1, n + 1)  # between interval k and the next
+    across = jnp.minimum(jnp.searchsorted(upto, border, side="left", method="scan"), last)
+    before = jnp.clip(border - jnp.where(across > 0, upto[across - 1], 0.0), 0.0, 1.0)  # its share in the interval
+    after = jnp.clip(upto[across] - border, 0.0, 1.0)  # and in the next one
+    carried = jnp.concatenate([jnp.zeros(1), after[:-1]])  # of the interval: the share that began in the last one
+    carried_before = jnp.concatenate([jnp.zeros(1), before[:-1]])
+
+    # Each interval draws one point. The particle reaching over from the last interval is out if it was taken there,
+    # else it is taken with probability carried / (1 - carried_before); the other points are uniform.
+    u_fresh, u_carried = uniform64(key, (2, n))
+    fresh = carried + (1.0 - carried) * u_fresh
+    takes_carried = u_carried * (1.0 - carried_before) < carried
+    takes_across = fresh >= 1.0 - before
+    # is the particle across the next border taken? two values: if the one across the last border was not, and if it was
+    maps = (takes_across & ~takes_carried, takes_across)
+    is_taken = jax.lax.associative_scan(lambda f, g: (_apply(g, f[0]), _apply(g, f[1])), maps)[0]
+    was_taken = jnp.concatenate([jnp.zeros(1, bool), is_taken[:-1]])
+    points = jnp.where(takes_carried & ~was_taken, 0.5 * carried, fresh)
+    interval = jnp.arange(n)
+    return _fill(ends, n, _invert(upto / jnp.maximum(num_rest, 1), (interval + points) / jnp.maximum(num_rest, 1)))
+
+
+def _killing(key: Array, w: Array, n: int) -> Array:
+    key_stay, key_move = jax.random.split(key)
+    return jnp.where(uniform64(key_stay, (n,)) < w, jnp.arange(n), _iid(key_move, w, n))
+
+
+def _apply(booleans: tuple[Array, Array], x: Array) -> Array:
+    return jnp.where(x, booleans[1], booleans[0])
+
+
+def _whole_copies(w: Array, n: int) -> tuple[Array, Array]:
+    """The fractions of n W, and the cumulative sums of its whole parts."""
+    expected = w * n / jnp.sum(w)
+    copies = jnp.floor(expected * (1.0 + 2.0**-40))  # a whole number stays whole in spite of rounding
+    return jnp.maximum(expected - copies, 0.0), jnp.cumsum(copies.astype(jnp.int32))
+
+
+def _fill(ends: Array, n: int, rest: Array) -> Array:
+    """The whole copies, in order, and then the rest: its first entries."""
+    slot = jnp.arange(n)
+    num_whole = ends[-1]
+    whole = jnp.searchsorted(ends, slot.astype(jnp.int32), side="right", method="scan")
+    return jnp.where(slot < num_whole, whole, rest[jnp.maximum(slot - num_whole, 0)])

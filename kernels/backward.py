@@ -1,0 +1,123 @@
+"""Backward sampling: where a particle may have come from, and smoothed paths drawn from a stored filter.
+
+Given the cloud (X_{t-1}^l, W_{t-1}^l) and a state x at time t, the backward kernel draws
+
+    J ~ Cat( W_{t-1}^l m_t(X_{t-1}^l, x),  l = 1..N )
+
+with m_t the transition density, also where the filter moved its particles by another proposal. By method:
+
+    "exact"   the categorical law itself, by a two-level inverse of its cumulative sum; N densities for every x.
+    "mcmc"    one independent Metropolis-Hastings step from the ancestor of x with proposals from W_{t-1}: a constant
+              cost for every x. It leaves the backward law invariant and its start is a draw from it, so estimates stay
+              consistent; each step breaks up part of the genealogy, more where m_t is flat in its first argument.
+    "auto"    exact while that takes at most 2**22 densities a time step (N = 2048 for a whole population, any number of
+              particles for a single path), else mcmc.
+
+References:
+    Godsill, Doucet and West (2004), doi:10.1198/016214504000000151.
+    Bunch and Godsill (2013), doi:10.1109/TSP.2012.2224868 (the Metropolis-Hastings step).
+    Dau and Chopin (2023), doi:10.1214/23-EJS2173.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from bayesinf import errors, resampling, weights
+from bayesinf.models.state_space import StateSpaceModel, log_prob
+
+__all__ = ["BACKWARD_METHODS", "draw_backward"]
+
+BACKWARD_METHODS = ("auto", "exact", "mcmc")
+
+_AUTO_DENSITIES = 2**22  # what "auto" spends on the exact law at one time step
+_TILE = 2**20  # densities held in memory at once
+
+
+def draw_backward(
+    key: Key[Array, ""],
+    model: StateSpaceModel,
+    particles_prev: PyTree,
+    log_weights_prev: Float[Array, " N"],
+    particles: PyTree,
+    t: Int[Array, ""],
+    ancestors: Int[Array, " n"],
+    num_draws: int = 1,
+    method: str = "auto",
+) -> Int[Array, "n m"]:
+    """Draws `num_draws` independent backward indices for every particle at time t.
+
+    Args:
+        key: PRNG key.
+        model: its transition law is m_t.
+        particles_prev: states at t - 1, with leading axis N.
+        log_weights_prev: their log weights, unnormalised.
+        particles: states at t, with leading axis n; any number of them, from this population or not.
+        t: the time of `particles`, t >= 1.
+        ancestors: shape (n,), where each particle came from: the start of the Metropolis-Hastings step, given the
+            ancestor independent over draws, and the answer of any method for a particle that nothing at t - 1 could
+            have moved to.
+        num_draws: m >= 1.
+        method: "exact", "mcmc" or "auto".
+
+    Returns:
+        Indices in [0, N), int32, of shape (n, m).
+
+    References:
+        Dau and Chopin (2023), doi:10.1214/23-EJS2173.
+    """
+    errors.check_choice("method", method, BACKWARD_METHODS)
+    errors.check_count("num_draws", num_draws)
+    num, num_prev = ancestors.shape[0], log_weights_prev.shape[0]
+    if method == "auto":
+        method = "exact" if num * num_prev <= _AUTO_DENSITIES else "mcmc"
+    draw = _draw_exact if method == "exact" else _draw_mcmc
+    arrays = (particles_prev, weights.clean(log_weights_prev), particles, ancestors)
+    return draw(key, model, *jax.lax.stop_gradient(arrays), t, num_draws)
+
+
+def _draw_exact(key, model, particles_prev, log_weights_prev, particles, ancestors, t, num_draws):
+    num, num_prev = ancestors.shape[0], log_weights_prev.shape[0]
+    width = math.isqrt(num_prev - 1) + 1  # of a block, about sqrt(N)
+    num_blocks = -(-num_prev // width)
+    padding = num_blocks * width - num_prev
+
+    def draw_row(row):
+        key, x, ancestor = row
+        log_transition = jax.vmap(lambda x_prev: log_prob(model.transition(x_prev, t), x))(particles_prev)
+        log_masses = weights.clean(log_weights_prev + log_transition)
+        largest = jnp.max(log_masses)
+        is_possible = jnp.isfinite(largest)
+        masses = jnp.exp(log_masses - jnp.where(is_possible, largest, 0.0))
+        blocks = jnp.pad(masses, (0, padding)).reshape(num_blocks, width)
+        # first the block and then the place in it: of N masses only about 2 sqrt(N) are cumulated, in float64
+        with jax.enable_x64(True):
+            u_block, u_place = resampling.uniform64(key, (2, num_draws))
+            block = _invert(jnp.sum(blocks, 1), u_block)
+            place = jax.vmap(_invert)(blocks[block], u_place)
+        return jnp.where(is_possible, block * width + place, ancestor)
+
+    rows = (jax.random.split(key, num), particles, ancestors)
+    return jax.lax.map(draw_row, rows, batch_size=max(1, min(num, _TILE // num_prev)))
+
+
+def _invert(masses: Float[Array, " n"], u: Float[Array, "..."]) -> Int[Array, "..."]:
+    with jax.enable_x64(True):
+        return jnp.sum(resampling.cumulative64(masses) <= u[..., None], -1, dtype=jnp.int32)
+
+
+def _draw_mcmc(key, model, particles_prev, log_weights_prev, particles, ancestors, t, num_draws):
+    """One step for every draw, all from the ancestor."""
+    key_propose, key_accept = jax.random.split(key)
+    shape = (ancestors.shape[0], num_draws)
+    proposed = resampling.iid(key_propose, log_weights_prev, shape[0] * shape[1]).reshape(shape)
+
+    def density(index, x):
+        return log_prob(model.transition(resampling.gather(particles_prev, index), t), x)
+
+    log_current = jax.vmap(density)(ancestors, particles)[:, None]
+    log_proposed = jax.vmap(jax.vmap(density, (0, None)))(proposed, particles)
+    u = jax.random.uniform(key_accept, shape, log_proposed.dtype)
+    return jnp.where(jnp.log(u) < log_proposed - log_current, proposed, ancestors[:, None])
