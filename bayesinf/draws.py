@@ -36,6 +36,7 @@ class Draws:
         status: "complete", "interrupted", or why the run failed.
         seconds: wall time of "compile", "warmup" and "sampling".
         target: the target, where the kernel has one; it gives names, observed data and pointwise log likelihood.
+        attrs: what else is known of the run: key, counts, versions.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -118,8 +119,9 @@ class Draws:
                 )
         dims = self.target.dims if self.target is not None else {}
         coords = self.target.coords if self.target is not None else {}
+        attrs = {"inference_library": "bayesinf", "status": self.status, **self.attrs}
         return arviz_base.from_dict(
-            groups, dims=dims, coords=coords, attrs={"posterior": self.attrs}, check_conventions=False
+            groups, dims=dims, coords=coords, attrs={"posterior": attrs}, check_conventions=False
         )
 
     def summary(self, var_names: list[str] | None = None) -> "pandas.DataFrame":

@@ -60,7 +60,8 @@ class NumPyroModel:
         leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in self.static]
         return jax.tree.unflatten(self.treedef, leaves)
 
-    def logdensity(self, position: dict[str, Array], data: tuple[Array, ...]) -> Float[Array, ""]:
+    def __call__(self, position: dict[str, Array], data: tuple[Array, ...]) -> Float[Array, ""]:
+        """The joint log density at an unconstrained position, Jacobian included."""
         args, kwargs = self.call(data)
         return -util.potential_energy(self.model, args, kwargs, position)
 

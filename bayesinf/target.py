@@ -7,6 +7,7 @@ compiles nothing.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ class Target(eqx.Module):
             ['scale']
         """
         wrapped, data = NumPyroModel.build(model, args, kwargs)
-        target = cls(wrapped.logdensity, data)
+        target = cls(wrapped, data)
         return _with(target, model=wrapped, _labels=wrapped.labels(data))
 
     def logdensity(self, position: PyTree) -> Float[Array, ""]:
@@ -172,15 +173,16 @@ class Target(eqx.Module):
 
     def explain(self, position: PyTree) -> str:
         """Says what of the log density at `position` is not finite: the sites of a model, or the gradient's leaves."""
-        evaluation = self.evaluate(position, order=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPyro warns of values outside a support: that is what is said below
+            evaluation = self.evaluate(position, order=1)
+            sites = {} if self.model is None else self.model.site_log_probs(position, self.data)
         if bool(is_finite(evaluation)):
             return "The log density and its gradient are finite."
-        if self.model is not None:
-            sites = self.model.site_log_probs(position, self.data)
-            bad = {name: value for name, value in sites.items() if not np.isfinite(value)}
-            if bad:
-                listed = ", ".join(f"{name!r} ({value})" for name, value in bad.items())
-                return f"Sites whose log density is not finite: {listed}. Check their data, support and parameters."
+        bad = {name: value for name, value in sites.items() if not np.isfinite(value)}
+        if bad:
+            listed = ", ".join(f"{name!r} ({value})" for name, value in bad.items())
+            return f"Sites whose log density is not finite: {listed}. Check their data, support and parameters."
         if not np.isfinite(evaluation.logdensity):
             return f"The log density is {float(evaluation.logdensity)}."
         leaves = jax.tree_util.tree_leaves_with_path(evaluation.grad)

@@ -1,0 +1,91 @@
+"""Draws: names, ArviZ, disk."""
+
+import arviz_stats
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+import xarray
+
+import bayesinf as bi
+
+
+def model(x, y):
+    slope = numpyro.sample("slope", dist.Normal(0.0, 1.0))
+    scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+    with numpyro.plate("day", len(x)):
+        numpyro.sample("y", dist.Normal(slope * x, scale), obs=y)
+
+
+X, Y = jnp.linspace(-1.0, 1.0, 6), jnp.array([-0.9, -0.7, 0.1, 0.2, 0.5, 1.3])
+
+
+@pytest.fixture(scope="module")
+def draws():
+    target = bi.Target.from_numpyro(model, X, Y).with_labels(coords={"day": list("abcdef")})
+    kernel = bi.kernels.MALA(target, step_size=0.1)
+    return bi.sample(0, kernel, target.init(1, 4), num_samples=300, num_warmup=300, progress=False)
+
+
+def test_draws_are_constrained_by_default(draws):
+    assert set(draws.variables) == {"slope", "scale"}
+    assert np.all(draws["scale"] > 0)
+
+
+def test_unknown_variable_is_named(draws):
+    with pytest.raises(KeyError, match=r"no variable 'slop'; there are \['scale', 'slope'\]"):
+        draws["slop"]
+
+
+def test_nested_positions_get_dotted_names():
+    target = bi.Target(lambda x: -0.5 * (x["a"]["b"] ** 2 + jnp.sum(x["c"][0] ** 2)))
+    initial = {"a": {"b": jnp.zeros(2)}, "c": (jnp.zeros((2, 3)),)}
+    draws = bi.sample(0, bi.kernels.MALA(target, 0.1), initial, num_samples=5, progress=False)
+    assert {name: value.shape for name, value in draws.variables.items()} == {"a.b": (2, 5), "c.0": (2, 5, 3)}
+
+
+def test_tree_follows_the_schema(draws):
+    tree = draws.to_arviz()
+    assert isinstance(tree, xarray.DataTree)
+    assert set(tree.children) == {"posterior", "sample_stats", "observed_data", "log_likelihood"}
+    assert tree["posterior"]["slope"].dims == ("chain", "draw")
+    assert {"lp", "diverging", "acceptance_rate", "step_size"} <= set(tree["sample_stats"].data_vars)
+    assert np.allclose(tree["observed_data"]["y"], Y)
+    assert list(tree["observed_data"]["day"].values) == list("abcdef")
+    assert tree["posterior"].attrs["inference_library"] == "bayesinf"
+
+
+def test_log_likelihood_of_each_observation(draws):
+    pointwise = draws.to_arviz()["log_likelihood"]["y"]
+    assert pointwise.dims == ("chain", "draw", "day")
+    expected = dist.Normal(draws["slope"][2, 7] * X, draws["scale"][2, 7]).log_prob(Y)
+    assert np.allclose(pointwise[2, 7], expected, rtol=1e-4)
+    assert "log_likelihood" not in draws.to_arviz(log_likelihood=False).children
+
+
+def test_arviz_reads_it(draws):
+    assert np.isfinite(float(arviz_stats.loo(draws.to_arviz()).elpd))
+
+
+def test_summary_is_arvizs_under_familiar_names(draws):
+    table = draws.summary()
+    assert list(table.columns) == [
+        "mean", "sd", "hdi_3%", "hdi_97%", "ess_bulk", "ess_tail", "r_hat", "mcse_mean", "mcse_sd"
+    ]  # fmt: skip
+    assert table.loc["slope", "mean"] == pytest.approx(float(draws["slope"].mean()), rel=1e-5)
+    assert table.loc["slope", "r_hat"] == pytest.approx(float(arviz_stats.rhat(draws["slope"])), rel=1e-6)
+    assert list(draws.summary(var_names=["scale"]).index) == ["scale"]
+
+
+def test_saved_and_loaded(draws, tmp_path):
+    draws.save(tmp_path / "run.nc")
+    loaded = bi.Draws.load(tmp_path / "run.nc")
+    assert np.array_equal(loaded["slope"], draws["slope"])
+    assert np.array_equal(loaded.stats["is_divergent"], draws.stats["is_divergent"])
+    assert loaded.status == "complete"
+    assert loaded.summary().equals(draws.summary())
+
+
+def test_repr_says_what_is_there(draws):
+    assert repr(draws).startswith("Draws(4 chains x 300 draws of scale, slope; complete; acceptance 0.")

@@ -1,0 +1,194 @@
+"""Targets: evaluation, NumPyro models, starting points."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import pytest
+from numpyro import handlers
+from numpyro.infer import MCMC, NUTS
+from numpyro.infer.util import log_density
+
+import bayesinf as bi
+from bayesinf.conformance import FALSE_ALARM
+from bayesinf.errors import InitializationError
+
+Y = jnp.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+SIGMA = jnp.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+
+
+def eight_schools(sigma, y=None):
+    mu = numpyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = numpyro.sample("tau", dist.HalfCauchy(5.0))
+    with numpyro.plate("school", len(sigma)):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        theta = numpyro.deterministic("theta", mu + tau * z)
+        numpyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+@pytest.fixture(scope="module")
+def schools():
+    return bi.Target.from_numpyro(eight_schools, SIGMA, y=Y)
+
+
+def test_data_are_arguments():
+    target = bi.Target(lambda x, data: -0.5 * jnp.sum((x - data["y"]) ** 2), {"y": jnp.array([1.0, 2.0])})
+    evaluation = target.evaluate(jnp.zeros(2), order=1)
+    assert float(evaluation.logdensity) == -2.5
+    assert np.array_equal(evaluation.grad, [1.0, 2.0])
+    assert target.evaluate(jnp.zeros(2)).grad is None
+    assert jax.tree.leaves(target)[0].shape == (2,)
+
+
+def test_logdensity_of_a_model_has_the_jacobian(schools):
+    position = {"mu": jnp.array(1.0), "tau": jnp.array(0.3), "z": jnp.linspace(-1.0, 1.0, 8)}
+    tau = float(np.exp(0.3))
+    theta = 1.0 + tau * np.linspace(-1.0, 1.0, 8)
+    expected = (
+        dist.Normal(0.0, 5.0).log_prob(1.0)
+        + dist.HalfCauchy(5.0).log_prob(tau)
+        + 0.3  # log |d tau / d log tau|
+        + dist.Normal(0.0, 1.0).log_prob(jnp.linspace(-1.0, 1.0, 8)).sum()
+        + dist.Normal(theta, SIGMA).log_prob(Y).sum()
+    )
+    assert np.allclose(schools.logdensity(position), expected, rtol=1e-5)
+
+
+def test_constrain_and_back(schools):
+    position = schools.init(0, 1)
+    one = jax.tree.map(lambda leaf: leaf[0], position)
+    values = schools.constrain(one)
+    assert set(values) == {"mu", "tau", "z", "theta"}
+    assert np.allclose(values["theta"], values["mu"] + values["tau"] * values["z"])
+    back = schools.unconstrain(values)
+    assert all(np.allclose(back[name], one[name], atol=1e-5) for name in one)
+
+
+def test_bounded_and_dependent_supports():
+    def model():
+        low = numpyro.sample("low", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.Uniform(low, low + 2.0))
+        numpyro.sample("p", dist.Dirichlet(jnp.ones(3)))
+
+    target = bi.Target.from_numpyro(model)
+    position = target.init(3, 5)
+    values = jax.vmap(target.constrain)(position)
+    assert np.all(values["x"] > values["low"])
+    assert np.all(values["x"] < values["low"] + 2.0)
+    assert position["p"].shape == (5, 2)
+    assert np.allclose(values["p"].sum(axis=1), 1.0, atol=1e-5)
+
+
+def test_labels_come_from_plates(schools):
+    assert schools.dims == {"z": ["school"], "theta": ["school"], "y": ["school"]}
+    assert schools.coords == {"school": list(range(8))}
+    named = schools.with_labels(coords={"school": list("ABCDEFGH")})
+    assert named.coords["school"] == list("ABCDEFGH")
+    assert named.dims == schools.dims
+
+
+def test_new_data_hash_alike(schools):
+    """What jit sees: the static part is equal, the data are leaves."""
+    other = bi.Target.from_numpyro(eight_schools, SIGMA + 1.0, y=Y)
+    assert jax.tree.structure(schools) == jax.tree.structure(other)
+    assert hash(jax.tree.structure(schools)) == hash(jax.tree.structure(other))
+
+
+def test_init_is_finite_and_reproducible(schools):
+    position = schools.init(jax.random.key(1), 4)
+    again = schools.init(1, 4)
+    assert all(np.array_equal(position[name], again[name]) for name in position)
+    assert np.all(np.isfinite(jax.vmap(schools.logdensity)(position)))
+    assert np.all(np.abs(position["z"]) <= 2.0)
+
+
+def test_init_redraws_what_is_not_finite():
+    target = bi.Target(lambda x: jnp.where(x[0] > 1.5, -x[0], -jnp.inf))
+    assert np.all(target.init(0, 20, template=jnp.zeros(1)) > 1.5)
+
+
+def test_init_names_the_site_that_fails():
+    def model(y):
+        rate = numpyro.sample("rate", dist.Gamma(2.0, 1.0))
+        numpyro.sample("good", dist.Normal(rate, 1.0), obs=jnp.ones(2))
+        numpyro.sample("counts", dist.Normal(rate, 1.0), obs=y)
+
+    target = bi.Target.from_numpyro(model, jnp.array([1.0, jnp.nan]))
+    with pytest.raises(InitializationError, match=r"100 tries.*not finite: 'counts' \("):
+        target.init(0, 2)
+
+
+def test_init_names_the_leaf_whose_gradient_fails():
+    target = bi.Target(lambda x: -jnp.abs(x["a"]) + 0.0 * jnp.sqrt(x["b"] * 0.0))
+    with pytest.raises(InitializationError, match=r"gradient is not, at position\['b'\]"):
+        target.init(0, 1, template={"a": jnp.zeros(()), "b": jnp.zeros(())}, max_tries=3)
+
+
+@pytest.mark.usefixtures("unchecked")
+class TestBadInput:
+    def test_discrete_sites_are_named(self):
+        def model():
+            numpyro.sample("kind", dist.Bernoulli(0.5))
+            numpyro.sample("x", dist.Normal(0.0, 1.0))
+
+        with pytest.raises(ValueError, match=r"\['kind'\] are discrete"):
+            bi.Target.from_numpyro(model)
+
+    def test_nothing_to_infer(self):
+        with pytest.raises(ValueError, match="no latent site"):
+            bi.Target.from_numpyro(lambda: numpyro.sample("y", dist.Normal(0.0, 1.0), obs=1.0))
+
+    def test_not_a_function(self):
+        with pytest.raises(ValueError, match="logdensity must be a function"):
+            bi.Target(3.0)
+        with pytest.raises(ValueError, match="model must be a function"):
+            bi.Target.from_numpyro(3.0)
+
+    def test_not_a_scalar(self):
+        with pytest.raises(ValueError, match=r"must return a scalar, got shape \(2,\)"):
+            bi.Target(lambda x: -(x**2)).evaluate(jnp.zeros(2))
+
+    def test_template_is_needed(self):
+        with pytest.raises(ValueError, match="template is needed"):
+            bi.Target(lambda x: -(x**2)).init(0, 2)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [({"num_chains": 0}, "num_chains"), ({"radius": -1.0}, "radius"), ({"max_tries": 0}, "max_tries")],
+    )
+    def test_counts(self, schools, options, message):
+        with pytest.raises(ValueError, match=message):
+            schools.init(0, **options)
+
+
+def test_same_posterior_as_numpyros_own_nuts(schools):
+    """Eight schools, non-centred: means of ours and of NumPyro's NUTS agree within their Monte Carlo errors."""
+    import arviz_stats
+    import scipy.stats
+
+    theirs = MCMC(NUTS(eight_schools), num_warmup=500, num_samples=1_500, num_chains=2, progress_bar=False,
+                  chain_method="vectorized")  # fmt: skip
+    theirs.run(jax.random.key(0), SIGMA, y=Y)
+    reference = {name: np.asarray(value) for name, value in theirs.get_samples(group_by_chain=True).items()}
+
+    kernel = bi.kernels.MALA(schools, step_size=0.3)
+    draws = bi.sample(1, kernel, schools.init(2, 8), num_samples=3_000, num_warmup=1_000, thin=20, progress=False)
+
+    p_values = []
+    for name in ("mu", "tau", "theta", "z"):
+        for power in (1, 2):
+            ours, other = draws[name] ** power, reference[name] ** power
+            for i in np.ndindex(ours.shape[2:]):
+                one, two = ours[(..., *i)], other[(..., *i)]
+                error = np.hypot(arviz_stats.mcse(one), arviz_stats.mcse(two))
+                p_values.append(2 * scipy.stats.norm.sf(abs(one.mean() - two.mean()) / error))
+    assert min(p_values) * len(p_values) > FALSE_ALARM
+
+
+def test_log_likelihood_is_numpyros(schools):
+    one = jax.tree.map(lambda leaf: leaf[0], schools.init(0, 1))
+    pointwise = schools.model.log_likelihood(schools.constrain(one), schools.data)["y"]
+    sites = handlers.substitute(eight_schools, data={n: v for n, v in schools.constrain(one).items() if n != "theta"})
+    _, trace = log_density(sites, (SIGMA,), {"y": Y}, {})
+    assert np.allclose(pointwise, trace["y"]["fn"].log_prob(Y), rtol=1e-5)
