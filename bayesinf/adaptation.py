@@ -24,6 +24,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
+from bayesinf import errors
 from bayesinf.kernel import Kernel, select
 
 __all__ = ["StepSize", "Tuned", "Warmup", "Window", "default_warmup"]
@@ -79,6 +80,9 @@ class StepSize(Warmup):
     num_warmup: Int[Array, ""] = eqx.field(converter=jnp.asarray)
     target_acceptance: Float[Array, ""] = eqx.field(converter=jnp.asarray)
 
+    def __check_init__(self):
+        errors.check_fraction("target_acceptance", self.target_acceptance)
+
     def init(self, kernel: Any, position: PyTree) -> Tuned:
         init, _, _ = _dual_averaging(self.target_acceptance)
         dtype = ravel_pytree(position)[0].dtype
@@ -104,8 +108,10 @@ class Window(Warmup):
     def __init__(self, num_warmup: int, target_acceptance: float = 0.8):
         from blackjax.adaptation.window_adaptation import build_schedule
 
+        errors.check_count("num_warmup", num_warmup)
         self.schedule = jnp.asarray(np.asarray(build_schedule(num_warmup), np.int32).reshape(num_warmup, 2))
         self.target_acceptance = jnp.asarray(target_acceptance)
+        errors.check_fraction("target_acceptance", self.target_acceptance)
 
     def init(self, kernel: Any, position: PyTree) -> Tuned:
         flat, _ = ravel_pytree(position)

@@ -25,6 +25,7 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_floating",
+    "check_fraction",
     "check_positive",
     "is_concrete",
 ]
@@ -108,6 +109,12 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
     """One of the strings in `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_fraction(name: str, value: Any) -> None:
+    """Strictly between 0 and 1 in every element; skipped while traced."""
+    if is_concrete(value) and not np.all((np.asarray(value) > 0) & (np.asarray(value) < 1)):
+        raise ValueError(f"{name} must lie in (0, 1), got {np.asarray(value)}")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -145,7 +145,8 @@ def sample(
         run.failure = "interrupted"
     finally:
         run.progress.close()
-    return _finish(run, plan, thin=thin, throw=throw)
+    draws = run.result(plan, _describe(key, kernel, num_warmup, thin))
+    return _judge(draws, thin=thin, throw=throw)
 
 
 class _Run:
@@ -207,7 +208,7 @@ class _Run:
             chunk = jax.tree.unflatten(treedef, [arrays[f"leaf-{i}"] for i in range(treedef.num_leaves)])
             self._keep(chunk, chunk[1]["is_accepted"].shape[1])
 
-    def result(self, plan: Plan) -> Draws:
+    def result(self, plan: Plan, attrs: dict[str, Any]) -> Draws:
         """What has been drawn until now."""
         if self.chunks:
             samples, stats = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *self.chunks)
@@ -227,7 +228,23 @@ class _Run:
             status=self.failure or "complete",
             seconds=self.seconds,
             target=target if isinstance(target, Target) else None,
+            attrs=attrs,
         )
+
+
+def _describe(key: Key[Array, ""], kernel: Any, num_warmup: int, thin: int) -> dict[str, Any]:
+    """What is needed to say how the draws came about, and to make them again."""
+    from bayesinf import __version__
+
+    return {
+        "inference_library_version": __version__,
+        "jax_version": jax.__version__,
+        "device": str(jax.devices()[0]),
+        "key_data": np.asarray(jax.random.key_data(key)).tolist(),
+        "kernel": type(kernel).__name__,
+        "num_warmup": num_warmup,
+        "thin": thin,
+    }
 
 
 def _check_initial(initial: PyTree) -> PyTree:
@@ -260,19 +277,11 @@ def _check_start(kernel: Any, state: Any) -> None:
     )
 
 
-def _finish(run: _Run, plan: Plan, *, thin: int, throw: bool) -> Draws:
+def _judge(draws: Draws, *, thin: int, throw: bool) -> Draws:
     """The draws, after the checks that decide whether they may be trusted."""
-    draws = run.result(plan)
     num_steps = draws.num_samples * thin
     if draws.status == "complete" and num_steps:
-        is_bad = [~np.all(np.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in _leaves(draws.samples)]
-        is_stuck = ~np.any(draws.stats["is_accepted"], axis=1)
-        if np.any(is_bad):
-            chains = np.flatnonzero(np.any(is_bad, axis=0)).tolist()
-            run.failure = f"draws of chains {chains} are not finite"
-        elif num_steps >= 100 and np.any(is_stuck):
-            run.failure = f"chains {np.flatnonzero(is_stuck).tolist()} never moved in {num_steps} steps"
-        draws = dataclasses.replace(draws, status=run.failure or "complete")
+        draws = dataclasses.replace(draws, status=_failure(draws, num_steps) or "complete")
     if draws.status not in ("complete", "interrupted"):
         if throw:
             raise errors.SamplingError(
@@ -283,14 +292,24 @@ def _finish(run: _Run, plan: Plan, *, thin: int, throw: bool) -> Draws:
         return draws
     num_divergent = int(np.sum(draws.stats["is_divergent"]))
     if num_divergent:
-        share = np.mean(draws.stats["is_divergent"])
         warnings.warn(
-            f"{num_divergent} draws ({share:.1%}) met a log density or gradient that is not finite, or a divergent "
-            "trajectory; the moves were undone, and the region behind them may be missing from the draws",
+            f"{num_divergent} draws ({np.mean(draws.stats['is_divergent']):.1%}) met a log density or gradient that is "
+            "not finite, or a divergent trajectory; the moves were undone, and the region behind them may be missing "
+            "from the draws",
             errors.SamplingWarning,
             stacklevel=3,
         )
     return draws
+
+
+def _failure(draws: Draws, num_steps: int) -> str | None:
+    is_bad = [~np.all(np.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in _leaves(draws.samples)]
+    if np.any(is_bad):
+        return f"draws of chains {np.flatnonzero(np.any(is_bad, axis=0)).tolist()} are not finite"
+    is_stuck = ~np.any(draws.stats["is_accepted"], axis=1)
+    if num_steps >= 100 and np.any(is_stuck):
+        return f"chains {np.flatnonzero(is_stuck).tolist()} never moved in {num_steps} steps"
+    return None
 
 
 def _leaves(tree: PyTree) -> list[Any]:
