@@ -31,9 +31,10 @@ def simulation_based_calibration(
         theta ~ p(theta),   y ~ p(y | theta),   theta_1, ..., theta_L ~ p(theta | y) independent
         implies   #{l: f(theta_l, y) < f(theta, y)} uniform on {0, ..., L}    for every f
 
-    Ranked are all coordinates of theta; products of two coordinates, which see wrong correlations; and coordinates
-    times the deviation of the mean of y, which see a posterior that ignores its data (coordinates alone do not). Add
-    the log likelihood by `quantities`: it is the sharpest test of how parameters and data belong together.
+    Ranked are all coordinates of theta; products of two centred coordinates and of their squares, which see wrong
+    dependence; and coordinates times the deviation of the mean of y, which see a posterior that ignores its data
+    (coordinates alone do not). Add the log likelihood by `quantities`: it is the sharpest test of how parameters and
+    data belong together.
 
     The draws must be close to independent: run a chain, drop the burn-in, thin it by about its autocorrelation time.
     Autocorrelated draws from the right posterior are rejected. Where that is too dear, test the transition itself by
@@ -80,7 +81,10 @@ def simulation_based_calibration(
     names = list(values)
     centred = {name: value - value.mean(axis=1, keepdims=True) for name, value in values.items()}
     for i, j in pairs(len(names)):
-        ranked[f"{names[i]} x {names[j]}"] = centred[names[i]] * centred[names[j]]
+        a, b = centred[names[i]], centred[names[j]]
+        ranked[f"{names[i]} x {names[j]}"] = a * b
+        ranked[f"{names[i]}^2 x {names[j]}"] = a**2 * b
+        ranked[f"{names[i]} x {names[j]}^2"] = a * b**2
     level = _level(data)
     for name, value in values.items():
         ranked[f"{name} x level of y"] = value * level[:, None]

@@ -26,13 +26,14 @@ def geweke_joint(
 ) -> Report:
     """Tests a posterior kernel with no exact posterior at hand: model, data and kernel must agree on one joint law.
 
-        theta_0 ~ p(theta), y_0 ~ p(y | theta_0);    theta_k ~ K_{y_{k-1}}(theta_{k-1}, .),   y_k ~ p(y | theta_k)
+        theta_0 ~ p(theta),    y_k ~ p(y | theta_{k-1}),   theta_k ~ K_{y_k}(theta_{k-1}, .)
         implies   (theta_n, y_n) ~ p(theta) p(y | theta)
 
     Geweke ran one long chain of the alternation and compared its moments with those of exact draws. Here many short
     chains start from exact draws, which gives a p-value without estimates of autocorrelation. Compared are the
     coordinates of theta and y, products of pairs and random projections, each in location, scale, skewness and tails.
-    Latent variables belong to theta. A kernel and a model that share one error pass.
+    The law is looked at after the transition: after the simulator, one that ignores its data would pass. Latent
+    variables belong to theta. A kernel and a simulator that share one error pass.
 
     Args:
         key: PRNG key or seed.
@@ -86,8 +87,8 @@ def _alternate(prior_sampler, simulator, transition, keys, num_rounds):
 
         def alternate(t, joint):
             key_theta, key_y = jax.random.split(jax.random.fold_in(key_rounds, t))
-            theta = transition(key_theta, joint["theta"], joint["y"])
-            return {"theta": theta, "y": simulator(key_y, theta)}
+            y = simulator(key_y, joint["theta"])
+            return {"theta": transition(key_theta, joint["theta"], y), "y": y}
 
         return start, jax.lax.fori_loop(0, num_rounds, alternate, start), draw(key_fresh)
 

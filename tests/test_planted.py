@@ -1,0 +1,105 @@
+"""The conformance suite rejects every planted bug."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from planted import composition, metropolis, posteriors, protocol
+
+import bayesinf as bi
+from bayesinf.conformance import (
+    FALSE_ALARM,
+    ContractError,
+    contract,
+    evidence_is_unbiased,
+    exact_start_invariance,
+    geweke_joint,
+    simulation_based_calibration,
+)
+
+
+def logdensity(x):
+    """x_0 the logarithm of a Gamma(3) variable, x_1 | x_0 ~ N(x_0^2 / 4, exp(x_0 / 2)): skewed, and a banana."""
+    return 3.0 * x[0] - jnp.exp(x[0]) - 0.5 * jnp.exp(-x[0] / 2) * (x[1] - x[0] ** 2 / 4) ** 2 - x[0] / 4
+
+
+def exact(key):
+    key_0, key_1 = jax.random.split(key)
+    x = jax.random.loggamma(key_0, 3.0)
+    return jnp.stack([x, x**2 / 4 + jnp.exp(x / 4) * jax.random.normal(key_1)])
+
+
+TARGET = bi.Target(logdensity)
+POSITION = jnp.array([1.0, 0.3])
+
+WRONG_LAW = {
+    "log ratio times 0.95": metropolis.ShrunkLogRatio(TARGET, 1.0),
+    "2% extra acceptance": metropolis.ExtraAcceptance(TARGET, 1.0),
+    "reused key": metropolis.ReusedKey(TARGET, 1.0),
+    "drifting proposal": metropolis.DriftingProposal(TARGET, 1.0),
+    "forgotten gradient": metropolis.ForgottenGradient(TARGET, 0.4),
+    "forgotten Jacobian": bi.kernels.MALA(metropolis.without_jacobian(TARGET), 0.4),
+    "stale cycle": composition.StaleCycle(metropolis.RandomWalk(TARGET, 1.0), metropolis.RandomWalk(TARGET, 0.5)),
+    "Gibbs given the old block": composition.OldBlockGibbs(TARGET, 1.0),
+}
+
+BROKEN_CLAUSE = {
+    protocol.NamelessState: "protocol",
+    protocol.BareInfo: "info",
+    protocol.JitteredInit: "init",
+    protocol.PromotedState: "types",
+    protocol.KeepsHistory: "types",
+    protocol.StaticStepSize: "leaves",
+    protocol.PythonStepSize: "one trace",
+    protocol.IgnoredStepSize: "step size",
+    protocol.TracedOnce: "jit",
+    protocol.LaneMixing: "vmap",
+    protocol.FixedKey: "reproducible",
+    protocol.HostCounter: "resume",
+    protocol.AcceptsNaN: "divergence",
+    protocol.TakesIntegers: "bad input",
+}
+
+
+def test_the_kernel_that_the_bugs_are_planted_in_is_right():
+    kernel = metropolis.RandomWalk(TARGET, 1.0)
+    exact_start_invariance(0, kernel, exact).raise_if_rejected()
+    contract(kernel, POSITION)
+
+
+@pytest.mark.parametrize("kernel", WRONG_LAW.values(), ids=WRONG_LAW.keys())
+def test_exact_start_invariance_rejects(kernel):
+    assert exact_start_invariance(0, kernel, exact).p_value < FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    ("kernel", "clause"), BROKEN_CLAUSE.items(), ids=lambda value: getattr(value, "__name__", value)
+)
+def test_contract_rejects(kernel, clause):
+    with pytest.raises(ContractError) as caught:
+        contract(kernel(TARGET, 1.0), POSITION)
+    assert clause in caught.value.violations
+
+
+@pytest.mark.parametrize(
+    "posterior",
+    [posteriors.the_prior, posteriors.without_prior_mean, posteriors.wrong_shape, posteriors.separate_blocks],
+)
+def test_calibration_rejects(posterior):
+    report = simulation_based_calibration(
+        0, posteriors.prior, posteriors.simulate, posterior, num_simulations=4_000, num_draws=50
+    )
+    assert report.p_value < FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    "transition", [posteriors.without_jacobian, posteriors.drops_a_datum, posteriors.forgets_normaliser]
+)
+def test_geweke_rejects(transition):
+    assert geweke_joint(0, posteriors.prior, posteriors.simulate, transition).p_value < FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    "estimate", [posteriors.mean_of_logs, posteriors.divides_by_one_less, posteriors.loses_the_dead]
+)
+def test_evidence_rejects(estimate):
+    assert evidence_is_unbiased(0, estimate, posteriors.LOG_EVIDENCE).p_value < FALSE_ALARM
