@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Key, PyTree
 
 from bayesinf import adaptation, errors
 from bayesinf.checkpoint import Checkpoint, fingerprint
