@@ -103,7 +103,15 @@ def pareto_k(log_weights: Float[ArrayLike, " n"]) -> float:
         log_weights: n unnormalised log weights; infinite and NaN ones are weights of zero.
 
     Returns:
-        k, or infinity where fewer than 25 weights are positive, too few for a fit.
+        k; -inf where the largest weights are all equal, so that there is no tail; +inf where fewer than 25 weights are
+        positive, too few to see one.
+
+    Example:
+        >>> import numpy as np
+        >>> from bayesinf import weights
+        >>> log_weights = 0.7 * np.random.default_rng(0).standard_exponential(20_000)  # Pareto weights of index 0.7
+        >>> round(weights.pareto_k(log_weights), 1)
+        0.7
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), Pareto smoothed importance sampling, JMLR 25(72).
@@ -114,7 +122,10 @@ def pareto_k(log_weights: Float[ArrayLike, " n"]) -> float:
     values = values[np.isfinite(values)]
     if values.size < 25:
         return float("inf")
-    return float(array_stats.psislw(values, r_eff=1.0)[1])
+    try:
+        return float(array_stats.psislw(-values, r_eff=1.0)[1])  # it takes the logs of one over the weights
+    except ValueError:  # all tail values are the same
+        return float("-inf")
 
 
 def _is_weight(log_weights: Array) -> Array:

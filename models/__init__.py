@@ -3,4 +3,12 @@
 if __name__ != "bayesinf.models":
     raise ImportError("import bayesinf.models, not models: this folder is only a part of bayesinf")
 
+from bayesinf.models.linear_gaussian import KalmanResult as KalmanResult
+from bayesinf.models.linear_gaussian import LinearGaussian as LinearGaussian
+from bayesinf.models.linear_gaussian import SmootherResult as SmootherResult
+from bayesinf.models.linear_gaussian import kalman_filter as kalman_filter
+from bayesinf.models.linear_gaussian import rts_smoother as rts_smoother
+from bayesinf.models.linear_gaussian import sample_posterior as sample_posterior
 from bayesinf.models.state_space import StateSpaceModel as StateSpaceModel
+from bayesinf.models.state_space import simulate as simulate
+from bayesinf.models.stochastic_volatility import StochasticVolatility as StochasticVolatility

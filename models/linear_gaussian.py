@@ -1,0 +1,305 @@
+"""The linear Gaussian model, where everything is known in closed form: the oracle of every approximate method.
+
+    x_0 ~ N(m0, P0),   x_t = A x_{t-1} + b + q_t,  q_t ~ N(0, Q),   y_t = C x_t + d + r_t,  r_t ~ N(0, R)
+
+Covariances are given and kept as Cholesky factors, and filtered by QR decompositions (square-root form). Rows of y that
+are NaN, and single components that are NaN, are missing and integrated out exactly. All is differentiable.
+
+References:
+    Kalman (1960), doi:10.1115/1.3662552.
+    Rauch, Tung and Striebel (1965), doi:10.2514/3.3166.
+    Frühwirth-Schnatter (1994), doi:10.1111/j.1467-9892.1994.tb00184.x (backward sampling).
+"""
+
+from functools import partial
+from typing import NamedTuple, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Int, Key
+
+from bayesinf import errors, weights
+from bayesinf.models.square_root import condition, drop_missing, gaussian_log_prob, triangularize
+from bayesinf.models.state_space import StateSpaceModel, check_series
+
+__all__ = ["KalmanResult", "LinearGaussian", "SmootherResult", "kalman_filter", "rts_smoother", "sample_posterior"]
+
+
+def _floating(x) -> Array:
+    return jnp.asarray(x, jnp.result_type(x, 1.0))
+
+
+class LinearGaussian(StateSpaceModel):
+    """Linear dynamics and observations with Gaussian noise; d states, k observations a step.
+
+    The optional laws of a guided filter are the locally optimal ones: `proposal` is x_t | x_{t-1}, y_t, and `lookahead`
+    is log p(y_t | x_{t-1}).
+
+    Attributes:
+        initial_mean: m0, shape (d,).
+        initial_tril: Cholesky factor of P0, shape (d, d).
+        transition_matrix: A, shape (d, d).
+        transition_tril: Cholesky factor of Q, shape (d, d).
+        observation_matrix: C, shape (k, d).
+        observation_tril: Cholesky factor of R, shape (k, k).
+        transition_offset: b, shape (d,) or a scalar.
+        observation_offset: d, shape (k,) or a scalar.
+
+    Example:
+        >>> import jax
+        >>> import bayesinf as bi
+        >>> model = bi.models.LinearGaussian.scalar(0.9, 0.5, 1.0, 0.3)
+        >>> _, ys = bi.models.simulate(jax.random.key(0), model, num_steps=20)
+        >>> bi.models.kalman_filter(model, ys).filtered_means.shape
+        (20, 1)
+    """
+
+    initial_mean: Float[Array, " d"] = eqx.field(converter=_floating)
+    initial_tril: Float[Array, "d d"] = eqx.field(converter=_floating)
+    transition_matrix: Float[Array, "d d"] = eqx.field(converter=_floating)
+    transition_tril: Float[Array, "d d"] = eqx.field(converter=_floating)
+    observation_matrix: Float[Array, "k d"] = eqx.field(converter=_floating)
+    observation_tril: Float[Array, "k k"] = eqx.field(converter=_floating)
+    transition_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=_floating)
+    observation_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=_floating)
+
+    def __check_init__(self):
+        d, k = self.initial_mean.shape[-1:], self.observation_matrix.shape[-2:-1]
+        expected = {
+            "initial_mean": (d,),
+            "initial_tril": (d + d,),
+            "transition_matrix": (d + d,),
+            "transition_tril": (d + d,),
+            "observation_matrix": (k + d,),
+            "observation_tril": (k + k,),
+            "transition_offset": (d, ()),
+            "observation_offset": (k, ()),
+        }
+        for name, shapes in expected.items():
+            value = getattr(self, name)
+            if value.shape not in shapes:
+                raise ValueError(
+                    f"{name} must have shape {shapes[0]}, from initial_mean of shape {self.initial_mean.shape} and "
+                    f"observation_matrix of shape {self.observation_matrix.shape}, got {value.shape}"
+                )
+            if name.endswith("_tril") and errors.is_concrete(value) and np.any(np.triu(np.asarray(value), 1)):
+                raise ValueError(f"{name} must be lower triangular; pass jnp.linalg.cholesky(covariance)")
+
+    @classmethod
+    def scalar(
+        cls,
+        persistence: Float[Array, ""] | float,
+        transition_scale: Float[Array, ""] | float,
+        observation_factor: Float[Array, ""] | float = 1.0,
+        observation_scale: Float[Array, ""] | float = 1.0,
+        initial_mean: Float[Array, ""] | float = 0.0,
+        initial_scale: Float[Array, ""] | float | None = None,
+    ) -> Self:
+        """One state and one observation: x_t = a x_{t-1} + N(0, q^2), y_t = c x_t + N(0, r^2); shapes (1,).
+
+        Args:
+            persistence: a.
+            transition_scale: q.
+            observation_factor: c.
+            observation_scale: r.
+            initial_mean: mean of x_0.
+            initial_scale: standard deviation of x_0; by default the stationary one, q / sqrt(1 - a^2), for |a| < 1.
+        """
+        if initial_scale is None:
+            if errors.is_concrete(persistence) and not abs(float(persistence)) < 1:
+                raise ValueError(
+                    f"persistence must lie in (-1, 1) for a stationary start, got {persistence}; give initial_scale"
+                )
+            initial_scale = transition_scale / jnp.sqrt(1.0 - _floating(persistence) ** 2)
+
+        def matrix(value):
+            return _floating(value).reshape(1, 1)
+
+        return cls(
+            _floating(initial_mean).reshape(1),
+            matrix(initial_scale),
+            matrix(persistence),
+            matrix(transition_scale),
+            matrix(observation_factor),
+            matrix(observation_scale),
+        )
+
+    def initial(self):
+        return _gaussian(self.initial_mean, self.initial_tril)
+
+    def transition(self, x_prev: Float[Array, " d"], t: Int[Array, ""]):
+        return _gaussian(self._predict(x_prev), self.transition_tril)
+
+    def observation(self, x: Float[Array, " d"], t: Int[Array, ""]):
+        return _gaussian(self._observe(x), self.observation_tril)
+
+    def initial_proposal(self, y: Float[Array, " k"]):
+        return _gaussian(*self._update(self.initial_mean, self.initial_tril, y)[:2])
+
+    def proposal(self, x_prev: Float[Array, " d"], y: Float[Array, " k"], t: Int[Array, ""]):
+        return _gaussian(*self._update(self._predict(x_prev), self.transition_tril, y)[:2])
+
+    def lookahead(self, x_prev: Float[Array, " d"], y: Float[Array, " k"], t: Int[Array, ""]) -> Float[Array, ""]:
+        return self._update(self._predict(x_prev), self.transition_tril, y)[2]
+
+    def log_transition_bound(self, t: Int[Array, ""]) -> Float[Array, ""]:
+        return gaussian_log_prob(jnp.zeros_like(self.initial_mean), self.transition_tril)
+
+    def _predict(self, x: Array) -> Array:
+        return self.transition_matrix @ x + self.transition_offset
+
+    def _observe(self, x: Array) -> Array:
+        return self.observation_matrix @ x + self.observation_offset
+
+    def _update(self, mean: Array, tril: Array, y: Array) -> tuple[Array, Array, Array]:
+        """Mean and factor of x | y for x ~ N(mean, tril tril^T), and log p(y)."""
+        is_missing = jnp.isnan(y)
+        matrix, noise_tril = drop_missing(is_missing, self.observation_matrix, self.observation_tril)
+        marginal_tril, gain, tril = condition(tril, matrix, noise_tril)
+        # zeros stand in for missing data before they meet anything: gradients stay finite
+        residual = jnp.where(is_missing, 0.0, jnp.where(is_missing, 0.0, y) - self._observe(mean))
+        return mean + gain @ residual, tril, gaussian_log_prob(residual, marginal_tril, is_missing)
+
+
+class KalmanResult(NamedTuple):
+    """Filtered laws N(m_t, P_t) of x_t given y_0..y_t, and predicted ones of x_t given y_0..y_{t-1}."""
+
+    log_evidence: Float[Array, ""]
+    log_evidence_increments: Float[Array, " t"]
+    filtered_means: Float[Array, "t d"]
+    filtered_trils: Float[Array, "t d d"]
+    predicted_means: Float[Array, "t d"]
+    predicted_trils: Float[Array, "t d d"]
+
+
+class SmootherResult(NamedTuple):
+    """Laws of x_t given all data: means, covariances, and Cov(x_t, x_{t+1}) for t = 0..T-2."""
+
+    means: Float[Array, "t d"]
+    covariances: Float[Array, "t d d"]
+    cross_covariances: Float[Array, "s d d"]
+
+
+def kalman_filter(model: LinearGaussian, ys: Float[Array, "..."]) -> KalmanResult:
+    """The exact filter and log evidence.
+
+    Args:
+        model: a linear Gaussian model.
+        ys: observations, shape (T, k); NaN components are missing.
+
+    Returns:
+        The filtered and predicted laws, and log p(y_0..y_t) by increments.
+
+    Raises:
+        ValueError: ys has the wrong shape, or infinite entries.
+    """
+    return _filter(model, _check(model, ys))
+
+
+def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."]) -> SmootherResult:
+    """The exact law of every x_t, and of every pair of neighbours, given all data.
+
+    Needs predicted covariances that are not singular.
+
+    Args:
+        model: a linear Gaussian model.
+        ys: observations, shape (T, k); NaN components are missing.
+    """
+    return _smooth(model, _check(model, ys))
+
+
+def sample_posterior(
+    key: Key[Array, ""] | int, model: LinearGaussian, ys: Float[Array, "..."], num_paths: int
+) -> Float[Array, "p t d"]:
+    """Exact independent draws of x_0..x_{T-1} given all data, by filtering forward and sampling backward.
+
+    Args:
+        key: PRNG key or seed.
+        model: a linear Gaussian model.
+        ys: observations, shape (T, k); NaN components are missing.
+        num_paths: how many.
+
+    Returns:
+        Paths of shape (num_paths, T, d).
+    """
+    errors.check_count("num_paths", num_paths)
+    return _sample(errors.as_key(key), model, _check(model, ys), num_paths)
+
+
+def _check(model: LinearGaussian, ys) -> Array:
+    if not isinstance(model, LinearGaussian):
+        raise ValueError(f"model must be a LinearGaussian, got {type(model).__name__}")
+    ys = check_series(ys)
+    k = model.observation_matrix.shape[0]
+    if not isinstance(ys, jax.Array) or ys.shape[1:] != (k,):
+        shape = jax.tree.map(jnp.shape, ys)
+        raise ValueError(f"ys must be one array of shape (T, {k}) to fit observation_matrix, got {shape}")
+    return ys
+
+
+@jax.jit
+def _filter(model: LinearGaussian, ys: Array) -> KalmanResult:
+    def step(predicted, y):
+        mean, tril, increment = model._update(*predicted, y)
+        moved = triangularize(jnp.concatenate([model.transition_matrix @ tril, model.transition_tril], axis=1))
+        return (model._predict(mean), moved), (increment, mean, tril, *predicted)
+
+    start = (model.initial_mean, triangularize(model.initial_tril))
+    dtype = jnp.result_type(*jax.tree.leaves(model))
+    _, (increments, *laws) = jax.lax.scan(step, jax.tree.map(lambda leaf: leaf.astype(dtype), start), ys.astype(dtype))
+    return KalmanResult(weights.compensated_sum(increments), increments, *laws)
+
+
+@jax.jit
+def _backward(model: LinearGaussian, filtered: KalmanResult) -> tuple[Array, Array]:
+    """Of x_t | x_{t+1}, y_0..y_t for t = 0..T-2: the gain on x_{t+1}, and the factor of its covariance."""
+    laws = jax.vmap(lambda tril: condition(tril, model.transition_matrix, model.transition_tril))(
+        filtered.filtered_trils[:-1]
+    )
+    return laws.gain, laws.tril
+
+
+@jax.jit
+def _smooth(model: LinearGaussian, ys: Array) -> SmootherResult:
+    filtered = _filter(model, ys)
+    gains, trils = _backward(model, filtered)
+
+    def step(later, now):
+        later_mean, later_tril = later
+        gain, tril, mean, predicted_mean = now
+        mean = mean + gain @ (later_mean - predicted_mean)
+        smoothed = triangularize(jnp.concatenate([gain @ later_tril, tril], axis=1))
+        return (mean, smoothed), (mean, smoothed, gain @ later_tril @ later_tril.T)
+
+    last = (filtered.filtered_means[-1], filtered.filtered_trils[-1])
+    steps = (gains, trils, filtered.filtered_means[:-1], filtered.predicted_means[1:])
+    _, (means, trils, crosses) = jax.lax.scan(step, last, steps, reverse=True)
+    means, trils = (jnp.concatenate([a, b[None]]) for a, b in zip((means, trils), last, strict=True))
+    return SmootherResult(means, trils @ trils.mT, crosses)
+
+
+@partial(jax.jit, static_argnums=3)
+def _sample(key: Array, model: LinearGaussian, ys: Array, num_paths: int) -> Array:
+    filtered = _filter(model, ys)
+    gains, trils = _backward(model, filtered)
+    num_steps, d = filtered.filtered_means.shape
+    noise = jax.random.normal(key, (num_steps, num_paths, d), filtered.filtered_means.dtype)
+
+    def step(later, now):
+        gain, tril, mean, predicted_mean, noise = now
+        x = mean + (later - predicted_mean) @ gain.T + noise @ tril.T
+        return x, x
+
+    last = filtered.filtered_means[-1] + noise[-1] @ filtered.filtered_trils[-1].T
+    steps = (gains, trils, filtered.filtered_means[:-1], filtered.predicted_means[1:], noise[:-1])
+    _, paths = jax.lax.scan(step, last, steps, reverse=True)
+    return jnp.swapaxes(jnp.concatenate([paths, last[None]]), 0, 1)
+
+
+def _gaussian(mean: Array, tril: Array) -> dist.Distribution:
+    if mean.shape[-1] == 1:  # no triangular solve for every particle
+        return dist.Normal(mean, tril[..., 0]).to_event(1)
+    return dist.MultivariateNormal(mean, scale_tril=tril)
