@@ -168,14 +168,23 @@ def info() -> None:
     print(f"default dtypes {jnp.result_type(float)}, {jnp.result_type(int)}; x64 {jax.config.jax_enable_x64}")
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(prog="python -m bayesinf", description=__doc__.partition("\n")[0])
     parser.add_argument("command", nargs="?", default="demo", choices=["demo", "info"], help="default: demo")
-    parser.add_argument("--particles", type=int, default=64, help="particles of conditional SMC and PPG (%(default)s)")
-    parser.add_argument("--samples", type=int, default=1_500, help="draws kept of each chain (%(default)s)")
-    parser.add_argument("--warmup", type=int, default=500, help="sweeps discarded first (%(default)s)")
-    parser.add_argument("--chains", type=int, default=4, help="chains (%(default)s)")
+    parser.add_argument(
+        "--particles", type=count, default=64, help="particles of conditional SMC and PPG (%(default)s)"
+    )
+    parser.add_argument("--samples", type=count, default=1_500, help="draws kept of each chain (%(default)s)")
+    parser.add_argument("--warmup", type=count, default=500, help="sweeps discarded first (%(default)s)")
+    parser.add_argument("--chains", type=count, default=4, help="chains (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="seed of all random numbers (%(default)s)")
     parser.add_argument("--output", default="bayesinf-demo", help="folder of the results (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="continue the unfinished run in the output folder")

@@ -21,6 +21,7 @@ __all__ = [
     "KeyLike",
     "SamplingError",
     "SamplingWarning",
+    "as_arrays",
     "as_key",
     "check_choice",
     "check_count",
@@ -94,6 +95,19 @@ def as_key(key: Any) -> Key[Array, ""]:
     if key.shape != ():
         raise ValueError(f"key must be a single key, got an array of keys of shape {key.shape}; pass one of them")
     return key
+
+
+def as_arrays(name: str, tree: PyTree) -> PyTree:
+    """The pytree with every leaf an array."""
+
+    def convert(path: Any, leaf: Any) -> Array:
+        try:
+            return jnp.asarray(leaf)
+        except (TypeError, ValueError) as error:
+            where = name + jax.tree_util.keystr(path)
+            raise ValueError(f"{where} must be an array of numbers, got {type(leaf).__name__}: {error}") from error
+
+    return jax.tree_util.tree_map_with_path(convert, tree)
 
 
 def check_count(name: str, value: Any, *, minimum: int = 1) -> int:

@@ -101,8 +101,9 @@ def sample(
     if chunk_size is not None:
         errors.check_count("chunk_size", chunk_size)
     errors.check_choice("chain_method", chain_method, ("auto", "vectorized", "parallel", "sequential"))
-    if not (hasattr(kernel, "init") and hasattr(kernel, "step")):
-        raise ValueError(f"kernel must have init(position) and step(key, state), got {type(kernel).__name__}")
+    if isinstance(kernel, type) or not (hasattr(kernel, "init") and hasattr(kernel, "step")):
+        what = kernel.__name__ if isinstance(kernel, type) else type(kernel).__name__
+        raise ValueError(f"kernel must be an object with init(position) and step(key, state), got {what}")
     initial = _check_initial(initial)
 
     if warmup is None:

@@ -21,7 +21,7 @@ from bayesinf import errors
 from bayesinf.kernel import Evaluation, is_finite
 from bayesinf.numpyro_model import NumPyroModel
 
-__all__ = ["Target"]
+__all__ = ["Target", "as_target"]
 
 
 class Target(eqx.Module):
@@ -51,7 +51,7 @@ class Target(eqx.Module):
         if not callable(logdensity):
             raise ValueError(f"logdensity must be a function of the position, got {type(logdensity).__name__}")
         self.logdensity_fn = logdensity
-        self.data = jax.tree.map(jnp.asarray, data)
+        self.data = errors.as_arrays("data", data)
         self.model = None
         self._labels = ((), ())
 
@@ -89,6 +89,8 @@ class Target(eqx.Module):
         value = self.logdensity_fn(position) if self.data is None else self.logdensity_fn(position, self.data)
         if jnp.shape(value) != ():
             raise ValueError(f"logdensity must return a scalar, got shape {jnp.shape(value)}; sum over observations")
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise ValueError(f"logdensity must return a floating-point number, got {jnp.result_type(value)}")
         return jnp.asarray(value)
 
     def evaluate(self, position: PyTree, order: int = 0) -> Evaluation:
@@ -188,6 +190,15 @@ class Target(eqx.Module):
         leaves = jax.tree_util.tree_leaves_with_path(evaluation.grad)
         bad_leaves = [jax.tree_util.keystr(path) for path, leaf in leaves if not np.all(np.isfinite(leaf))]
         return f"The log density is finite but its gradient is not, at position{', position'.join(bad_leaves)}."
+
+
+def as_target(target: Any) -> Any:
+    """A target from a target or a function of the position; what kernels convert their `target` with."""
+    if hasattr(target, "evaluate"):
+        return target
+    if callable(target):
+        return Target(target)
+    raise ValueError(f"target must be a Target or a function of the position, got {type(target).__name__}")
 
 
 def _with(target: Target, **fields: Any) -> Target:

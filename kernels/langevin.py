@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from bayesinf import errors
 from bayesinf.kernel import Evaluation, Info, Kernel, accept, keep_finite
 from bayesinf.kernels.vectors import as_position, combine, dot, normals
-from bayesinf.target import Target
+from bayesinf.target import Target, as_target
 
 __all__ = ["LMC", "MALA", "LangevinState"]
 
@@ -54,7 +54,7 @@ class LMC(Kernel):
         1
     """
 
-    target: Target
+    target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
 
     def __check_init__(self):
@@ -92,7 +92,7 @@ class MALA(Kernel):
 
     target_acceptance: ClassVar[float | None] = 0.574
 
-    target: Target
+    target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
 
     def __check_init__(self):

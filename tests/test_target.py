@@ -41,6 +41,13 @@ def test_data_are_arguments():
     assert jax.tree.leaves(target)[0].shape == (2,)
 
 
+def test_a_function_is_a_target_to_a_kernel():
+    kernel = bi.kernels.MALA(lambda x: -0.5 * jnp.sum(x**2), step_size=0.1)
+    assert isinstance(kernel.target, bi.Target)
+    with pytest.raises(ValueError, match="target must be a Target or a function of the position, got int"):
+        bi.kernels.MALA(3, step_size=0.1)
+
+
 def test_logdensity_of_a_model_has_the_jacobian(schools):
     position = {"mu": jnp.array(1.0), "tau": jnp.array(0.3), "z": jnp.linspace(-1.0, 1.0, 8)}
     tau = float(np.exp(0.3))
@@ -148,6 +155,14 @@ class TestBadInput:
     def test_not_a_scalar(self):
         with pytest.raises(ValueError, match=r"must return a scalar, got shape \(2,\)"):
             bi.Target(lambda x: -(x**2)).evaluate(jnp.zeros(2))
+
+    def test_not_floating(self):
+        with pytest.raises(ValueError, match="must return a floating-point number, got int32"):
+            bi.Target(lambda x: jnp.asarray(0, jnp.int32)).evaluate(jnp.zeros(2), order=1)
+
+    def test_data_are_not_numbers(self):
+        with pytest.raises(ValueError, match=r"data\['a'\] must be an array of numbers"):
+            bi.Target(lambda x, data: 0.0, {"a": np.array(["x"])})
 
     def test_template_is_needed(self):
         with pytest.raises(ValueError, match="template is needed"):

@@ -1,0 +1,59 @@
+"""The main job from its command line, at a small size."""
+
+import jax
+import numpy as np
+import pytest
+
+import bayesinf as bi
+from bayesinf.__main__ import main
+
+SMALL = ["--samples", "12", "--warmup", "6", "--chains", "2", "--particles", "8", "--seed", "3"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    main([*SMALL, "--output", str(folder)])
+    return folder
+
+
+def test_writes_draws_and_plot(demo):
+    draws = bi.Draws.load(demo / "draws.nc")
+    assert draws["path"].shape == (2, 12, 1005)
+    assert np.all(np.abs(draws["persistence"]) < 1)
+    assert np.all(draws["scale"] > 0)
+    assert (demo / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_says_what_it_found(demo, capsys):
+    main([*SMALL, "--output", str(demo), "--resume"])
+    said = capsys.readouterr().out
+    for text in ("persistence", "r_hat", "ess_bulk", "log evidence", "compile", "PPG smoothing", "demo.png"):
+        assert text in said
+
+
+def test_resume_extends_the_run_bitwise(demo, tmp_path):
+    first = bi.Draws.load(demo / "draws.nc")
+    longer = [*SMALL, "--output", str(tmp_path)]
+    longer[1] = "20"
+    main(longer)
+    whole = bi.Draws.load(tmp_path / "draws.nc")
+    assert np.array_equal(whole["path"][:, :12], first["path"])
+    longer[-1] = str(demo)
+    main([*longer, "--resume"])
+    assert np.array_equal(bi.Draws.load(demo / "draws.nc")["path"], whole["path"])
+
+
+def test_info_names_versions_and_devices(capsys):
+    main(["info"])
+    said = capsys.readouterr().out
+    assert f"bayesinf {bi.__version__}" in said
+    assert f"jax {jax.__version__}" in said
+    assert "devices" in said
+
+
+@pytest.mark.parametrize("flag", ["--particles", "--chains", "--samples", "--warmup"])
+def test_bad_counts_are_named(flag, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([flag, "-3", "--output", str(tmp_path)])
+    assert flag in capsys.readouterr().err
