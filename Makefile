@@ -36,7 +36,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/installed-bench
-	$(BIN)/pytest benchmarks -o filterwarnings=default -o addopts="" --benchmark-sort=name --benchmark-columns=median,iqr,rounds $(ARGS)
+	$(BIN)/pytest benchmarks -o filterwarnings=default -o addopts="" --benchmark-quiet $(ARGS)
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
