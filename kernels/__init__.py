@@ -4,10 +4,20 @@ if __name__ != "bayesinf.kernels":
     raise ImportError("import bayesinf.kernels, not kernels: this folder is only a part of bayesinf")
 
 from bayesinf.kernels.backward import draw_backward as draw_backward
+from bayesinf.kernels.compose import Cycle as Cycle
+from bayesinf.kernels.compose import Mixture as Mixture
+from bayesinf.kernels.compose import Repeat as Repeat
+from bayesinf.kernels.conditional_smc import ConditionalSMC as ConditionalSMC
+from bayesinf.kernels.gibbs import Gibbs as Gibbs
 from bayesinf.kernels.kinetic import KineticLangevin as KineticLangevin
 from bayesinf.kernels.kinetic import Splitting as Splitting
 from bayesinf.kernels.langevin import LMC as LMC
 from bayesinf.kernels.langevin import MALA as MALA
+from bayesinf.kernels.paris import AdditiveFunctional as AdditiveFunctional
+from bayesinf.kernels.paris import paris as paris
+from bayesinf.kernels.parisian_gibbs import ParisianGibbs as ParisianGibbs
+from bayesinf.kernels.parisian_gibbs import ppg as ppg
+from bayesinf.kernels.particle_gibbs import ParticleGibbs as ParticleGibbs
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint as RandomizedMidpoint
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpointKinetic as RandomizedMidpointKinetic
 from bayesinf.kernels.reference import HMC as HMC

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from bayesinf import errors
 
-__all__ = ["as_position", "combine", "dot", "normals"]
+__all__ = ["as_position", "combine", "dot", "normals", "strong"]
 
 Term = tuple[Any, PyTree]  # a scalar, and what it multiplies
 
@@ -21,7 +21,12 @@ Term = tuple[Any, PyTree]  # a scalar, and what it multiplies
 def as_position(position: PyTree) -> PyTree:
     """A starting position as arrays of floating point, without weak types: a state keeps its types across steps."""
     errors.check_floating("position", position)
-    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.result_type(leaf)), position)
+    return jax.tree.map(strong, position)
+
+
+def strong(leaf: Any) -> Array:
+    """The leaf as an array without a weak type."""
+    return jax.lax.convert_element_type(leaf, jnp.result_type(leaf))
 
 
 def combine(*terms: Term) -> PyTree:

@@ -1,0 +1,66 @@
+"""Kernels of other libraries as parts of a composition: anything with `init(position)` and `step(key, state)`.
+
+Their states cache what belongs to a position in fields of their own, which would go stale when another kernel moves the
+chain. They are therefore started anew at the position of every step: sound for every kernel that remembers nothing but
+what follows from its position (BlackJAX's HMC, NUTS, MALA, random walks, slices), at the price of one more evaluation.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Key, PyTree
+
+from bayesinf.kernel import Info, Kernel
+from bayesinf.kernels.vectors import strong
+
+__all__ = ["Foreign", "ForeignState", "as_kernel"]
+
+
+class ForeignState(NamedTuple):
+    """The position alone."""
+
+    position: PyTree
+
+
+class Foreign(Kernel):
+    """A kernel given by two functions, such as a BlackJAX `SamplingAlgorithm`.
+
+    Attributes:
+        init_fn: `init(position) -> state`, a function of the position only. Static.
+        step_fn: `step(key, state) -> (state, info)`. Static.
+    """
+
+    init_fn: Callable[..., Any] = eqx.field(static=True)
+    step_fn: Callable[..., Any] = eqx.field(static=True)
+
+    def init(self, position: PyTree) -> ForeignState:
+        return ForeignState(jax.tree.map(strong, position))
+
+    def step(self, key: Key[jax.Array, ""], state: ForeignState) -> tuple[ForeignState, Info]:
+        inner = self.init_fn(state.position)
+        after, told = self.step_fn(key, inner)
+        position = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), after.position, state.position)
+
+        dtype = jnp.result_type(float)
+        num_gradients = getattr(told, "num_integration_steps", 1) + 1 if hasattr(inner, "logdensity_grad") else 0
+        info = Info(
+            acceptance_rate=jnp.asarray(getattr(told, "acceptance_rate", 1.0), dtype),
+            is_accepted=jnp.asarray(getattr(told, "is_accepted", True)),
+            is_divergent=jnp.asarray(getattr(told, "is_divergent", False)),
+            num_gradients=jnp.asarray(num_gradients, jnp.int32),
+        )
+        return ForeignState(position), info
+
+
+def as_kernel(part: Any) -> Any:
+    """`part` if it is a pytree with the two methods, else its two functions as a kernel.
+
+    Raises:
+        ValueError: there is no `init` or no `step`.
+    """
+    if not (callable(getattr(part, "init", None)) and callable(getattr(part, "step", None))):
+        raise ValueError(f"a kernel has init(position) and step(key, state); got {type(part).__name__}")
+    return part if isinstance(part, eqx.Module) else Foreign(part.init, part.step)
