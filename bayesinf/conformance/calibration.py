@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from bayesinf import errors
 from bayesinf.conformance.comparison import columns, pairs, uniform_p_values
 from bayesinf.conformance.report import Report
+from bayesinf.errors import KeyLike
 
 __all__ = ["simulation_based_calibration"]
 
@@ -17,7 +18,7 @@ BATCH = 200
 
 
 def simulation_based_calibration(
-    key: Key[Array, ""] | int,
+    key: KeyLike,
     prior_sampler: Callable[[Key[Array, ""]], PyTree],
     simulator: Callable[[Key[Array, ""], PyTree], PyTree],
     posterior_sampler: Callable[[Key[Array, ""], PyTree, int], PyTree],

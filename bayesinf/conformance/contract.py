@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from bayesinf import errors
+from bayesinf.errors import KeyLike
 from bayesinf.target import Target
 
 __all__ = ["CLAUSES", "ContractError", "contract"]
@@ -33,7 +34,7 @@ class ContractError(AssertionError):
         self.violations = violations
 
 
-def contract(kernel: Any, position: PyTree, *, key: Key[Array, ""] | int = 0, skip: Collection[str] = ()) -> None:
+def contract(kernel: Any, position: PyTree, *, key: KeyLike = 0, skip: Collection[str] = ()) -> None:
     """Checks the protocol that every driver relies on.
 
         init(position) -> state,     step(key, state) -> (state, info)

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, ArrayLike, Key
 
 from bayesinf import errors
 from bayesinf.conformance.report import Report
+from bayesinf.errors import KeyLike
 
 __all__ = ["evidence_is_unbiased"]
 
@@ -18,9 +19,9 @@ BATCH = 1_000
 
 
 def evidence_is_unbiased(
-    key: Key[Array, ""] | int,
+    key: KeyLike,
     estimate_log_evidence: Callable[[Key[Array, ""]], Array],
-    log_evidence: float | Float[Array, ""],
+    log_evidence: ArrayLike,
     *,
     num_replicates: int = 10_000,
 ) -> Report:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Key, PyTree
 from bayesinf import errors
 from bayesinf.conformance.comparison import law_has_moved
 from bayesinf.conformance.report import Report
+from bayesinf.errors import KeyLike
 
 __all__ = ["exact_start_invariance"]
 
@@ -18,7 +19,7 @@ BATCH = 20_000  # chains advanced at once: bounds the memory of any kernel
 
 
 def exact_start_invariance(
-    key: Key[Array, ""] | int,
+    key: KeyLike,
     kernel: Any,
     exact_sampler: Callable[[Key[Array, ""]], PyTree],
     *,

@@ -9,6 +9,7 @@ from jaxtyping import Array, Key, PyTree
 from bayesinf import errors
 from bayesinf.conformance.comparison import law_has_moved
 from bayesinf.conformance.report import Report
+from bayesinf.errors import KeyLike
 
 __all__ = ["geweke_joint"]
 
@@ -16,7 +17,7 @@ BATCH = 5_000
 
 
 def geweke_joint(
-    key: Key[Array, ""] | int,
+    key: KeyLike,
     prior_sampler: Callable[[Key[Array, ""]], PyTree],
     simulator: Callable[[Key[Array, ""], PyTree], PyTree],
     transition: Callable[[Key[Array, ""], PyTree, PyTree], PyTree],
