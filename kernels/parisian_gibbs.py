@@ -1,0 +1,236 @@
+"""Parisian particle Gibbs (PPG): smoothed expectations whose bias decays geometrically.
+
+One sweep is a conditional particle filter with reference zeta (slot 0) that carries PaRIS statistics,
+
+    J_t^{i,j} ~ Cat(W_{t-1}^l p(X_t^i | X_{t-1}^l)),   j = 1..M, for every i, the reference among them
+    tau_t^i = (1/M) sum_j [tau_{t-1}^{J} + h_t(X_{t-1}^{J}, X_t^i)],       estimate = sum_i W_{T-1}^i tau_{T-1}^i
+    B_{T-1} ~ Cat(W_{T-1}),  B_{t-1} = J_t^{B_t, 1},  zeta'_t = X_t^{B_t}
+
+and hands zeta' to the next. If zeta has the smoothing law then so has zeta', and E[estimate] is exactly the smoothed
+expectation, for every N >= 2 and M >= 1. The roll-out estimator averages the sweeps k0 < l <= k; its bias is of order
+kappa^k0 / N, with kappa in (0, 1) the rate at which the reference is forgotten, and a sweep's variance is of order 1/N.
+
+Against one PaRIS run of k N particles it trades bias for about 1 / (1 - k0/k) in variance: the gain is where estimates
+are averaged, as in stochastic approximation and over parallel replicates.
+
+References:
+    Cardoso, Janati, Moulines, Olsson (2023), State and parameter learning with PARIS particle Gibbs, ICML,
+        https://arxiv.org/abs/2301.00900.
+    Olsson and Westerborn (2017), doi:10.3150/16-BEJ801 (PaRIS).
+"""
+
+from functools import partial
+from typing import ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
+
+from bayesinf import errors
+from bayesinf.kernel import Kernel
+from bayesinf.kernels import cloud as clouds
+from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
+from bayesinf.kernels.conditional_smc import ConditionalSMC, PathState, check_path, draw_last, finish_sweep
+from bayesinf.kernels.paris import (
+    AdditiveFunctional,
+    check_functional,
+    start_statistics,
+    update_statistics,
+    weighted_mean,
+)
+from bayesinf.models.state_space import StateSpaceModel, check_series
+from bayesinf.resampling import gather
+
+__all__ = ["PPGResult", "ParisianGibbs", "ParisianInfo", "ppg"]
+
+
+class ParisianInfo(NamedTuple):
+    """What one sweep tells: `PathInfo` with the estimate of the smoothed expectation, of the functional's structure."""
+
+    acceptance_rate: Float[Array, ""]
+    is_accepted: Bool[Array, ""]
+    is_divergent: Bool[Array, ""]
+    num_gradients: Int[Array, ""]
+    is_updated: Bool[Array, " t"]
+    log_evidence: Float[Array, ""]
+    estimate: PyTree
+
+
+class ParisianGibbs(Kernel):
+    """Conditional PaRIS on paths: leaves p(x_{0:T-1} | y_{0:T-1}) invariant, and estimates an additive functional.
+
+    Attributes:
+        model: the state-space model.
+        ys: observations with leading axis T; NaN where missing.
+        functional: what is smoothed.
+        num_particles: N >= 2, the reference among them.
+        num_backward: M >= 1 backward draws a particle; with M = 1 the variance grows like T^2, from M = 2 like T.
+        method: how backward draws are made, "exact", "mcmc" or "auto".
+        proposal: "bootstrap", or "guided" for the model's own proposals.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> model = bi.models.StochasticVolatility(mean=-1.0, persistence=0.9, scale=0.3)
+        >>> _, ys = bi.models.simulate(jax.random.key(0), model, num_steps=50)
+        >>> total = bi.kernels.AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x)
+        >>> kernel = bi.kernels.ParisianGibbs(model, ys, total, num_particles=32)
+        >>> state, info = kernel.step(jax.random.key(1), kernel.init(jnp.full(50, -1.0)))
+        >>> state.position.shape, info.estimate.shape
+        ((50,), ())
+    """
+
+    is_sequential: ClassVar[bool] = True
+
+    model: StateSpaceModel
+    ys: PyTree = eqx.field(converter=check_series)
+    functional: AdditiveFunctional
+    num_particles: int = eqx.field(static=True, default=64)
+    num_backward: int = eqx.field(static=True, default=2)
+    method: str = eqx.field(static=True, default="auto")
+    proposal: str = eqx.field(static=True, default="bootstrap")
+
+    def __check_init__(self):
+        errors.check_count("num_particles", self.num_particles, minimum=2)
+        errors.check_count("num_backward", self.num_backward)
+        errors.check_choice("method", self.method, BACKWARD_METHODS)
+        errors.check_choice("proposal", self.proposal, clouds.PROPOSALS)
+        check_functional(self.functional)
+
+    def init(self, position: PyTree) -> PathState:
+        return PathState(check_path(self.model, self.ys, position))
+
+    def initial(self, key: Key[Array, ""] | int, num_chains: int = 4) -> PyTree:
+        """Starting paths, with a leading chain axis: backward draws from one free particle filter.
+
+        Raises:
+            InitializationError: all weights of the filter vanished.
+        """
+        return ConditionalSMC(self.model, self.ys, self.num_particles, proposal=self.proposal).initial(key, num_chains)
+
+    def step(self, key: Key[Array, ""], state: PathState) -> tuple[PathState, ParisianInfo]:
+        model, reference = self.model, state.position
+        key_start, key_steps, key_last = jax.random.split(key, 3)
+        x_0, y_0 = gather((reference, self.ys), jnp.zeros((), jnp.int32))
+        start = clouds.start(key_start, model, y_0, self.num_particles, self.proposal, x_0)
+
+        def step(carry, row):
+            (cloud_prev, tau), (t, (x, y)) = carry, row
+            key_move, key_backward = jax.random.split(jax.random.fold_in(key_steps, t))
+            own = jnp.zeros((), jnp.int32)  # the reference comes from itself
+            cloud, ancestors = clouds.move(key_move, model, cloud_prev, y, t, self.proposal, x, own)
+            J = draw_backward(
+                key_backward, model, *cloud_prev, cloud.particles, t, ancestors, self.num_backward, self.method
+            )
+            tau = update_statistics(self.functional, tau, cloud_prev, cloud, J, t)
+            return (cloud, tau), (cloud, J[:, 0])
+
+        first = (start, start_statistics(self.functional, start))
+        no_parents = jnp.arange(self.num_particles, dtype=jnp.int32)
+        last, (cloud, parents) = clouds.scan_series(step, first, (start, no_parents), (reference, self.ys))
+        indices = clouds.trace_indices(draw_last(key_last, cloud.log_weights), parents[1:])
+        state, info = finish_sweep(state, cloud, indices)
+        return state, ParisianInfo(*info, estimate=weighted_mean(*last))
+
+
+class PPGResult(NamedTuple):
+    """What `ppg` returns.
+
+    Attributes:
+        estimate: the roll-out estimate, the mean of `estimates` after the burn-in.
+        estimates: the estimate of each sweep; leading axis k. Their trend shows the bias that is left.
+        path: the path after the last sweep, a draw of the smoothing law up to what is left of the start: the
+            `initial_path` with which a further run, or the next iteration of a learning algorithm, goes on.
+        update_rate: share of the sweeps that renewed the path at each time; below a half, take more particles.
+        log_evidence: log Zhat of each sweep's conditional filter, not an unbiased estimate.
+    """
+
+    estimate: PyTree
+    estimates: PyTree
+    path: PyTree
+    update_rate: Float[Array, " t"]
+    log_evidence: Float[Array, " k"]
+
+
+def ppg(
+    key: Key[Array, ""] | int,
+    model: StateSpaceModel,
+    ys: PyTree,
+    functional: AdditiveFunctional,
+    *,
+    num_particles: int,
+    num_sweeps: int,
+    burn_in: int,
+    num_backward: int = 2,
+    initial_path: PyTree = None,
+    method: str = "auto",
+    proposal: str = "bootstrap",
+    throw: bool = True,
+) -> PPGResult:
+    """Smooths an additive functional by Parisian particle Gibbs.
+
+        estimate = (k - k0)^{-1} sum_{l = k0 + 1}^{k} estimate_l
+
+    Args:
+        key: PRNG key or seed.
+        model: the state-space model.
+        ys: observations with leading axis T; NaN where missing.
+        functional: what is smoothed.
+        num_particles: N >= 2; enough of them that `update_rate` is above a half at every time.
+        num_sweeps: k >= 1 sweeps.
+        burn_in: k0 in [0, k); the bias decays geometrically in it. k / 2 is a good choice.
+        num_backward: M >= 1 backward draws a particle.
+        initial_path: the first reference, with leading axis T; by default drawn from a particle filter.
+        method: how backward draws are made, "exact", "mcmc" or "auto"; see `paris`.
+        proposal: "bootstrap", or "guided" by the model's own `initial_proposal` and `proposal`.
+        throw: whether to raise if the weights vanish.
+
+    Returns:
+        A PPGResult.
+
+    Raises:
+        DegenerateWeightsError: all weights of some sweep vanished; its `result` is the PPGResult.
+
+    Example:
+        >>> import jax
+        >>> import bayesinf as bi
+        >>> model = bi.models.StochasticVolatility(mean=-1.0, persistence=0.9, scale=0.3)
+        >>> _, ys = bi.models.simulate(jax.random.key(0), model, num_steps=50)
+        >>> total = bi.kernels.AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x)
+        >>> result = bi.kernels.ppg(1, model, ys, total, num_particles=32, num_sweeps=10, burn_in=5)
+        >>> result.estimate.shape, result.estimates.shape, result.path.shape
+        ((), (10,), (50,))
+
+    References:
+        Cardoso, Janati, Moulines, Olsson (2023), https://arxiv.org/abs/2301.00900.
+    """
+    errors.check_count("num_sweeps", num_sweeps)
+    errors.check_count("burn_in", burn_in, minimum=0)
+    if burn_in >= num_sweeps:
+        raise ValueError(f"burn_in must be less than num_sweeps={num_sweeps}, got {burn_in}: no sweep would be left")
+    key_initial, key_sweeps = jax.random.split(errors.as_key(key))
+    kernel = ParisianGibbs(model, ys, functional, num_particles, num_backward, method, proposal)
+    if initial_path is None:
+        initial_path = jax.tree.map(lambda leaf: leaf[0], kernel.initial(key_initial, 1))
+    state = kernel.init(initial_path)
+    result, is_divergent = _roll_out(key_sweeps, kernel, state, num_sweeps, burn_in)
+    if throw and errors.is_concrete(is_divergent) and np.any(is_divergent):
+        raise errors.DegenerateWeightsError(
+            f"all weights vanished in {int(np.sum(is_divergent))} of {num_sweeps} sweeps: no particle explains some "
+            f"observation; check it and the model, or take more than num_particles={num_particles}",
+            result,
+        )
+    return result
+
+
+@partial(jax.jit, static_argnames=("num_sweeps", "burn_in"))
+def _roll_out(key, kernel, state, num_sweeps, burn_in):
+    def sweep(state, i):
+        return kernel.step(jax.random.fold_in(key, i), state)
+
+    state, infos = jax.lax.scan(sweep, state, jnp.arange(num_sweeps))
+    estimate = jax.tree.map(lambda leaf: jnp.mean(leaf[burn_in:], axis=0), infos.estimate)
+    update_rate = jnp.mean(infos.is_updated, axis=0, dtype=infos.log_evidence.dtype)
+    return PPGResult(estimate, infos.estimate, state.position, update_rate, infos.log_evidence), infos.is_divergent
