@@ -35,6 +35,7 @@ class Moments(eqx.Module):
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from bayesinf.diagnostics import Moments
         >>> moments = Moments()
         >>> state = moments.init(jnp.array(0.0))
         >>> for value in (1.0, 2.0, 4.5):

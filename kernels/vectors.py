@@ -34,6 +34,7 @@ def combine(*terms: Term) -> PyTree:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from bayesinf.kernels.vectors import combine
         >>> combine((1, {"x": jnp.ones(2)}), (-0.5, {"x": jnp.ones(2)}))["x"].tolist()
         [0.5, 0.5]
     """
