@@ -1,5 +1,5 @@
 # make demo      run the main job on real data; writes bayesinf-demo/
-# make test      the tests, those of the examples in docstrings and pages among them (ARGS are passed to pytest: make test ARGS="-k mala")
+# make test      the tests; every example is one (make test ARGS="-k mala" passes ARGS to pytest)
 # make slow      the long statistical runs
 # make lint      format, lint, types
 # make bench     speed, beside other libraries where they are installed
