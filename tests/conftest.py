@@ -1,9 +1,13 @@
 """Shared set-up: shapes and dtypes of every public signature are checked while the tests run."""
 
+import time
+
 import pytest
 from jaxtyping import config, install_import_hook
 
 install_import_hook("bayesinf", "beartype.beartype")
+
+STARTED = time.monotonic()
 
 
 @pytest.fixture
@@ -12,3 +16,13 @@ def unchecked():
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--budget", type=float, help="seconds after which tests that have not begun are skipped")
+
+
+def pytest_runtest_setup(item):
+    budget = item.config.getoption("--budget")
+    if budget is not None and time.monotonic() - STARTED > budget:
+        pytest.skip(f"not reached within the budget of {budget:.0f} s")
