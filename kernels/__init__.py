@@ -3,6 +3,7 @@
 if __name__ != "bayesinf.kernels":
     raise ImportError("import bayesinf.kernels, not kernels: this folder is only a part of bayesinf")
 
+from bayesinf.kernels.backward import backward_sample as backward_sample
 from bayesinf.kernels.backward import draw_backward as draw_backward
 from bayesinf.kernels.compose import Cycle as Cycle
 from bayesinf.kernels.compose import Mixture as Mixture
@@ -17,6 +18,8 @@ from bayesinf.kernels.paris import AdditiveFunctional as AdditiveFunctional
 from bayesinf.kernels.paris import paris as paris
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs as ParisianGibbs
 from bayesinf.kernels.parisian_gibbs import ppg as ppg
+from bayesinf.kernels.particle_filter import FilterResult as FilterResult
+from bayesinf.kernels.particle_filter import particle_filter as particle_filter
 from bayesinf.kernels.particle_gibbs import ParticleGibbs as ParticleGibbs
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint as RandomizedMidpoint
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpointKinetic as RandomizedMidpointKinetic

@@ -20,20 +20,92 @@ References:
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bayesinf import errors, resampling, weights
+from bayesinf.kernels.particle_filter import FilterResult, History
 from bayesinf.models.state_space import StateSpaceModel, log_prob
 
-__all__ = ["BACKWARD_METHODS", "draw_backward"]
+__all__ = ["BACKWARD_METHODS", "backward_sample", "draw_backward"]
 
 BACKWARD_METHODS = ("auto", "exact", "mcmc")
 
 _AUTO_DENSITIES = 2**22  # what "auto" spends on the exact law at one time step
 _TILE = 2**20  # densities held in memory at once
+
+
+def backward_sample(
+    key: Key[Array, ""] | int,
+    model: StateSpaceModel,
+    filtered: FilterResult,
+    num_paths: int,
+    method: str = "auto",
+) -> PyTree:
+    """Draws smoothed paths from a stored particle filter: forward filtering, backward sampling.
+
+    Given the filter's particles the paths are independent, each from the filter's approximation of the law of
+    x_0..x_{T-1} given all data. Tracing ancestors instead would give the same few particles at early times.
+
+    Args:
+        key: PRNG key or seed.
+        model: the model that was filtered.
+        filtered: of `particle_filter(..., store="full")`.
+        num_paths: how many paths.
+        method: "exact", "mcmc" or "auto"; see `draw_backward`.
+
+    Returns:
+        States with leading axes (num_paths, T).
+
+    Raises:
+        ValueError: the filter did not store its history.
+        DegenerateWeightsError: the filter lost all its weights (not while traced).
+
+    Example:
+        >>> import jax
+        >>> import bayesinf as bi
+        >>> model = bi.models.StochasticVolatility(mean=-1.0, persistence=0.97, scale=0.2)
+        >>> _, ys = bi.models.simulate(jax.random.key(0), model, num_steps=50)
+        >>> filtered = bi.kernels.particle_filter(jax.random.key(1), model, ys, num_particles=200, store="full")
+        >>> bi.kernels.backward_sample(jax.random.key(2), model, filtered, num_paths=10).shape
+        (10, 50)
+
+    References:
+        Godsill, Doucet and West (2004), doi:10.1198/016214504000000151.
+    """
+    errors.check_count("num_paths", num_paths)
+    errors.check_choice("method", method, BACKWARD_METHODS)
+    if not isinstance(filtered, FilterResult) or filtered.history is None:
+        raise ValueError("filtered must hold its history; call particle_filter with store='full'")
+    if errors.is_concrete(filtered.log_evidence) and not jnp.all(jnp.isfinite(filtered.log_evidence)):
+        raise errors.DegenerateWeightsError("The filter lost all its weights: there is nothing to smooth.", filtered)
+    return _sample_paths(errors.as_key(key), model, filtered.history, num_paths, method)
+
+
+@partial(jax.jit, static_argnums=(3, 4))
+def _sample_paths(key: Array, model: StateSpaceModel, history: History, num_paths: int, method: str) -> PyTree:
+    num_steps = history.log_weights.shape[0]
+    key_last, key_steps = jax.random.split(key)
+    particles, log_weights, ancestors = history
+    last = resampling.iid(key_last, log_weights[-1], num_paths)
+    x_last = resampling.gather(jax.tree.map(lambda leaf: leaf[-1], particles), last)
+
+    def step(carry, now):
+        x, index = carry
+        particles_prev, log_weights_prev, ancestors, t = now
+        key_t = jax.random.fold_in(key_steps, t)
+        ancestors = ancestors[index]
+        index = draw_backward(key_t, model, particles_prev, log_weights_prev, x, t, ancestors, 1, method)[:, 0]
+        x = resampling.gather(particles_prev, index)
+        return (x, index), x
+
+    before = jax.tree.map(lambda leaf: leaf[:-1], (particles, log_weights))
+    steps = (*before, ancestors[1:], jnp.arange(1, num_steps))
+    _, paths = jax.lax.scan(step, (x_last, last), steps, reverse=True)
+    return jax.tree.map(lambda path, x: jnp.swapaxes(jnp.concatenate([path, x[None]]), 0, 1), paths, x_last)
 
 
 def draw_backward(

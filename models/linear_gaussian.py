@@ -12,7 +12,7 @@ References:
 """
 
 from functools import partial
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -97,7 +97,7 @@ class LinearGaussian(StateSpaceModel):
         observation_scale: Float[Array, ""] | float = 1.0,
         initial_mean: Float[Array, ""] | float = 0.0,
         initial_scale: Float[Array, ""] | float | None = None,
-    ) -> Self:
+    ) -> "LinearGaussian":
         """One state and one observation: x_t = a x_{t-1} + N(0, q^2), y_t = c x_t + N(0, r^2); shapes (1,).
 
         Args:

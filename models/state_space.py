@@ -7,7 +7,9 @@ numpyro distribution, or a pair of functions (sample(key) -> x, log_prob(x) -> s
 """
 
 import abc
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -19,8 +21,19 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from numpyro.distributions.batch_util import promote_batch_shape
 
 from bayesinf import errors
+from bayesinf.models.square_root import drop_missing, gaussian_log_prob
 
-__all__ = ["StateSpaceModel", "check_series", "log_prob", "observation_log_prob", "sample", "sample_each", "simulate"]
+__all__ = [
+    "StateSpaceModel",
+    "check_observations",
+    "check_series",
+    "log_prob",
+    "observation_log_prob",
+    "sample",
+    "sample_each",
+    "sample_many",
+    "simulate",
+]
 
 Law = Any  # a numpyro distribution, or a (sample, log_prob) pair
 
@@ -72,6 +85,13 @@ def log_prob(law: Law, x: PyTree) -> Float[Array, ""]:
     return jnp.sum(jnp.asarray(law.log_prob(x)))
 
 
+def sample_many(key: Key[Array, ""], law: Law, num: int) -> PyTree:
+    """Independent draws, with a leading axis."""
+    if isinstance(law, tuple):
+        return jax.vmap(law[0])(jax.random.split(key, num))
+    return law.sample(key, (num,))
+
+
 def sample_each(key: Key[Array, ""], law_of: Callable[..., Law], xs: PyTree) -> PyTree:
     """One draw from `law_of(x)` for every x along the leading axis of `xs`, from one key where the law allows.
 
@@ -85,19 +105,43 @@ def sample_each(key: Key[Array, ""], law_of: Callable[..., Law], xs: PyTree) -> 
 
 
 def observation_log_prob(model: StateSpaceModel, x: PyTree, y: PyTree, t: Int[Array, ""]) -> Float[Array, ""]:
-    """Log p(y_t | x_t); 0 where y is missing. NaN components of independent components are left out one by one."""
+    """Log p(y_t | x_t) of what is there of y_t: missing components are integrated out.
+
+    That is exact for independent components (`to_event`, or a batch of laws) and for MultivariateNormal. No other law
+    tells the density of a part of y: for those a row is missing as a whole, and a row of which only a part is missing
+    has density NaN, an invalid weight (`check_observations` refuses it beforehand).
+    """
     law = model.observation(x, t)
-    is_missing = jax.tree.map(jnp.isnan, y)
-    if not isinstance(law, tuple) and law.event_dim > 0 and isinstance(law, dist.Independent):
-        safe = jnp.where(is_missing, _inside(law.base_dist, y), y)
-        return jnp.sum(jnp.where(is_missing, 0.0, law.base_dist.log_prob(safe)))
-    any_missing = jnp.any(jnp.stack([jnp.any(leaf) for leaf in jax.tree.leaves(is_missing)]))
     if isinstance(law, tuple):
-        # the pair tells nothing of its support: zeros stand in for what is missing, and their density is not used
-        safe = jax.tree.map(lambda leaf, missing: jnp.where(missing, 0.0, leaf), y, is_missing)
-    else:
-        safe = jnp.where(any_missing, _inside(law, y), y)
-    return jnp.where(any_missing, 0.0, log_prob(law, safe))
+        missing = jnp.stack([jnp.all(jnp.isnan(leaf)) for leaf in jax.tree.leaves(y)])
+        partly = jnp.stack([jnp.any(jnp.isnan(leaf)) for leaf in jax.tree.leaves(y)])
+        # zeros stand in for what is missing, as their density is not used: the pair tells nothing of its support
+        safe = jax.tree.map(lambda leaf: jnp.where(jnp.any(partly), 0.0, leaf), y)
+        return jnp.where(jnp.all(missing), 0.0, jnp.where(jnp.any(partly), jnp.nan, log_prob(law, safe)))
+
+    if y.size != math.prod(law.shape()):
+        raise ValueError(
+            f"ys must have rows of shape {law.shape()}, the shape of model.observation(x, t), got {y.shape}"
+        )
+    while isinstance(law, dist.Independent):
+        law = law.base_dist
+    is_missing = jnp.isnan(y)
+    if isinstance(law, dist.MultivariateNormal):
+        return jnp.sum(_partial_log_prob(law.loc, law.scale_tril, y, is_missing))
+    event = tuple(range(-law.event_dim, 0))
+    missing, partly = jnp.all(is_missing, event), jnp.any(is_missing, event)
+    safe = jnp.where(jnp.expand_dims(partly, event), _inside(law, y), y)
+    return jnp.sum(jnp.where(missing, 0.0, jnp.where(partly, jnp.nan, law.log_prob(safe))))
+
+
+@partial(jnp.vectorize, signature="(k),(k,k),(k),(k)->()")
+def _partial_log_prob(mean: Array, tril: Array, y: Array, is_missing: Array) -> Array:
+    """The Gaussian log density of the components that are there."""
+    tril = jax.lax.cond(
+        jnp.any(is_missing), lambda: drop_missing(is_missing, jnp.zeros_like(tril), tril)[1], lambda: tril
+    )
+    residual = jnp.where(is_missing, 0.0, jnp.where(is_missing, 0.0, y) - mean)
+    return gaussian_log_prob(residual, tril, is_missing)
 
 
 def simulate(key: errors.KeyLike, model: StateSpaceModel, num_steps: int) -> tuple[PyTree, PyTree]:
@@ -147,6 +191,51 @@ def check_series(ys: PyTree) -> PyTree:
             rows = np.unique(np.nonzero(np.isinf(np.asarray(leaf)))[0])[:5]
             raise ValueError(f"ys must be finite, or NaN where missing; rows {rows.tolist()} are infinite")
     return jax.tree.map(lambda leaf: leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(float), ys)
+
+
+def check_observations(model: StateSpaceModel, ys: PyTree) -> PyTree:
+    """`check_series`, and that the model can say the density of what is there of every row; on the host."""
+    if not isinstance(model, StateSpaceModel):
+        raise ValueError(f"model must be a StateSpaceModel, got {type(model).__name__}")
+    ys = check_series(ys)
+    if not errors.is_concrete(ys):
+        return ys
+    masks = [np.isnan(np.asarray(leaf)) for leaf in jax.tree.leaves(ys)]
+    if not any(np.any(mask) for mask in masks):
+        return ys
+    event_dim = _event_dim(model)
+    if event_dim is None:
+        masks = [np.concatenate([mask.reshape(mask.shape[0], -1) for mask in masks], axis=1)]
+        event_dim = 1
+    axes = tuple(range(-event_dim, 0))
+    is_partial = np.any(masks[0], axes) & ~np.all(masks[0], axes)
+    if np.any(is_partial):
+        rows = np.unique(np.nonzero(is_partial)[0])[:5]
+        raise ValueError(
+            "ys must be NaN in a whole row or in none of it, as the law model.observation has no density for a part of "
+            f"y, got rows {rows.tolist()}; use independent components (to_event), or a MultivariateNormal"
+        )
+    return ys
+
+
+def _event_dim(model: StateSpaceModel) -> int | None:
+    """How many trailing axes of y are missing together or not at all; None for the whole row of a pair."""
+    found = []
+
+    def record(key):
+        law = model.observation(sample(key, model.initial()), jnp.zeros((), jnp.int32))
+        while isinstance(law, dist.Independent):
+            law = law.base_dist
+        found.append(_missing_together(law))
+
+    jax.eval_shape(record, jax.random.key(0))
+    return found[0]
+
+
+def _missing_together(law: Law) -> int | None:
+    if isinstance(law, tuple):
+        return None
+    return 0 if isinstance(law, dist.MultivariateNormal) else law.event_dim
 
 
 # samplers that are elementwise in the batch, so that one key serves a whole population
