@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 __all__ = ["Progress"]
 
@@ -12,6 +11,10 @@ class Progress:
     """A tqdm bar over steps that shows phase, acceptance rate, divergences and the worst R-hat; silent if not shown."""
 
     def __init__(self, total: int, *, is_shown: bool):
+        if is_shown:
+            from tqdm.auto import tqdm  # in a notebook without widgets it warns when it is imported
+        else:
+            from tqdm import tqdm
         self._bar = tqdm(total=total, disable=not is_shown, unit="step", dynamic_ncols=True)
         self._bar.set_description("compiling")
 

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 project = "bayesinf"
 author = "The bayesinf authors"
-copyright = "The bayesinf authors, Apache-2.0"  # noqa: A001
+copyright = "The bayesinf authors, Apache-2.0"
 release = version = metadata.version("bayesinf")
 
 extensions = [

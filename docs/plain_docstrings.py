@@ -23,6 +23,7 @@ def process(app, what, name, obj, options, lines):
 def convert(lines: list[str]) -> list[str]:
     converted: list[str] = []
     base = 0  # indentation of ordinary text here
+    section = None  # the heading that we are under
     literal = None  # indentation of the literal block that we are in
     for line in lines:
         indent = len(line) - len(line.lstrip())
@@ -35,7 +36,10 @@ def convert(lines: list[str]) -> list[str]:
             continue
         literal = None
         if indent == 0:
-            base = 4 if SECTION.match(line) else 0
+            section = SECTION.match(line)
+            base = 4 if section else 0
+        elif section and section[1] == "References" and not after_blank:
+            line, indent = " " * base + line.lstrip(), base  # a reference that runs on over two lines
         is_example = line.lstrip().startswith((">>>", "..."))
         if after_blank and indent >= base + 4 and not is_example:
             literal = indent
@@ -49,6 +53,8 @@ def inline(line: str) -> str:
     """Escapes markup outside backticks, and links references."""
     parts = re.split(r"(`[^`]*`)", line)
     for i in range(0, len(parts), 2):
-        text = parts[i] if re.match(r"\s*\*{1,2}\w+:", parts[i]) else re.sub(r"([*|]|(?<=\w)_(?!\w))", r"\\\1", parts[i])
+        text = (
+            parts[i] if re.match(r"\s*\*{1,2}\w+:", parts[i]) else re.sub(r"([*|]|(?<=\w)_(?!\w))", r"\\\1", parts[i])
+        )
         parts[i] = LINK.sub(lambda m: f"`{m[0]} <{HOSTS[m[1]]}{m[2]}>`__", text)
     return "".join(parts)
