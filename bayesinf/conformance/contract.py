@@ -6,7 +6,7 @@ may differ, and values are compared to the square root of the machine precision.
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import equinox as eqx
@@ -21,7 +21,7 @@ from bayesinf.target import Target
 
 __all__ = ["CLAUSES", "ContractError", "contract"]
 
-NUM_KEYS = 8
+NUM_CHAINS = 8
 NUM_STEPS = 6
 
 
@@ -89,17 +89,13 @@ def contract(kernel: Any, position: PyTree, *, key: KeyLike = 0, skip: Collectio
         raise ContractError(type(kernel).__name__, violations)
 
 
-@dataclasses.dataclass
 class _Subject:
     """A kernel under test, with steps that are compiled once and counted."""
 
-    kernel: Any
-    position: PyTree
-    key: Key[Array, ""]
-    num_traces: int = 0
-    _compiled: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    def __init__(self, kernel: Any, position: PyTree, key: Key[Array, ""]):
+        self.kernel, self.position, self.key = kernel, position, key
+        self.num_traces = 0
 
-    def __post_init__(self):
         def step(kernel, key, state):
             self.num_traces += 1
             return kernel.step(key, state)
@@ -107,13 +103,20 @@ class _Subject:
         self.step = eqx.filter_jit(step)
         self.step_many = eqx.filter_jit(lambda kernel, keys, states: jax.vmap(kernel.step)(keys, states))
 
-    def init(self):
+    @cached_property
+    def start(self):
         return self.kernel.init(self.position)
 
-    def many(self):
+    @cached_property
+    def moved(self):
+        """A state some steps away from the start, for clauses that should not be blind to what init sets."""
+        return self.run(self.start, 0, NUM_STEPS)
+
+    @cached_property
+    def chains(self):
         """Keys and states of several chains, one step after the start."""
-        keys = jax.random.split(self.key, NUM_KEYS)
-        states = [self.run(self.init(), t, t + 1) for t in range(NUM_KEYS)]
+        keys = jax.random.split(self.key, NUM_CHAINS)
+        states = [self.run(self.start, t, t + 1) for t in range(NUM_CHAINS)]
         return keys, states, jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
     def run(self, state, first: int, last: int):
@@ -122,17 +125,13 @@ class _Subject:
             state, _ = self.step(self.kernel, jax.random.fold_in(self.key, t), state)
         return state
 
-    def moved(self):
-        """A state some steps away from the start, for clauses that should not be blind to what init sets."""
-        return self.run(self.init(), 0, NUM_STEPS)
-
 
 def _protocol(subject: _Subject) -> Iterator[str]:
     for method in ("init", "step"):
         if not callable(getattr(subject.kernel, method, None)):
             yield f"has no method {method}"
             return
-    state = subject.init()
+    state = subject.start
     if not hasattr(state, "position"):
         yield f"init returns a {type(state).__name__} without .position"
         return
@@ -145,7 +144,7 @@ def _protocol(subject: _Subject) -> Iterator[str]:
 
 
 def _info(subject: _Subject) -> Iterator[str]:
-    _, info = subject.step(subject.kernel, subject.key, subject.init())
+    _, info = subject.step(subject.kernel, subject.key, subject.start)
     kinds = {
         "acceptance_rate": jnp.floating,
         "is_accepted": jnp.bool_,
@@ -165,9 +164,9 @@ def _info(subject: _Subject) -> Iterator[str]:
 
 
 def _init(subject: _Subject) -> Iterator[str]:
-    state = subject.init()
+    state = subject.start
     yield from _differences("init(position).position", state.position, subject.position)
-    yield from _differences("a second init", subject.init(), state)
+    yield from _differences("a second init", subject.kernel.init(subject.position), state)
 
 
 def _types(subject: _Subject) -> Iterator[str]:
@@ -205,7 +204,7 @@ def _static_numbers(name: str, node: Any) -> Iterator[str]:
 
 
 def _one_trace(subject: _Subject) -> Iterator[str]:
-    state = subject.moved()
+    state = subject.moved
     before = subject.num_traces
     subject.step(jax.tree.map(_nudge, subject.kernel), subject.key, state)
     if subject.num_traces > before:
@@ -217,7 +216,7 @@ def _one_trace(subject: _Subject) -> Iterator[str]:
 def _step_size(subject: _Subject) -> Iterator[str]:
     if not (hasattr(subject.kernel, "step_size") and hasattr(subject.kernel, "with_step_size")):
         return
-    keys, states, stacked = subject.many()
+    keys, states, stacked = subject.chains
     half = subject.kernel.with_step_size(0.5 * subject.kernel.step_size)
     traces = subject.num_traces
     subject.step(half, keys[0], states[0])
@@ -229,13 +228,13 @@ def _step_size(subject: _Subject) -> Iterator[str]:
 
 
 def _jit(subject: _Subject) -> Iterator[str]:
-    state = subject.moved()
+    state = subject.moved
     eager = subject.kernel.step(subject.key, state)
     yield from _differences("the eager step", eager, subject.step(subject.kernel, subject.key, state), is_exact=False)
 
 
 def _vmap(subject: _Subject) -> Iterator[str]:
-    keys, states, stacked = subject.many()
+    keys, states, stacked = subject.chains
     together = subject.step_many(subject.kernel, keys, stacked)
     alone = [subject.step(subject.kernel, key, state) for key, state in zip(keys, states, strict=True)]
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
@@ -243,16 +242,16 @@ def _vmap(subject: _Subject) -> Iterator[str]:
 
 
 def _reproducible(subject: _Subject) -> Iterator[str]:
-    yield from _differences("a second run", subject.moved(), subject.moved())
-    state = subject.init()
+    yield from _differences("a second run", subject.run(subject.start, 0, NUM_STEPS), subject.moved)
+    state = subject.start
     positions = [subject.run(state, NUM_STEPS * i, NUM_STEPS * (i + 1)).position for i in range(4)]
     if not any(any(_differences("position", position, positions[0])) for position in positions[1:]):
         yield f"four chains of {NUM_STEPS} steps with different keys ended at one position"
 
 
 def _resume(subject: _Subject) -> Iterator[str]:
-    through = subject.run(subject.init(), 0, 2 * NUM_STEPS)
-    half = subject.moved()
+    through = subject.run(subject.start, 0, 2 * NUM_STEPS)
+    half = subject.moved
     leaves, structure = jax.tree.flatten(half)
     loaded = [_restore(_to_numpy(leaf), leaf) for leaf in leaves]
     resumed = subject.run(jax.tree.unflatten(structure, loaded), NUM_STEPS, 2 * NUM_STEPS)
@@ -262,7 +261,7 @@ def _resume(subject: _Subject) -> Iterator[str]:
 def _divergence(subject: _Subject) -> Iterator[str]:
     if not (isinstance(getattr(subject.kernel, "target", None), Target) and hasattr(subject.kernel, "with_target")):
         return
-    state = subject.moved()
+    state = subject.moved
 
     def constant(position, value):
         return value * (1.0 + 0.0 * sum(jnp.sum(leaf) for leaf in jax.tree.leaves(position)))
