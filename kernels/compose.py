@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from bayesinf import errors
 from bayesinf.kernel import Evaluation, Info, Kernel
 from bayesinf.kernels.foreign import as_kernel
-from bayesinf.target import Target
+from bayesinf.target import Target, as_target
 
 __all__ = ["Cycle", "Mixture", "PartsState", "Repeat", "SharedState"]
 
@@ -289,7 +289,7 @@ def gather_parts(name: str, kernels: Sequence[Any], target: Target | None) -> tu
                 f"{name} must sample one target, but theirs differ; "
                 "build them on the same Target object, or pass target="
             )
-    return tuple(_without_target(part) for part in parts), target
+    return tuple(_without_target(part) for part in parts), None if target is None else as_target(target)
 
 
 def bind(parts: Sequence[Any], target: Target | None) -> list[Any]:

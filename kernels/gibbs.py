@@ -34,7 +34,7 @@ from bayesinf.kernels.compose import (
 )
 from bayesinf.kernels.foreign import as_kernel
 from bayesinf.kernels.vectors import strong
-from bayesinf.target import Target
+from bayesinf.target import Target, as_target
 
 __all__ = ["Build", "Gibbs", "conditional"]
 
@@ -169,7 +169,7 @@ def _gather(parts: list[Any], target: Target | None) -> tuple[list[Any], Target 
     """The parts without their targets, and the joint target."""
     kernels = [part for part in parts if not isinstance(part, Build)]
     if not kernels:
-        return parts, target
+        return parts, None if target is None else as_target(target)
     stripped, target = gather_parts("blocks", kernels, target)
     remaining = iter(stripped)
     return [part if isinstance(part, Build) else next(remaining) for part in parts], target

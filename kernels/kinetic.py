@@ -16,9 +16,10 @@ A splitting carries out exactly solvable pieces in the order of a word; a letter
     BAOAB   exact covariance of x on Gaussians at every stable h, one gradient and one normal a coordinate: the default
     OBABO, ABOBA, OABAO, BUB, UBU, ...   also of second order; a palindrome is, other words are of first order
 
-None is Metropolis-adjusted: the bias in x of the exponential integrator is O(h), of palindromes O(h^2). A move into a
-point where the log density or its gradient is not finite is undone and the velocity turned back, which is the
-reversible answer to a wall.
+None is Metropolis-adjusted: the bias in x of the exponential integrator is O(h), of palindromes O(h^2). A move on which
+the log density or its gradient is not finite, where it is evaluated, is undone and the velocity turned back, which is
+the reversible answer to a wall. Words that do not end with a kick at the last position, such as UBU and ABOBA, evaluate
+nothing there: they suit targets that are positive everywhere.
 
 `log_work` is that of the joint law of (x, v), with the velocity's sign changed in the reversed step: the change of
 kinetic energy |v|^2 / (2u) over the O and U pieces, since the others preserve volume.
@@ -43,7 +44,7 @@ from bayesinf import errors
 from bayesinf.kernel import Evaluation, Info, Kernel, keep_finite
 from bayesinf.kernels.ornstein_uhlenbeck import FreeFlow, free_flow
 from bayesinf.kernels.vectors import as_position, combine, dot, normals
-from bayesinf.target import Target
+from bayesinf.target import Target, as_target
 
 __all__ = ["KineticLangevin", "KineticState", "PhaseState", "Splitting"]
 
@@ -89,7 +90,7 @@ class KineticLangevin(Kernel):
         (3,)
     """
 
-    target: Target
+    target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
     friction: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
     inverse_mass: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
@@ -144,7 +145,7 @@ class Splitting(Kernel):
     """
 
     word: str = eqx.field(static=True)
-    target: Target
+    target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
     friction: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
     inverse_mass: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)

@@ -22,7 +22,7 @@ from bayesinf.kernels.kinetic import KineticState, check_parameters, init_at_res
 from bayesinf.kernels.langevin import LangevinState
 from bayesinf.kernels.ornstein_uhlenbeck import free_flow
 from bayesinf.kernels.vectors import as_position, combine, normals
-from bayesinf.target import Target
+from bayesinf.target import Target, as_target
 
 __all__ = ["RandomizedMidpoint", "RandomizedMidpointKinetic"]
 
@@ -50,7 +50,7 @@ class RandomizedMidpoint(Kernel):
         2
     """
 
-    target: Target
+    target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
 
     def __check_init__(self):
@@ -104,7 +104,7 @@ class RandomizedMidpointKinetic(Kernel):
         2
     """
 
-    target: Target
+    target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
     friction: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
     inverse_mass: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)

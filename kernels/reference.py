@@ -25,7 +25,7 @@ from bayesinf import errors
 from bayesinf.kernel import Evaluation, Kernel, is_finite, select
 from bayesinf.kernels.langevin import LangevinState
 from bayesinf.kernels.vectors import as_position
-from bayesinf.target import Target
+from bayesinf.target import Target, as_target
 
 __all__ = ["HMC", "NUTS", "HMCInfo", "NUTSInfo"]
 
@@ -94,7 +94,7 @@ class HMC(Kernel):
 
     target_acceptance: ClassVar[float | None] = 0.8
 
-    target: Target
+    target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
     inverse_mass_matrix: Float[Array, " d"] | None = eqx.field(converter=_as_diagonal, default=None)
     num_integration_steps: int = eqx.field(static=True, default=10)
@@ -146,7 +146,7 @@ class NUTS(Kernel):
     target_acceptance: ClassVar[float | None] = 0.8
     is_sequential: ClassVar[bool] = True
 
-    target: Target
+    target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
     inverse_mass_matrix: Float[Array, " d"] | None = eqx.field(converter=_as_diagonal, default=None)
     max_num_doublings: int = eqx.field(static=True, default=10)
