@@ -107,12 +107,15 @@ def run_particles(interpreter, ys):
 def bench_filter(compare, model, ys):
     key = jax.random.key(1)
 
-    def run_bayesinf(ess_threshold):
-        return kernels.particle_filter(key, model, ys, num_particles=NUM_PARTICLES, ess_threshold=ess_threshold)
+    def run_bayesinf(ess_threshold, store):
+        return kernels.particle_filter(
+            key, model, ys, num_particles=NUM_PARTICLES, ess_threshold=ess_threshold, store=store
+        )
 
     calls = {
-        "bayesinf particle_filter": lambda: run_bayesinf(0.5),
-        "bayesinf particle_filter, resampling always": lambda: run_bayesinf(1.0),
+        "bayesinf particle_filter": lambda: run_bayesinf(0.5, "none"),
+        "bayesinf particle_filter, resampling always": lambda: run_bayesinf(1.0, "none"),
+        "bayesinf particle_filter, with filtered means": lambda: run_bayesinf(0.5, "summary"),
     }
     if has("blackjax"):
         calls["blackjax smc.base.step in a scan, resampling always"] = lambda: run_blackjax(key, ys)
@@ -132,15 +135,15 @@ def bench_smoothing(compare, model, ys):
     key = jax.random.key(1)
     total = kernels.AdditiveFunctional(initial=lambda x0: x0, increment=lambda x_prev, x, t: x)
     sweep = jax.jit(lambda kernel, key, state: kernel.step(key, state))
-    calls = {
-        "bayesinf paris, 2 backward draws": lambda: kernels.paris(
-            key, model, ys, total, num_particles=NUM_PARTICLES, num_backward=2
-        )
-    }
+
+    def run_paris(method):
+        return kernels.paris(key, model, ys, total, num_particles=NUM_PARTICLES, num_backward=2, method=method)
+
+    calls = {f"bayesinf paris, 2 backward draws, {name}": partial(run_paris, name) for name in ("exact", "mcmc")}
     for refresh in ("none", "ancestor", "backward"):
         kernel = kernels.ConditionalSMC(model, ys, num_particles=NUM_PARTICLES, refresh=refresh)
         state = kernel.init(jnp.zeros(NUM_STEPS))
         calls[f"bayesinf ConditionalSMC, one sweep, {refresh}"] = partial(sweep, kernel, key, state)
     kernel = kernels.ParisianGibbs(model, ys, total, num_particles=NUM_PARTICLES, num_backward=2)
     calls["bayesinf ParisianGibbs, one sweep"] = partial(sweep, kernel, key, kernel.init(jnp.zeros(NUM_STEPS)))
-    compare(f"smoothing, stochastic volatility, T={NUM_STEPS}, N={NUM_PARTICLES}", calls, note=per_step)
+    compare(f"smoothing, stochastic volatility, T={NUM_STEPS}, N={NUM_PARTICLES}", calls, rounds=3, note=per_step)
