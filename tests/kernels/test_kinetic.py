@@ -123,7 +123,7 @@ def test_log_work_weighs_paths_that_meet_walls(name):
 
     weights, is_undone = jax.jit(jax.vmap(path))(jax.random.split(jax.random.key(0), 100_000))
     assert np.asarray(is_undone).mean() > 0.1
-    assert mean_p_value(np.asarray(weights, np.float64), 1.0) > FALSE_ALARM
+    assert closed_forms.weights_p_value(np.asarray(weights, np.float64)) > FALSE_ALARM
 
 
 def test_log_work_without_end_evaluation_is_zero_where_undone():

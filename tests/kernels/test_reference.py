@@ -38,13 +38,14 @@ def test_infinite_log_densities_are_divergences(name):
     def chain(key):
         def move(state, key):
             state, info = kernel.step(key, state)
-            return state, (state.position, info.is_divergent)
+            return state, (state.position, info)
 
         return jax.lax.scan(move, kernel.init(jnp.asarray(0.0)), jax.random.split(key, 200))[1]
 
-    positions, is_divergent = jax.jit(chain)(jax.random.key(0))
+    positions, info = jax.jit(chain)(jax.random.key(0))
     assert np.asarray(positions).max() <= 1.5
-    assert 0 < np.asarray(is_divergent).sum() < 200
+    assert 0 < np.asarray(info.is_divergent).sum() < 200
+    assert not np.any(np.isneginf(info.energy))
 
 
 @pytest.mark.parametrize("name", KERNELS)
