@@ -48,7 +48,7 @@ __all__ = [
 
 
 def resample(
-    key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int, method: str = "systematic"
+    key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int, method: str = "systematic"
 ) -> Int[Array, " n"]:
     """Indices of the offspring, by the scheme named `method`.
 
@@ -79,32 +79,32 @@ def gather(tree: PyTree, indices: Int[Array, "..."]) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.take(leaf, indices, axis=0, mode="clip"), tree)
 
 
-def systematic(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+def systematic(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
     """Sorted indices at (j + u) / n for one uniform u; see `resample`."""
     return _draw(_systematic, key, log_weights, num_samples)
 
 
-def stratified(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+def stratified(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
     """Sorted indices at (j + u_j) / n for independent uniforms; see `resample`."""
     return _draw(_stratified, key, log_weights, num_samples)
 
 
-def multinomial(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+def multinomial(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
     """Independent indices in sorted order; see `resample`."""
     return _draw(_multinomial, key, log_weights, num_samples)
 
 
-def iid(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+def iid(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
     """Independent indices in the order drawn, so that any of them may be singled out; see `resample`."""
     return _draw(_iid, key, log_weights, num_samples)
 
 
-def residual(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+def residual(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
     """The whole copies, then independent indices with the remaining weights; see `resample`."""
     return _draw(_residual, key, log_weights, num_samples)
 
 
-def ssp(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+def ssp(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
     """Srinivasan sampling process: the whole copies, then at most one more of each particle; see `resample`.
 
     The process settles the fractions of n W_i pair by pair along the particles. Its law is that of one draw from every
@@ -114,7 +114,7 @@ def ssp(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples
     return _draw(_ssp, key, log_weights, num_samples)
 
 
-def killing(key: Key[Array, ""] | int, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
+def killing(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
     """Particle i stays in place i with probability w_i / max w, else an independent index comes; see `resample`.
 
     Needs num_samples = N.
@@ -147,17 +147,19 @@ def uniform64(key: Key[Array, ""], shape: tuple[int, ...] = ()) -> Float[Array, 
         return (high.astype(jnp.float64) * 2.0**20 + (low >> 12).astype(jnp.float64) + 0.5) * 2.0**-52
 
 
-def cumulative64(masses: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Cumulative sums over the last axis in float64, normalised to end at 1: the array to invert with `side="right"`.
+def invert64(masses: Float[Array, " n"], points: Float[Array, "..."]) -> Int[Array, "..."]:
+    """The index of positive mass at which the cumulative masses, over their sum, pass each point in (0, 1).
 
-    Flat exactly where a mass is zero (a parallel sum alone is not, by rounding), so that a point u < 1 falls only on
-    indices of positive mass. Only to be used inside `with jax.enable_x64(True)`.
+    A parallel sum is flat at a mass of zero only up to rounding; where a point falls between, with probability 1e-16,
+    the largest mass takes its place. Only to be used inside `with jax.enable_x64(True)`.
     """
     with jax.enable_x64(True):
-        sums = jnp.cumsum(masses.astype(jnp.float64), axis=-1)
-        sums = jax.lax.cummax(jnp.where(masses > 0, sums, 0.0), axis=masses.ndim - 1)
-        total = sums[..., -1:]
-        return sums / jnp.where(total > 0, total, 1.0)
+        sums = jnp.cumsum(masses.astype(jnp.float64))
+        total = sums[-1]
+        indices = jnp.searchsorted(sums / jnp.where(total > 0, total, 1.0), points, side="right", method="scan")
+        indices = jnp.minimum(indices, masses.shape[0] - 1)
+        largest = jax.lax.argmax(masses.astype(jnp.float32), 0, jnp.int32)
+        return jnp.where(masses[indices] > 0, indices, largest).astype(jnp.int32)
 
 
 def _draw(scheme: Callable[..., Array], key, log_weights: Array, num_samples: int) -> Array:
@@ -189,28 +191,22 @@ def _core(scheme: Callable[..., Array], key: Array, log_weights: Array, n: int) 
 # The schemes, in float64: w are the weights over the largest one.
 
 
-def _invert(cumulative: Array, points: Array) -> Array:
-    """The index i with cumulative[i - 1] <= point < cumulative[i]."""
-    points = jnp.minimum(points, 1.0 - 2.0**-53)
-    return jnp.searchsorted(cumulative, points, side="right", method="scan")
-
-
 def _systematic(key: Array, w: Array, n: int) -> Array:
-    return _invert(cumulative64(w), (jnp.arange(n) + uniform64(key)) / n)
+    return invert64(w, (jnp.arange(n) + uniform64(key)) / n)
 
 
 def _stratified(key: Array, w: Array, n: int) -> Array:
-    return _invert(cumulative64(w), (jnp.arange(n) + uniform64(key, (n,))) / n)
+    return invert64(w, (jnp.arange(n) + uniform64(key, (n,))) / n)
 
 
 def _multinomial(key: Array, w: Array, n: int) -> Array:
     # n sorted uniforms are the first n of n + 1 cumulated exponentials over their total
     spacings = jnp.cumsum(-jnp.log1p(-uniform64(key, (n + 1,))))
-    return _invert(cumulative64(w), spacings[:-1] / spacings[-1])
+    return invert64(w, spacings[:-1] / spacings[-1])
 
 
 def _iid(key: Array, w: Array, n: int) -> Array:
-    return _invert(cumulative64(w), uniform64(key, (n,)))
+    return invert64(w, uniform64(key, (n,)))
 
 
 def _residual(key: Array, w: Array, n: int) -> Array:
@@ -222,7 +218,8 @@ def _ssp(key: Array, w: Array, n: int) -> Array:
     fractions, ends = _whole_copies(w, n)
     num_rest = n - ends[-1]
     last = w.shape[0] - 1
-    upto = cumulative64(fractions) * num_rest  # the particles' places on [0, num_rest)
+    upto = jnp.cumsum(fractions)
+    upto = upto * (num_rest / jnp.where(num_rest > 0, upto[-1], 1.0))  # the particles' places on [0, num_rest)
     border = jnp.arange(1, n + 1)  # between interval k and the next
     across = jnp.minimum(jnp.searchsorted(upto, border, side="left", method="scan"), last)
     before = jnp.clip(border - jnp.where(across > 0, upto[across - 1], 0.0), 0.0, 1.0)  # its share in the interval
@@ -236,22 +233,19 @@ def _ssp(key: Array, w: Array, n: int) -> Array:
     fresh = carried + (1.0 - carried) * u_fresh
     takes_carried = u_carried * (1.0 - carried_before) < carried
     takes_across = fresh >= 1.0 - before
-    # is the particle across the next border taken? two values: if the one across the last border was not, and if it was
-    maps = (takes_across & ~takes_carried, takes_across)
-    is_taken = jax.lax.associative_scan(lambda f, g: (_apply(g, f[0]), _apply(g, f[1])), maps)[0]
+    # Is the particle across the next border taken? If the interval takes neither or one of the two that reach over its
+    # ends, whatever happened before; if it would take both, only if the former was out: as in the interval before.
+    interval = jnp.arange(n)
+    decided = jax.lax.cummax(jnp.where(takes_across & takes_carried, -1, interval))
+    is_taken = (decided >= 0) & takes_across[jnp.maximum(decided, 0)]
     was_taken = jnp.concatenate([jnp.zeros(1, bool), is_taken[:-1]])
     points = jnp.where(takes_carried & ~was_taken, 0.5 * carried, fresh)
-    interval = jnp.arange(n)
-    return _fill(ends, n, _invert(upto / jnp.maximum(num_rest, 1), (interval + points) / jnp.maximum(num_rest, 1)))
+    return _fill(ends, n, invert64(fractions, (interval + points) / jnp.maximum(num_rest, 1)))
 
 
 def _killing(key: Array, w: Array, n: int) -> Array:
     key_stay, key_move = jax.random.split(key)
     return jnp.where(uniform64(key_stay, (n,)) < w, jnp.arange(n), _iid(key_move, w, n))
-
-
-def _apply(booleans: tuple[Array, Array], x: Array) -> Array:
-    return jnp.where(x, booleans[1], booleans[0])
 
 
 def _whole_copies(w: Array, n: int) -> tuple[Array, Array]:

@@ -74,24 +74,13 @@ def ess(log_weights: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]
 
 
 def compensated_sum(x: Float[Array, "t ..."]) -> Float[Array, "..."]:
-    """The sum over the leading axis, by a tree of error-free additions: as accurate as in twice the precision.
+    """The sum over the leading axis, accumulated in float64 whatever the precision of x.
 
-    What a series of 1e5 log-evidence increments in float32 needs. -inf and NaN propagate as in an ordinary sum.
-
-    References:
-        Ogita, Rump and Oishi (2005), doi:10.1137/030601818.
+    What a series of 1e5 log-evidence increments in float32 needs: each partial sum would be rounded at the size of the
+    whole.
     """
-    errors = jnp.zeros_like(x)
-    while x.shape[0] > 1:
-        if x.shape[0] % 2:
-            x, errors = (jnp.concatenate([a, jnp.zeros_like(a[:1])]) for a in (x, errors))
-        half = x.shape[0] // 2
-        a, b = x[:half], x[half:]
-        x = a + b
-        b_rounded = x - a
-        error = (a - (x - b_rounded)) + (b - b_rounded)
-        errors = errors[:half] + errors[half:] + jnp.where(jnp.isfinite(x), error, 0.0)
-    return (x + errors)[0] if x.shape[0] else jnp.sum(x, 0)
+    with jax.enable_x64(True):
+        return jnp.sum(x.astype(jnp.float64), axis=0).astype(x.dtype)
 
 
 def pareto_k(log_weights: Float[ArrayLike, " n"]) -> float:
@@ -123,7 +112,7 @@ def pareto_k(log_weights: Float[ArrayLike, " n"]) -> float:
     if values.size < 25:
         return float("inf")
     try:
-        return float(array_stats.psislw(-values, r_eff=1.0)[1])  # it takes the logs of one over the weights
+        return float(array_stats.psislw(-values, r_eff=1)[1])  # it takes the logs of one over the weights
     except ValueError:  # all tail values are the same
         return float("-inf")
 

@@ -39,7 +39,7 @@ _TILE = 2**20  # densities held in memory at once
 
 
 def backward_sample(
-    key: Key[Array, ""] | int,
+    key: errors.KeyLike,
     model: StateSpaceModel,
     filtered: FilterResult,
     num_paths: int,
@@ -167,17 +167,12 @@ def _draw_exact(key, model, particles_prev, log_weights_prev, particles, ancesto
         # first the block and then the place in it: of N masses only about 2 sqrt(N) are cumulated, in float64
         with jax.enable_x64(True):
             u_block, u_place = resampling.uniform64(key, (2, num_draws))
-            block = _invert(jnp.sum(blocks, 1), u_block)
-            place = jax.vmap(_invert)(blocks[block], u_place)
+            block = resampling.invert64(jnp.sum(blocks, 1), u_block)
+            place = jax.vmap(resampling.invert64)(blocks[block], u_place)
         return jnp.where(is_possible, block * width + place, ancestor)
 
     rows = (jax.random.split(key, num), particles, ancestors)
     return jax.lax.map(draw_row, rows, batch_size=max(1, min(num, _TILE // num_prev)))
-
-
-def _invert(masses: Float[Array, " n"], u: Float[Array, "..."]) -> Int[Array, "..."]:
-    with jax.enable_x64(True):
-        return jnp.sum(resampling.cumulative64(masses) <= u[..., None], -1, dtype=jnp.int32)
 
 
 def _draw_mcmc(key, model, particles_prev, log_weights_prev, particles, ancestors, t, num_draws):

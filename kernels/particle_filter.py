@@ -101,7 +101,7 @@ class FilterResult(NamedTuple):
 
 
 def particle_filter(
-    key: Key[Array, ""] | int,
+    key: errors.KeyLike,
     model: StateSpaceModel,
     ys: PyTree,
     *,
@@ -191,13 +191,13 @@ def _filter(key, model, ys, ess_threshold, num_particles, proposal, resampling, 
         parents = jax.lax.cond(is_resampled, gather, lambda tree, _: tree, particles_prev, ancestors)
         particles = propagate(key_move, model, parents, y, t, proposal)
         log_weights, *counts = _normalize(log_carried, weigh(model, parents, particles, y, t, proposal))
-        return (particles, log_weights), record(particles, log_weights, *counts, is_resampled, ancestors)
+        return (particles, log_weights), record(particles, log_weights, *counts, is_resampled, ancestors)  # type: ignore[call-arg]
 
     particles = propagate_initial(jax.random.fold_in(key, 0), model, first, num_particles, proposal)
     _check_transition(model, particles)
     log_increments = weigh_initial(model, particles, first, proposal)
     log_weights, *counts = _normalize(jnp.full_like(log_increments, -jnp.log(num_particles)), log_increments)
-    start = record(particles, log_weights, *counts, jnp.zeros((), bool), jnp.arange(num_particles, dtype=jnp.int32))
+    start = record(particles, log_weights, *counts, jnp.zeros((), bool), jnp.arange(num_particles, dtype=jnp.int32))  # type: ignore[call-arg]
     last, records = jax.lax.scan(step, (particles, log_weights), (rest, jnp.arange(1, num_steps)))
     records = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), start, records)
 
@@ -283,7 +283,7 @@ def weigh(
     def weigh_one(x_prev, x):
         log_weight = observation_log_prob(model, x, y, t)
         if proposal == "guided":
-            log_weight += log_prob(model.transition(x_prev, t), x) - log_prob(model.proposal(x_prev, y, t), x)
+            log_weight += log_prob(model.transition(x_prev, t), x) - log_prob(model.proposal(x_prev, y, t), x)  # type: ignore[attr-defined]
         return log_weight
 
     return jax.vmap(weigh_one)(parents, particles)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from bayesinf import errors, weights
 from bayesinf.models.square_root import condition, drop_missing, gaussian_log_prob, triangularize
@@ -212,7 +212,7 @@ def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."]) -> SmootherResu
 
 
 def sample_posterior(
-    key: Key[Array, ""] | int, model: LinearGaussian, ys: Float[Array, "..."], num_paths: int
+    key: errors.KeyLike, model: LinearGaussian, ys: Float[Array, "..."], num_paths: int
 ) -> Float[Array, "p t d"]:
     """Exact independent draws of x_0..x_{T-1} given all data, by filtering forward and sampling backward.
 
@@ -243,7 +243,7 @@ def _check(model: LinearGaussian, ys) -> Array:
 @jax.jit
 def _filter(model: LinearGaussian, ys: Array) -> KalmanResult:
     def step(predicted, y):
-        mean, tril, increment = model._update(*predicted, y)
+        mean, tril, increment = model._update(*predicted, y)  # type: ignore[call-arg]
         moved = triangularize(jnp.concatenate([model.transition_matrix @ tril, model.transition_tril], axis=1))
         return (model._predict(mean), moved), (increment, mean, tril, *predicted)
 

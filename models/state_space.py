@@ -250,4 +250,4 @@ def _draws_in_batches(law: Law) -> bool:
 
 def _inside(law: dist.Distribution, like: Array) -> Array:
     """A value inside the support, of the shape of `like`, to stand where data are missing: keeps gradients finite."""
-    return jnp.broadcast_to(law.support.feasible_like(jnp.zeros(jnp.shape(like))), jnp.shape(like))
+    return jnp.broadcast_to(law.support.feasible_like(jnp.zeros(jnp.shape(like))), jnp.shape(like))  # pyright: ignore[reportOptionalMemberAccess]
