@@ -1,9 +1,12 @@
 """The conformance suite rejects every planted bug."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
-from planted import composition, metropolis, posteriors, protocol
+import state_space_laws as laws
+from planted import composition, metropolis, parisian, posteriors, protocol
 
 import bayesinf as bi
 from bayesinf.conformance import (
@@ -24,11 +27,12 @@ def logdensity(x):
 
 def exact(key):
     key_0, key_1 = jax.random.split(key)
-    x = jax.random.loggamma(key_0, 3.0)
+    x = jnp.log(jnp.sum(jax.random.exponential(key_0, (3,))))
     return jnp.stack([x, x**2 / 4 + jnp.exp(x / 4) * jax.random.normal(key_1)])
 
 
 TARGET = bi.Target(logdensity)
+SUM = bi.kernels.AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x_prev * x)
 POSITION = jnp.array([1.0, 0.3])
 
 WRONG_LAW = {
@@ -40,6 +44,12 @@ WRONG_LAW = {
     "forgotten Jacobian": bi.kernels.MALA(metropolis.without_jacobian(TARGET), 0.4),
     "stale cycle": composition.StaleCycle(metropolis.RandomWalk(TARGET, 1.0), metropolis.RandomWalk(TARGET, 0.5)),
     "Gibbs given the old block": composition.OldBlockGibbs(TARGET, 1.0),
+}
+
+WRONG_LAW_OF_PATHS = {
+    "unweighted backward draw": parisian.UnweightedBackward(laws.PATHS, laws.SERIES, SUM, 3),
+    "reference not inserted": parisian.ReferenceNotInserted(laws.PATHS, laws.SERIES, SUM, 3),
+    "systematic resampling in conditional SMC": parisian.SystematicConditionalSMC(laws.PATHS, laws.SERIES, 3),
 }
 
 BROKEN_CLAUSE = {
@@ -71,6 +81,12 @@ def test_exact_start_invariance_rejects(kernel):
     assert exact_start_invariance(0, kernel, exact).p_value < FALSE_ALARM
 
 
+@pytest.mark.parametrize("kernel", WRONG_LAW_OF_PATHS.values(), ids=WRONG_LAW_OF_PATHS.keys())
+def test_exact_start_invariance_rejects_on_paths(kernel):
+    report = exact_start_invariance(0, kernel, laws.draw_path, num_chains=40_000, num_steps=10)
+    assert report.p_value < FALSE_ALARM
+
+
 @pytest.mark.parametrize(
     ("kernel", "clause"), BROKEN_CLAUSE.items(), ids=lambda value: getattr(value, "__name__", value)
 )
@@ -96,6 +112,12 @@ def test_calibration_rejects(posterior):
 )
 def test_geweke_rejects(transition):
     assert geweke_joint(0, posteriors.prior, posteriors.simulate, transition).p_value < FALSE_ALARM
+
+
+def test_geweke_rejects_parameters_given_the_old_path():
+    build = functools.partial(laws.particle_gibbs, kind=parisian.StaleParticleGibbs)
+    report = geweke_joint(0, laws.draw_parameters_and_path, laws.draw_series, laws.transition(build))
+    assert report.p_value < FALSE_ALARM
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def simulation_based_calibration(
     for name, value in values.items():
         ranked[f"{name} x level of y"] = value * level[:, None]
     if extra is not None:
-        ranked |= _pooled(*extra, num_simulations, num_draws)
+        ranked |= _pooled(*extra, num_simulations, num_draws)  # type: ignore[call-arg]
 
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())
     p_values: dict[str, float] = {}

@@ -61,10 +61,19 @@ def law_has_moved(starts: PyTree, ends: PyTree, fresh: PyTree) -> dict[str, floa
     if strays:
         return {f"{name} is finite": 0.0 for name in strays}
 
-    v_before, v_after, v_reference = (_to_uniform(reference, x) for x in (before, after, reference))
     p_values: dict[str, float] = {}
-    for i, name in enumerate(names):
-        p_values |= _compare_scalar(name, before[:, i], after[:, i], reference[:, i])
+
+    def compare(name: str, before: np.ndarray, after: np.ndarray, reference: np.ndarray) -> list[np.ndarray]:
+        """Compares one scalar, and returns it as v, before, after and in the reference."""
+        cdf = np.sort(reference)
+        v_before, v_after, v_reference = (_to_uniform(cdf, x) for x in (before, after, reference))
+        p_values[f"{name} law"] = float(scipy.stats.ks_2samp(v_after, v_reference, method="asymp").pvalue)  # pyright: ignore[reportAttributeAccessIssue]
+        for word, degree in DEGREES.items():
+            p_values[f"{name} {word}"] = _paired(_legendre(v_after, degree) - _legendre(v_before, degree))
+        return [v_before, v_after, v_reference]
+
+    transformed = [compare(name, before[:, i], after[:, i], reference[:, i]) for i, name in enumerate(names)]
+    v_before, v_after, v_reference = (np.stack(vs, -1) for vs in zip(*transformed, strict=True))
 
     for i, j in pairs(len(names)):
         for first, second in ((1, 1), (1, 2), (2, 1)):
@@ -76,8 +85,7 @@ def law_has_moved(starts: PyTree, ends: PyTree, fresh: PyTree) -> dict[str, floa
         # the directions are fixed: what is tested is the same for every key
         directions = np.random.default_rng(0).standard_normal((len(names), NUM_PROJECTIONS))
         for k, direction in enumerate(directions.T):
-            projected = (v @ direction for v in (v_before, v_after, v_reference))
-            p_values |= _compare_scalar(f"projection {k}", *projected)
+            compare(f"projection {k}", v_before @ direction, v_after @ direction, v_reference @ direction)
     return p_values
 
 
@@ -90,21 +98,9 @@ def uniform_p_values(name: str, u: Float[np.ndarray, " n"]) -> dict[str, float]:
     return p_values
 
 
-def _compare_scalar(name: str, before: np.ndarray, after: np.ndarray, reference: np.ndarray) -> dict[str, float]:
-    p_values = {f"{name} law": float(scipy.stats.ks_2samp(after, reference, method="asymp").pvalue)}
-    v_before, v_after = (_to_uniform(reference[:, None], x[:, None])[:, 0] for x in (before, after))
-    for word, degree in DEGREES.items():
-        p_values[f"{name} {word}"] = _paired(_legendre(v_after, degree) - _legendre(v_before, degree))
-    return p_values
-
-
-def _to_uniform(reference: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """2 F(x) - 1 by column, F the empirical distribution function of the reference, with ties halved."""
-    transformed = np.empty_like(x)
-    for i, column in enumerate(np.sort(reference, axis=0).T):
-        below, upto = (np.searchsorted(column, x[:, i], side) for side in ("left", "right"))
-        transformed[:, i] = (below + upto) / column.size - 1.0
-    return transformed
+def _to_uniform(cdf: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """2 F(x) - 1, F the empirical distribution function of sorted values, with ties halved."""
+    return (np.searchsorted(cdf, x, "left") + np.searchsorted(cdf, x, "right")) / cdf.size - 1.0
 
 
 def _legendre(v: np.ndarray, degree: int) -> np.ndarray:

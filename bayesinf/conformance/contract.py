@@ -313,7 +313,8 @@ def _to_numpy(leaf: Any) -> np.ndarray:
 
 
 def _restore(stored: np.ndarray, like: Any) -> Array:
-    return jax.random.wrap_key_data(stored) if _is_key(like) else jnp.asarray(stored)
+    array = jnp.asarray(stored)
+    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like)) if _is_key(like) else array
 
 
 def _as_floating(dtype: Any, leaf: Any) -> Any:

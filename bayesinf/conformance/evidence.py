@@ -62,7 +62,8 @@ def evidence_is_unbiased(
     errors.check_count("num_replicates", num_replicates, minimum=100)
     keys = jax.random.split(errors.as_key(key), num_replicates)
     log_estimates = np.asarray(_replicate(estimate_log_evidence, keys))
-    log_ratios = log_estimates.astype(np.float64) - float(log_evidence)
+    log_evidence = float(np.asarray(log_evidence))
+    log_ratios = log_estimates.astype(np.float64) - log_evidence
     if log_ratios.shape != (num_replicates,):
         raise ValueError(f"estimate_log_evidence must return a scalar, got shape {log_ratios.shape[1:]}")
     if np.isnan(log_ratios).any() or np.isposinf(log_ratios).any():
@@ -75,7 +76,7 @@ def evidence_is_unbiased(
         "relative variance": relative_variance,
         "effective replicates": num_replicates / (1.0 + relative_variance),
     }
-    rounding = 16 * float(jnp.finfo(log_estimates.dtype).eps) * max(1.0, abs(float(log_evidence)))
+    rounding = 16 * float(jnp.finfo(log_estimates.dtype).eps) * max(1.0, abs(log_evidence))
     return Report("evidence_is_unbiased", {"mean of Zhat/Z": _skewed_mean_p_value(ratios, 1.0, rounding)}, notes)
 
 

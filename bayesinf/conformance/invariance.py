@@ -95,19 +95,21 @@ def _run(key, kernel, exact_sampler, num_chains, num_steps, prepare, statistics)
     def observe(state):
         observed = {"position": state.position}
         if callable(getattr(target, "logdensity", None)):
-            observed["log density"] = target.logdensity(state.position)
+            observed["log density"] = target.logdensity(state.position)  # type: ignore[union-attr]
         if statistics is not None:
             observed["statistic"] = statistics(state)
         return observed
 
     def chain(key):
-        key_start, key_steps, key_fresh = jax.random.split(key, 3)
-        first = start(key_start)
+        key_starts, key_steps = jax.random.split(key)
+        states = jax.vmap(start)(jax.random.split(key_starts))  # the start of the chain, and a fresh draw
+        observed = jax.vmap(observe)(states)
 
         def move(t, state):
             return kernel.step(jax.random.fold_in(key_steps, t), state)[0]
 
-        last = jax.lax.fori_loop(0, num_steps, move, first)
-        return observe(first), observe(last), observe(start(key_fresh))
+        last = jax.lax.fori_loop(0, num_steps, move, jax.tree.map(lambda leaf: leaf[0], states))
+        before, fresh = (jax.tree.map(lambda leaf: leaf[i], observed) for i in (0, 1))  # noqa: B023
+        return before, observe(last), fresh
 
     return jax.lax.map(chain, jax.random.split(key, num_chains), batch_size=min(num_chains, BATCH))

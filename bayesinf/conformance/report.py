@@ -90,7 +90,7 @@ def mean_p_value(samples: ArrayLike, truth: ArrayLike) -> float:
         The smallest p-value over the components, times their number (Bonferroni), at most 1.
     """
     values = np.asarray(samples, np.float64)
-    p_values = np.atleast_1d(scipy.stats.ttest_1samp(values, np.asarray(truth, np.float64), axis=0).pvalue)
+    p_values = np.atleast_1d(scipy.stats.ttest_1samp(values, np.asarray(truth, np.float64), axis=0).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
     if np.any(np.isnan(p_values)):
         return 0.0
     return float(min(1.0, p_values.min() * p_values.size))
