@@ -22,7 +22,7 @@ __all__ = ["Moments", "MomentsState", "SplitRHat"]
 class MomentsState(NamedTuple):
     """Count, mean and sum of squared deviations of what has been seen."""
 
-    count: Int[Array, ""]
+    count: Int[Array, ""]  # type: ignore[assignment]
     mean: PyTree
     deviation: PyTree
 

@@ -134,7 +134,12 @@ class Draws:
 
         tree = self.to_arviz(log_likelihood=False)
         return arviz_stats.summary(
-            tree, var_names=var_names, kind="all", ci_kind="hdi", ci_prob=0.94, round_to="none"
+            tree,
+            var_names=var_names,
+            kind="all",
+            ci_kind="hdi",
+            ci_prob=0.94,
+            round_to="none",  # pyright: ignore[reportArgumentType]
         ).rename(columns={"hdi94_lb": "hdi_3%", "hdi94_ub": "hdi_97%"})
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -150,7 +155,7 @@ class Draws:
         with xarray.open_datatree(path, engine="h5netcdf") as tree:
             posterior = {str(name): value.to_numpy() for name, value in tree["posterior"].data_vars.items()}
             stats = {ours.get(str(name), str(name)): v.to_numpy() for name, v in tree["sample_stats"].data_vars.items()}
-            attrs = dict(tree["posterior"].attrs)
+            attrs = {str(name): value for name, value in tree["posterior"].attrs.items()}
         return Draws(posterior, stats, attrs=attrs, status=attrs.get("status", "complete"))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Key, PyTree, UInt32
 
 __all__ = [
@@ -70,7 +71,7 @@ class SamplingWarning(UserWarning):
 
 def is_concrete(tree: PyTree) -> bool:
     """Whether every array of `tree` has a value now, that is, none is being traced."""
-    return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def as_key(key: Any) -> Key[Array, ""]:

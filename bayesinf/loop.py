@@ -47,7 +47,7 @@ class Chain(NamedTuple):
 
     key: Key[Array, "..."]
     state: Any
-    tuned: adaptation.Tuned | None
+    tuned: Any
     reduced: tuple[Any, ...]
 
 
@@ -180,7 +180,7 @@ class Runner(NamedTuple):
             )
 
         def one(chain):
-            return jax.block_until_ready(_advance_one(self.plan, self.shapes, self.capacity, chain, *numbers))
+            return jax.block_until_ready(_advance_one(self.plan, self.shapes, self.capacity, chain, *numbers))  # pyright: ignore[reportCallIssue]
 
         num_chains = chains.key.shape[0]
         each = [_chain(chains, jnp.asarray(c)) for c in range(num_chains)]

@@ -63,7 +63,7 @@ class NumPyroModel:
     def __call__(self, position: dict[str, Array], data: tuple[Array, ...]) -> Float[Array, ""]:
         """The joint log density at an unconstrained position, Jacobian included."""
         args, kwargs = self.call(data)
-        return -util.potential_energy(self.model, args, kwargs, position)
+        return -util.potential_energy(self.model, args, kwargs, position)  # pyright: ignore[reportReturnType]
 
     def constrain(self, position: dict[str, Array], data: tuple[Array, ...]) -> dict[str, Array]:
         args, kwargs = self.call(data)

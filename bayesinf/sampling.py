@@ -206,7 +206,7 @@ class _Run:
         self.progress.update(self.step, "resumed", None, None)
         treedef = jax.tree.structure(self._shapes)
         for arrays in chunks:
-            chunk = jax.tree.unflatten(treedef, [arrays[f"leaf-{i}"] for i in range(treedef.num_leaves)])
+            chunk = jax.tree.unflatten(treedef, [arrays[f"leaf-{i}"] for i in range(treedef.num_leaves)])  # type: ignore[attr-defined]
             self._keep(chunk, chunk[1]["is_accepted"].shape[1])
 
     def result(self, plan: Plan, attrs: dict[str, Any]) -> Draws:

@@ -193,6 +193,6 @@ def _put(tree: PyTree, path: Path, block: PyTree) -> PyTree:
         return block
     key, *rest = path
     if isinstance(tree, Mapping):
-        return type(tree)({**tree, key: _put(tree[key], tuple(rest), block)})
+        return type(tree)({**tree, key: _put(tree[key], tuple(rest), block)})  # type: ignore[call-arg]
     items = [_put(item, tuple(rest), block) if i == key % len(tree) else item for i, item in enumerate(tree)]
     return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)

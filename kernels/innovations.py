@@ -32,7 +32,7 @@ def innovations(model: StateSpaceModel, path: Float[Array, "t ..."]) -> Float[Ar
 
 def path_of(model: StateSpaceModel, z: Float[Array, "t ..."]) -> Float[Array, "t ..."]:
     """The inverse of `innovations`."""
-    x_0 = _scale(model.initial(), z[0]).astype(z.dtype)
+    x_0 = _scale(model.initial(), z[0]).astype(z.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
     def move(x_prev, row):
         t, z_t = row

@@ -110,9 +110,8 @@ class HMC(Kernel):
         from blackjax.mcmc import hmc
 
         start = hmc.HMCState(state.position, _wide(state.evaluation.logdensity), state.evaluation.grad)
-        end, told = hmc.build_kernel()(
-            key, start, _guarded(self.target), *_parameters(self, state), self.num_integration_steps
-        )
+        step: Any = hmc.build_kernel()
+        end, told = step(key, start, _guarded(self.target), *_parameters(self, state), self.num_integration_steps)
         moved, is_ok, log_work = _settle(end, state)
         info = HMCInfo(
             acceptance_rate=jnp.minimum(told.acceptance_rate, 1.0),
@@ -162,9 +161,8 @@ class NUTS(Kernel):
         from blackjax.mcmc import hmc, nuts
 
         start = hmc.HMCState(state.position, _wide(state.evaluation.logdensity), state.evaluation.grad)
-        end, told = nuts.build_kernel()(
-            key, start, _guarded(self.target), *_parameters(self, state), self.max_num_doublings
-        )
+        step: Any = nuts.build_kernel()
+        end, told = step(key, start, _guarded(self.target), *_parameters(self, state), self.max_num_doublings)
         moved, is_ok, log_work = _settle(end, state)
         info = NUTSInfo(
             acceptance_rate=jnp.clip(told.acceptance_rate, 0.0, 1.0),
@@ -215,7 +213,7 @@ def _guarded(target: Target) -> Callable[[PyTree], Float[Array, ""]]:
     return logdensity
 
 
-def _wide(value: Array) -> Array:
+def _wide(value: Array) -> Any:
     """In the default precision, which NUTS of BlackJAX assumes of energies whatever the precision of the position."""
     return jnp.asarray(value, jnp.result_type(float))
 

@@ -42,7 +42,7 @@ def combine(*terms: Term) -> PyTree:
 
     def add(*leaves: Any) -> Array:
         dtype = jnp.result_type(leaves[0])
-        return sum(jnp.asarray(a, dtype) * jnp.asarray(leaf, dtype) for a, leaf in zip(scalars, leaves, strict=True))
+        return sum(jnp.asarray(a, dtype) * jnp.asarray(leaf, dtype) for a, leaf in zip(scalars, leaves, strict=True))  # type: ignore[return-value]
 
     return jax.tree.map(add, *trees)
 

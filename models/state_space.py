@@ -238,14 +238,13 @@ def _missing_together(law: Law) -> int | None:
     return 0 if isinstance(law, dist.MultivariateNormal) else law.event_dim
 
 
-# samplers that are elementwise in the batch, so that one key serves a whole population
-_ELEMENTWISE = (dist.Normal, dist.MultivariateNormal, dist.LogNormal, dist.Laplace, dist.Cauchy, dist.Logistic)
+# Laws whose sampler is elementwise in a batch shape that `promote_batch_shape` gets right, so that one key serves a whole
+# population. Not LogNormal (all draws would share their noise), nor an expanded law (its axes would be mixed up).
+_ELEMENTWISE = (dist.Normal, dist.MultivariateNormal, dist.Laplace, dist.Cauchy, dist.Logistic)
 
 
 def _draws_in_batches(law: Law) -> bool:
-    if isinstance(law, dist.Independent | dist.ExpandedDistribution):
-        return _draws_in_batches(law.base_dist)
-    return type(law) in _ELEMENTWISE
+    return _draws_in_batches(law.base_dist) if isinstance(law, dist.Independent) else type(law) in _ELEMENTWISE
 
 
 def _inside(law: dist.Distribution, like: Array) -> Array:
