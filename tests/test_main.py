@@ -7,7 +7,7 @@ import pytest
 import bayesinf as bi
 from bayesinf.__main__ import main
 
-SMALL = ["--samples", "12", "--warmup", "6", "--chains", "2", "--particles", "8", "--seed", "3"]
+SMALL = ["--samples", "12", "--warmup", "50", "--chains", "2", "--particles", "8", "--seed", "3"]
 
 
 @pytest.fixture(scope="module")
