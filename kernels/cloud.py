@@ -1,11 +1,12 @@
-"""The moves of a particle cloud: one step of a particle filter, free or conditional on a reference.
+"""The conditional particle filter: one slot of the cloud is held to a reference path.
 
-    A_t^i ~ Cat(W_{t-1}),   X_t^i ~ q_t(. | X_{t-1}^{A_t^i}),
-    w_t^i = p(y_t | X_t^i) p(X_t^i | X_{t-1}^{A_t^i}) / q_t(X_t^i | X_{t-1}^{A_t^i})
+    X_t^0 = zeta_t,    A_t^i ~ Cat(W_{t-1}),  X_t^i ~ q_t(. | X_{t-1}^{A_t^i}),  i = 1..N-1
 
-with independent ancestors at every step. A conditional cloud holds slot 0 to a given state, whose parent is given too;
-its ancestors must be independent: sorted or stratified ones, of which slot 0 is then overwritten, would bias what is
-built on them. What PaRIS, conditional SMC and Parisian particle Gibbs have in common.
+and weights as in the particle filter. The free ancestors are independent at every step: of sorted or stratified ones,
+of which slot 0 is then overwritten, the particle in slot 0 would get too few. What the kernels on paths have in common.
+
+References:
+    Andrieu, Doucet, Holenstein (2010), doi:10.1111/j.1467-9868.2009.00736.x.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from bayesinf.models.state_space import StateSpaceModel, log_prob, observation_log_prob, sample_each
+from bayesinf.kernels.particle_filter import propagate, propagate_initial, weigh, weigh_initial
+from bayesinf.models.state_space import StateSpaceModel
 from bayesinf.resampling import gather, iid
 
-__all__ = ["PROPOSALS", "Cloud", "move", "scan_series", "start", "trace_indices"]
-
-PROPOSALS = ("bootstrap", "guided")
+__all__ = ["Cloud", "move", "scan_steps", "start", "trace_indices"]
 
 
 class Cloud(NamedTuple):
@@ -31,76 +31,58 @@ class Cloud(NamedTuple):
 
 
 def start(
-    key: Key[Array, ""], model: StateSpaceModel, y: PyTree, num_particles: int, proposal: str, reference: PyTree = None
+    key: Key[Array, ""], model: StateSpaceModel, y: PyTree, num_particles: int, proposal: str, reference: PyTree
 ) -> Cloud:
-    """The cloud at time 0; `reference`, where given, is in slot 0."""
-    law = model.initial_proposal(y) if proposal == "guided" else model.initial()
-    particles = sample_each(key, lambda _: law, jnp.arange(num_particles - (reference is not None)))
-    particles = _with_reference(reference, particles)
-
-    def log_weight(x):
-        log_likelihood = observation_log_prob(model, x, y, jnp.zeros((), jnp.int32))
-        return log_likelihood + (log_prob(model.initial(), x) - log_prob(law, x) if proposal == "guided" else 0.0)
-
-    return Cloud(particles, jax.vmap(log_weight)(particles))
+    """The cloud at time 0, with the reference in slot 0."""
+    particles = _with_reference(reference, propagate_initial(key, model, y, num_particles - 1, proposal))
+    return Cloud(particles, weigh_initial(model, particles, y, proposal))
 
 
 def move(
-    key: Key[Array, ""],
+    keys: Key[Array, "2"],
     model: StateSpaceModel,
     cloud: Cloud,
     y: PyTree,
     t: Int[Array, ""],
     proposal: str,
-    reference: PyTree = None,
-    parent: Int[Array, ""] | None = None,
+    reference: PyTree,
+    parent: Int[Array, ""],
 ) -> tuple[Cloud, Int[Array, " N"]]:
-    """The cloud at time t and its ancestors; `reference`, where given, is in slot 0 and has ancestor `parent`."""
-    key_ancestors, key_move = jax.random.split(key)
-    particles, log_weights = cloud
-
-    def law(x_prev):
-        return model.proposal(x_prev, y, t) if proposal == "guided" else model.transition(x_prev, t)
-
-    def log_weight(x_prev, x):
-        log_likelihood = observation_log_prob(model, x, y, t)
-        if proposal == "bootstrap":
-            return log_likelihood
-        return log_likelihood + log_prob(model.transition(x_prev, t), x) - log_prob(law(x_prev), x)
-
-    ancestors = iid(key_ancestors, log_weights, log_weights.shape[0] - (reference is not None))
-    moved = sample_each(key_move, law, gather(particles, ancestors))
-    moved = jax.tree.map(lambda new, old: new.astype(old.dtype), moved, particles)
-    moved = _with_reference(reference, moved)
-    if reference is not None:
-        ancestors = jnp.concatenate([parent[None].astype(ancestors.dtype), ancestors])
-    parents = gather(particles, ancestors)  # not computed where the weights do not need them
-    return Cloud(moved, jax.vmap(log_weight)(parents, moved).astype(log_weights.dtype)), ancestors
+    """The cloud at time t, with the reference, whose ancestor is `parent`, in slot 0; and all the ancestors."""
+    key_ancestors, key_move = keys
+    free = iid(key_ancestors, cloud.log_weights, cloud.log_weights.shape[0] - 1)
+    free_parents = gather(cloud.particles, free)
+    particles = _with_reference(reference, propagate(key_move, model, free_parents, y, t, proposal))
+    parents = _with_reference(gather(cloud.particles, parent), free_parents)
+    log_weights = weigh(model, parents, particles, y, t, proposal).astype(cloud.log_weights.dtype)
+    return Cloud(particles, log_weights), jnp.concatenate([parent[None].astype(free.dtype), free])
 
 
-def scan_series(
-    body: Callable[[Any, Any], tuple[Any, Any]], first: Any, kept_first: Any, series: Any
+def scan_steps(
+    body: Callable[[Any, Any], tuple[Any, Any]], first: Any, kept: Any, key: Key[Array, ""], num_keys: int, series: Any
 ) -> tuple[Any, Any]:
-    """Scans `body(carry, (t, row))` over the rows t >= 1 of `series`; what it keeps is stacked onto `kept_first`."""
-    num_steps = jax.tree.leaves(series)[0].shape[0]
+    """Scans `body(carry, (t, keys, row))` over the rows t >= 1 of `series`; what it keeps is stacked onto `kept`.
+
+    The keys of step t depend on `key` and t alone. They are made before the loop, where that is a single operation.
+    """
+    ts = jnp.arange(1, jax.tree.leaves(series)[0].shape[0])
+    keys = jax.vmap(lambda t: jax.random.split(jax.random.fold_in(key, t), num_keys))(ts)
     rest = jax.tree.map(lambda leaf: leaf[1:], series)
-    carry, kept = jax.lax.scan(body, first, (jnp.arange(1, num_steps), rest))
-    return carry, jax.tree.map(lambda head, tail: jnp.concatenate([head[None], tail]), kept_first, kept)
+    carry, kept_after = jax.lax.scan(body, first, (ts, keys, rest))
+    return carry, jax.tree.map(lambda head, tail: jnp.concatenate([head[None], tail]), kept, kept_after)
 
 
-def trace_indices(last: Int[Array, ""], ancestors: Int[Array, "s N"]) -> Int[Array, " t"]:
-    """The line of particle `last`: B_{T-1} = last, B_{t-1} = A_t^{B_t}, for ancestors at t = 1, ..., T - 1."""
+def trace_indices(last: Int[Array, ""], ancestors: Int[Array, "t N"]) -> Int[Array, " t"]:
+    """The line of particle `last`: B_{T-1} = last, B_{t-1} = A_t^{B_t}; the ancestors at t = 0 are not used."""
 
     def back(index, ancestors_t):
         parent = ancestors_t[index]
         return parent, parent
 
-    _, before = jax.lax.scan(back, last, ancestors, reverse=True)
+    _, before = jax.lax.scan(back, last, ancestors[1:], reverse=True)
     return jnp.concatenate([before, last[None]])
 
 
 def _with_reference(reference: PyTree, free: PyTree) -> PyTree:
     """The reference, in whose dtype particles live, and then the free particles."""
-    if reference is None:
-        return free
     return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs.astype(x.dtype)]), reference, free)

@@ -31,10 +31,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from bayesinf import errors
 from bayesinf.kernel import Kernel, select
 from bayesinf.kernels import cloud as clouds
-from bayesinf.kernels.backward import draw_backward
-from bayesinf.models.state_space import StateSpaceModel, check_series, sample
-from bayesinf.resampling import gather, iid
-from bayesinf.weights import compensated_sum, is_degenerate, log_mean_exp
+from bayesinf.kernels.backward import backward_sample
+from bayesinf.kernels.particle_filter import check_proposal, particle_filter
+from bayesinf.models.state_space import StateSpaceModel, check_observations, check_series, log_prob, sample
+from bayesinf.resampling import gather
+from bayesinf.weights import clean, compensated_sum, is_degenerate, log_mean_exp
 
 __all__ = [
     "REFRESHMENTS",
@@ -43,7 +44,6 @@ __all__ = [
     "PathState",
     "check_path",
     "draw_last",
-    "draw_paths",
     "finish_sweep",
 ]
 
@@ -110,28 +110,23 @@ class ConditionalSMC(Kernel):
     def __check_init__(self):
         errors.check_count("num_particles", self.num_particles, minimum=2)
         errors.check_choice("refresh", self.refresh, REFRESHMENTS)
-        errors.check_choice("proposal", self.proposal, clouds.PROPOSALS)
+        check_proposal(self.model, self.proposal)
+        check_observations(self.model, self.ys)
 
     def init(self, position: PyTree) -> PathState:
         return PathState(check_path(self.model, self.ys, position))
 
-    def initial(self, key: Key[Array, ""] | int, num_chains: int = 4) -> PyTree:
+    def initial(self, key: errors.KeyLike, num_chains: int = 4) -> PyTree:
         """Starting paths, with a leading chain axis: backward draws from one free particle filter.
 
         Raises:
-            InitializationError: all weights of the filter vanished.
+            DegenerateWeightsError: all weights of the filter vanished.
         """
-        errors.check_count("num_chains", num_chains)
-        paths, is_ok = draw_paths(
-            errors.as_key(key), self.model, self.ys, self.num_particles, num_chains, self.proposal
+        key_filter, key_back = jax.random.split(errors.as_key(key))
+        filtered = particle_filter(
+            key_filter, self.model, self.ys, num_particles=self.num_particles, proposal=self.proposal, store="full"
         )
-        if errors.is_concrete(is_ok) and not bool(is_ok):
-            raise errors.InitializationError(
-                "all weights of the particle filter that draws the starting paths vanished: check the observations and "
-                f"the model, or take more than num_particles={self.num_particles}",
-                paths,
-            )
-        return paths
+        return backward_sample(key_back, self.model, filtered, num_chains)
 
     def step(self, key: Key[Array, ""], state: PathState) -> tuple[PathState, PathInfo]:
         model, reference = self.model, state.position
@@ -140,54 +135,52 @@ class ConditionalSMC(Kernel):
         start = clouds.start(key_start, model, y_0, self.num_particles, self.proposal, x_0)
 
         def move(cloud, row):
-            t, (x, y) = row
-            key_parent, key_cloud = jax.random.split(jax.random.fold_in(key_move, t))
+            t, keys, (x, y) = row
             parent = jnp.zeros((), jnp.int32)
             if self.refresh == "ancestor":
-                parent = _draw_parent(key_parent, model, cloud, x, t, parent)
-            cloud, ancestors = clouds.move(key_cloud, model, cloud, y, t, self.proposal, x, parent)
+                parent = _draw_parent(keys[2], model, cloud, x, t)
+            cloud, ancestors = clouds.move(keys[:2], model, cloud, y, t, self.proposal, x, parent)
             return cloud, (cloud, ancestors)
 
-        no_ancestors = jnp.arange(self.num_particles, dtype=jnp.int32)
-        _, (cloud, ancestors) = clouds.scan_series(move, start, (start, no_ancestors), (reference, self.ys))
+        own = jnp.arange(self.num_particles, dtype=jnp.int32)
+        _, (cloud, ancestors) = clouds.scan_steps(move, start, (start, own), key_move, 3, (reference, self.ys))
         if self.refresh == "backward":
-            indices = _draw_line(key_last, model, cloud, ancestors)
+            indices = _draw_line(key_last, model, cloud)
         else:
-            indices = clouds.trace_indices(draw_last(key_last, cloud.log_weights), ancestors[1:])
+            indices = clouds.trace_indices(draw_last(key_last, cloud.log_weights), ancestors)
         return finish_sweep(state, cloud, indices)
 
 
-def _draw_parent(key, model, cloud: clouds.Cloud, x: PyTree, t: Array, ancestor: Array) -> Array:
-    """One backward index for the single state x at time t."""
-    xs = jax.tree.map(lambda leaf: leaf[None], x)
-    return draw_backward(key, model, *cloud, xs, t, ancestor[None], 1, "exact")[0, 0]
+def _draw_parent(key, model, cloud: clouds.Cloud, x: PyTree, t: Array) -> Int[Array, ""]:
+    """J ~ Cat(W^l p(x | X^l)) for a single state x at time t; slot 0 where nothing could have moved to x."""
+    log_density = jax.vmap(lambda x_prev: log_prob(model.transition(x_prev, t), x))(cloud.particles)
+    return jax.random.categorical(key, clean(cloud.log_weights + log_density)).astype(jnp.int32)
 
 
-def _draw_line(key, model, cloud: clouds.Cloud, ancestors: Array) -> Int[Array, " t"]:
+def _draw_line(key, model, cloud: clouds.Cloud) -> Int[Array, " t"]:
     """B_{T-1} ~ Cat(W_{T-1}), B_{t-1} ~ Cat(W_{t-1}^l p(X_t^{B_t} | X_{t-1}^l))."""
-    num_steps = ancestors.shape[0]
     key_last, key_back = jax.random.split(key)
     last = draw_last(key_last, cloud.log_weights)
+    ts = jnp.arange(1, cloud.log_weights.shape[0])
+    keys = jax.vmap(partial(jax.random.fold_in, key_back))(ts)
 
     def back(index, row):
-        t, cloud_prev, particles_and_ancestors = row
-        x, ancestor = gather(particles_and_ancestors, index)
-        parent = _draw_parent(jax.random.fold_in(key_back, t), model, cloud_prev, x, t, ancestor)
+        t, key_t, cloud_prev, particles = row
+        parent = _draw_parent(key_t, model, cloud_prev, gather(particles, index), t)
         return parent, parent
 
     before = jax.tree.map(lambda leaf: leaf[:-1], cloud)
-    after = jax.tree.map(lambda leaf: leaf[1:], (cloud.particles, ancestors))
-    _, indices = jax.lax.scan(back, last, (jnp.arange(1, num_steps), before, after), reverse=True)
+    after = jax.tree.map(lambda leaf: leaf[1:], cloud.particles)
+    _, indices = jax.lax.scan(back, last, (ts, keys, before, after), reverse=True)
     return jnp.concatenate([indices, last[None]])
 
 
 # ---- what the kernels on paths have in common ----
 
 
-@jax.jit  # traced, so that degenerate weights never raise here
 def draw_last(key: Key[Array, ""], log_weights: Float[Array, "t N"]) -> Int[Array, ""]:
     """B_{T-1} ~ Cat(W_{T-1})."""
-    return iid(key, log_weights[-1], 1)[0]
+    return jax.random.categorical(key, clean(log_weights[-1])).astype(jnp.int32)
 
 
 def finish_sweep(state: PathState, cloud: clouds.Cloud, indices: Int[Array, " t"]) -> tuple[PathState, PathInfo]:
@@ -226,26 +219,3 @@ def check_path(model: StateSpaceModel, ys: PyTree, path: PyTree) -> PyTree:
         if not jnp.issubdtype(leaf.dtype, kind):
             raise ValueError(f"position must be {kind.__name__} point like the model's states, got {leaf.dtype}")
     return path
-
-
-@partial(jax.jit, static_argnames=("num_particles", "num_paths", "proposal"))
-def draw_paths(
-    key: Key[Array, ""], model: StateSpaceModel, ys: PyTree, num_particles: int, num_paths: int, proposal: str
-) -> tuple[PyTree, Bool[Array, ""]]:
-    """Backward draws from one free particle filter, and whether its weights are positive at every step."""
-    key_start, key_move, key_back = jax.random.split(key, 3)
-    start = clouds.start(key_start, model, gather(ys, jnp.zeros((), jnp.int32)), num_particles, proposal)
-
-    def move(cloud, row):
-        t, y = row
-        cloud, ancestors = clouds.move(jax.random.fold_in(key_move, t), model, cloud, y, t, proposal)
-        return cloud, (cloud, ancestors)
-
-    no_ancestors = jnp.arange(num_particles, dtype=jnp.int32)
-    _, (cloud, ancestors) = clouds.scan_series(move, start, (start, no_ancestors), ys)
-
-    def draw(key):
-        return jax.vmap(gather)(cloud.particles, _draw_line(key, model, cloud, ancestors))
-
-    paths = jax.lax.map(draw, jax.random.split(key_back, num_paths))
-    return paths, ~jnp.any(is_degenerate(cloud.log_weights))

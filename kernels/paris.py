@@ -21,15 +21,22 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bayesinf import errors
-from bayesinf.kernels import cloud as clouds
 from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
-from bayesinf.kernels.cloud import Cloud
-from bayesinf.models.state_space import StateSpaceModel, check_series
-from bayesinf.resampling import gather
-from bayesinf.weights import compensated_sum, ess, log_mean_exp, normalize
+from bayesinf.kernels.cloud import Cloud, scan_steps
+from bayesinf.kernels.particle_filter import (
+    check_proposal,
+    choose_ancestors,
+    propagate,
+    propagate_initial,
+    weigh,
+    weigh_initial,
+)
+from bayesinf.models.state_space import StateSpaceModel, check_observations
+from bayesinf.resampling import SCHEMES, gather
+from bayesinf.weights import compensated_sum, ess, normalize
 
 __all__ = ["AdditiveFunctional", "ParisResult", "paris"]
 
@@ -83,7 +90,7 @@ class ParisResult(NamedTuple):
 
 
 def paris(
-    key: Key[Array, ""] | int,
+    key: errors.KeyLike,
     model: StateSpaceModel,
     ys: PyTree,
     functional: AdditiveFunctional,
@@ -92,6 +99,8 @@ def paris(
     num_backward: int = 2,
     method: str = "auto",
     proposal: str = "bootstrap",
+    resampling: str = "multinomial",
+    ess_threshold: Float[Array, ""] | float = 1.0,
     throw: bool = True,
 ) -> ParisResult:
     """Smooths an additive functional online, with PaRIS.
@@ -101,11 +110,13 @@ def paris(
         model: the state-space model.
         ys: observations with leading axis T; NaN where missing.
         functional: what is smoothed.
-        num_particles: N >= 1, resampled independently at every step.
+        num_particles: N >= 1.
         num_backward: M >= 1 backward draws a particle; 2 is the choice of the paper.
         method: how backward draws are made: "exact", at N^2 densities a step; "mcmc", at a constant cost for each; or
             "auto", exact up to 2048 particles.
         proposal: "bootstrap", or "guided" by the model's own `initial_proposal` and `proposal`.
+        resampling: one of `bayesinf.resampling.SCHEMES`; independent draws at every step are those of the paper.
+        ess_threshold: resample where ess <= ess_threshold * N; 1 means always.
         throw: whether to raise if the weights vanish.
 
     Returns:
@@ -130,10 +141,21 @@ def paris(
     errors.check_count("num_particles", num_particles)
     errors.check_count("num_backward", num_backward)
     errors.check_choice("method", method, BACKWARD_METHODS)
-    errors.check_choice("proposal", proposal, clouds.PROPOSALS)
+    errors.check_choice("resampling", resampling, SCHEMES)
     check_functional(functional)
+    ys = check_observations(model, ys)
+    check_proposal(model, proposal)
     result = _run(
-        errors.as_key(key), model, check_series(ys), functional, num_particles, num_backward, method, proposal
+        errors.as_key(key),
+        model,
+        ys,
+        functional,
+        ess_threshold,
+        num_particles,
+        num_backward,
+        method,
+        proposal,
+        resampling,
     )
     if throw and errors.is_concrete(result) and not np.isfinite(result.log_evidence):
         step = int(np.argmax(np.asarray(result.ess) == 0))
@@ -145,25 +167,38 @@ def paris(
     return result
 
 
-@partial(jax.jit, static_argnames=("num_particles", "num_backward", "method", "proposal"))
-def _run(key, model, ys, functional, num_particles, num_backward, method, proposal):
+@partial(jax.jit, static_argnames=("num_particles", "num_backward", "method", "proposal", "resampling"))
+def _run(
+    key, model, ys, functional, ess_threshold, num_particles, num_backward, method, proposal, resampling
+) -> ParisResult:
     key_start, key_steps = jax.random.split(key)
-    start = clouds.start(key_start, model, gather(ys, jnp.zeros((), jnp.int32)), num_particles, proposal)
+    y_0 = gather(ys, jnp.zeros((), jnp.int32))
+    particles = propagate_initial(key_start, model, y_0, num_particles, proposal)
+    log_weights, log_mean = normalize(weigh_initial(model, particles, y_0, proposal))
+    start = Cloud(particles, log_weights)
     tau_0 = start_statistics(functional, start)
 
     def step(carry, row):
-        (cloud_prev, tau), (t, y) = carry, row
-        key_move, key_backward = jax.random.split(jax.random.fold_in(key_steps, t))
-        cloud, ancestors = clouds.move(key_move, model, cloud_prev, y, t, proposal)
-        J = draw_backward(key_backward, model, *cloud_prev, cloud.particles, t, ancestors, num_backward, method)
+        (cloud_prev, tau), (t, keys, y) = carry, row
+        ancestors, log_carried, _ = choose_ancestors(
+            keys[0], cloud_prev.log_weights, ess_threshold=ess_threshold, resampling=resampling
+        )
+        parents = gather(cloud_prev.particles, ancestors)
+        particles = propagate(keys[1], model, parents, y, t, proposal)
+        log_increments = weigh(model, parents, particles, y, t, proposal).astype(log_carried.dtype)
+        log_weights, log_mean = normalize(log_carried + log_increments)
+        J = draw_backward(
+            keys[2], model, cloud_prev.particles, cloud_prev.log_weights, particles, t, ancestors, num_backward, method
+        )
+        cloud = Cloud(particles, log_weights)
         tau = update_statistics(functional, tau, cloud_prev, cloud, J, t)
-        return (cloud, tau), (weighted_mean(cloud, tau), cloud.log_weights)
+        log_increment = log_mean + jnp.log(num_particles)
+        return (cloud, tau), (weighted_mean(cloud, tau), log_increment, ess(log_weights))
 
-    kept_0 = (weighted_mean(start, tau_0), start.log_weights)
-    _, (estimates, log_weights) = clouds.scan_series(step, (start, tau_0), kept_0, ys)
+    kept_0 = (weighted_mean(start, tau_0), log_mean, ess(log_weights))
+    _, (estimates, increments, ess_each) = scan_steps(step, (start, tau_0), kept_0, key_steps, 3, ys)
     estimate = jax.tree.map(lambda leaf: leaf[-1], estimates)
-    log_evidence = compensated_sum(log_mean_exp(log_weights))
-    return ParisResult(estimate, estimates, log_evidence, ess(log_weights))
+    return ParisResult(estimate, estimates, compensated_sum(increments), ess_each)
 
 
 # ---- the statistics, shared with the Parisian kernel ----

@@ -40,7 +40,8 @@ from bayesinf.kernels.paris import (
     update_statistics,
     weighted_mean,
 )
-from bayesinf.models.state_space import StateSpaceModel, check_series
+from bayesinf.kernels.particle_filter import check_proposal
+from bayesinf.models.state_space import StateSpaceModel, check_observations, check_series
 from bayesinf.resampling import gather
 
 __all__ = ["PPGResult", "ParisianGibbs", "ParisianInfo", "ppg"]
@@ -96,17 +97,18 @@ class ParisianGibbs(Kernel):
         errors.check_count("num_particles", self.num_particles, minimum=2)
         errors.check_count("num_backward", self.num_backward)
         errors.check_choice("method", self.method, BACKWARD_METHODS)
-        errors.check_choice("proposal", self.proposal, clouds.PROPOSALS)
+        check_proposal(self.model, self.proposal)
+        check_observations(self.model, self.ys)
         check_functional(self.functional)
 
     def init(self, position: PyTree) -> PathState:
         return PathState(check_path(self.model, self.ys, position))
 
-    def initial(self, key: Key[Array, ""] | int, num_chains: int = 4) -> PyTree:
+    def initial(self, key: errors.KeyLike, num_chains: int = 4) -> PyTree:
         """Starting paths, with a leading chain axis: backward draws from one free particle filter.
 
         Raises:
-            InitializationError: all weights of the filter vanished.
+            DegenerateWeightsError: all weights of the filter vanished.
         """
         return ConditionalSMC(self.model, self.ys, self.num_particles, proposal=self.proposal).initial(key, num_chains)
 
@@ -117,20 +119,27 @@ class ParisianGibbs(Kernel):
         start = clouds.start(key_start, model, y_0, self.num_particles, self.proposal, x_0)
 
         def step(carry, row):
-            (cloud_prev, tau), (t, (x, y)) = carry, row
-            key_move, key_backward = jax.random.split(jax.random.fold_in(key_steps, t))
-            own = jnp.zeros((), jnp.int32)  # the reference comes from itself
-            cloud, ancestors = clouds.move(key_move, model, cloud_prev, y, t, self.proposal, x, own)
+            (cloud_prev, tau), (t, keys, (x, y)) = carry, row
+            itself = jnp.zeros((), jnp.int32)  # where the reference comes from
+            cloud, ancestors = clouds.move(keys[:2], model, cloud_prev, y, t, self.proposal, x, itself)
             J = draw_backward(
-                key_backward, model, *cloud_prev, cloud.particles, t, ancestors, self.num_backward, self.method
+                keys[2],
+                model,
+                cloud_prev.particles,
+                cloud_prev.log_weights,
+                cloud.particles,
+                t,
+                ancestors,
+                self.num_backward,
+                self.method,
             )
             tau = update_statistics(self.functional, tau, cloud_prev, cloud, J, t)
             return (cloud, tau), (cloud, J[:, 0])
 
         first = (start, start_statistics(self.functional, start))
-        no_parents = jnp.arange(self.num_particles, dtype=jnp.int32)
-        last, (cloud, parents) = clouds.scan_series(step, first, (start, no_parents), (reference, self.ys))
-        indices = clouds.trace_indices(draw_last(key_last, cloud.log_weights), parents[1:])
+        own = jnp.arange(self.num_particles, dtype=jnp.int32)
+        last, (cloud, parents) = clouds.scan_steps(step, first, (start, own), key_steps, 3, (reference, self.ys))
+        indices = clouds.trace_indices(draw_last(key_last, cloud.log_weights), parents)
         state, info = finish_sweep(state, cloud, indices)
         return state, ParisianInfo(*info, estimate=weighted_mean(*last))
 
@@ -155,7 +164,7 @@ class PPGResult(NamedTuple):
 
 
 def ppg(
-    key: Key[Array, ""] | int,
+    key: errors.KeyLike,
     model: StateSpaceModel,
     ys: PyTree,
     functional: AdditiveFunctional,

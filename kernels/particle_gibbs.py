@@ -32,19 +32,19 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
 from bayesinf.kernel import Kernel
-from bayesinf.kernels import cloud as clouds
+from bayesinf.kernels.backward import backward_sample
 from bayesinf.kernels.compose import (
     PartsState,
     attach,
     common_target_acceptance,
     detach,
     first_step_size,
-    gather_parts,
     merge_infos,
     scale_steps,
 )
-from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC, PathState, draw_paths
+from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC, PathState
 from bayesinf.kernels.innovations import innovations, path_of
+from bayesinf.kernels.particle_filter import PROPOSALS, particle_filter
 from bayesinf.models.state_space import StateSpaceModel, check_series, log_prob, observation_log_prob
 from bayesinf.target import Target
 
@@ -105,7 +105,7 @@ class ParticleGibbs(Kernel):
     build: Callable[[PyTree], StateSpaceModel] = eqx.field(static=True)
     prior: Target
     ys: PyTree
-    parts: tuple[Any, ...]  # the kernels of theta, without their targets
+    parts: tuple[Any, ...]  # the kernels of theta, on targets that have no data yet
     num_particles: int = eqx.field(static=True)
     refresh: str = eqx.field(static=True)
     proposal: str = eqx.field(static=True)
@@ -132,11 +132,11 @@ class ParticleGibbs(Kernel):
         if interweave:
             second = parameter_kernel if innovation_kernel is None else innovation_kernel
             kernels.append(_as_part("innovation_kernel", second, Target(_GivenInnovations(build))))
-        self.parts = tuple(gather_parts("kernels", [kernel], None)[0][0] for kernel in kernels)
+        self.parts = tuple(kernels)
         self.num_particles = errors.check_count("num_particles", num_particles, minimum=2)
         self.refresh, self.proposal = refresh, proposal
         errors.check_choice("refresh", refresh, REFRESHMENTS)
-        errors.check_choice("proposal", proposal, clouds.PROPOSALS)
+        errors.check_choice("proposal", proposal, PROPOSALS)
 
     def init(self, position: PyTree) -> PartsState:
         """The state at `position`, a dict of "theta" and "path"."""
@@ -177,7 +177,7 @@ class ParticleGibbs(Kernel):
         )
         return PartsState({"theta": theta, "path": path}, tuple(memory)), info
 
-    def initial(self, key: Key[Array, ""] | int, num_chains: int = 4, *, theta: PyTree = None) -> PyTree:
+    def initial(self, key: errors.KeyLike, num_chains: int = 4, *, theta: PyTree = None) -> PyTree:
         """Starting positions with a leading chain axis; the path of each from a particle filter at its theta.
 
         Args:
@@ -250,8 +250,12 @@ def _draw_path_for_each(kernel: ParticleGibbs, keys: Key[Array, " c"], theta: Py
 
     def draw(row):
         key, theta = row
-        paths, is_ok = draw_paths(key, kernel._model(theta), kernel.ys, kernel.num_particles, 1, kernel.proposal)
-        return jax.tree.map(lambda leaf: leaf[0], paths), is_ok
+        key_filter, key_back = jax.random.split(key)
+        options = {"num_particles": kernel.num_particles, "proposal": kernel.proposal}
+        model = kernel._model(theta)
+        filtered = particle_filter(key_filter, model, kernel.ys, store="full", **options)
+        paths = backward_sample(key_back, model, filtered, 1)
+        return jax.tree.map(lambda leaf: leaf[0], paths), jnp.isfinite(filtered.log_evidence)
 
     return jax.lax.map(draw, (keys, theta))
 
@@ -292,13 +296,14 @@ def _log_likelihood(model: StateSpaceModel, path: PyTree, ys: PyTree) -> Array:
 
 def _as_part(name: str, part: Any, target: Target) -> Kernel:
     """A kernel of theta, which can be rebound to the target of every sweep."""
-    kernel = part if isinstance(part, Kernel) else part(target) if callable(part) else None
-    if not isinstance(kernel, Kernel) or not hasattr(kernel, "target"):
+    if not isinstance(part, Kernel) and callable(part):
+        part = part(target)
+    if not isinstance(part, Kernel) or not hasattr(part, "target"):
         raise ValueError(
             f"{name} must be a kernel with a target, or a function of a target that returns one, such as "
             f"functools.partial(MALA, step_size=0.05); got {part!r}"
         )
-    return kernel
+    return part.with_target(target)
 
 
 def _describe(position: Any) -> str:

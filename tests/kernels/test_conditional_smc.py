@@ -1,0 +1,258 @@
+"""Conditional SMC: its exact transition matrix on a small chain, refresh rates, and the contract."""
+
+from itertools import product
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from planted.parisian import SystematicConditionalSMC
+from ppg_models import exact_paths, problem
+
+import bayesinf as bi
+from bayesinf import conformance, errors
+from bayesinf.conformance import FALSE_ALARM
+from bayesinf.kernels import ConditionalSMC
+
+INITIAL = np.array([0.3, 0.7])
+TRANSITION = np.array([[0.8, 0.2], [0.45, 0.55]])
+LIKELIHOOD = np.array([[0.9, 0.2], [0.15, 0.6], [0.5, 0.35]])  # of y_t at each of three steps, by state
+PATHS = list(product([0, 1], repeat=3))
+
+
+class Chain(bi.models.StateSpaceModel):
+    """Two states and laws given as pairs of functions; y_t says which row of likelihoods is seen."""
+
+    def _law(self, p):
+        log_p = jnp.log(p)
+        return lambda key: jax.random.categorical(key, log_p), lambda x: log_p[x]
+
+    def initial(self):
+        return self._law(jnp.asarray(INITIAL))
+
+    def transition(self, x_prev, t):
+        return self._law(jnp.asarray(TRANSITION)[x_prev])
+
+    def observation(self, x, t):
+        return (lambda key: jnp.zeros(())), lambda y: jnp.log(jnp.asarray(LIKELIHOOD)[y.astype(int), x])
+
+
+CHAIN_YS = jnp.arange(3.0)
+
+
+def _smoothing_law():
+    weights = np.array(
+        [
+            INITIAL[path[0]]
+            * np.prod([TRANSITION[path[t - 1], path[t]] for t in (1, 2)])
+            * np.prod([LIKELIHOOD[t, path[t]] for t in range(3)])
+            for path in PATHS
+        ]
+    )
+    return weights / weights.sum(), weights.sum()
+
+
+def _transition_matrix(refresh):
+    """The kernel's exact matrix on the 8 paths for N = 2, by enumeration of all that can happen."""
+    matrix = np.zeros((8, 8))
+    for row, reference in enumerate(PATHS):
+        for free in PATHS:
+            for parents in product([0, 1], repeat=4):  # of the reference and of the free particle, at t = 1 and 2
+                _enumerate(matrix[row], refresh, reference, free, parents)
+    return matrix
+
+
+def _enumerate(row, refresh, reference, free, parents):
+    """Adds to the law of the new path what this cloud and these ancestors contribute."""
+    cloud = [(reference[t], free[t]) for t in range(3)]
+    weights = [np.array([LIKELIHOOD[t, x] for x in cloud[t]]) for t in range(3)]
+    ancestors = [parents[:2], parents[2:]]  # at t = 1 and 2; slot 0 is the reference
+    probability = INITIAL[free[0]]
+    for t in (1, 2):
+        of_reference, of_free = ancestors[t - 1]
+        to_reference = TRANSITION[list(cloud[t - 1]), reference[t]]
+        if refresh == "ancestor":
+            probability *= (weights[t - 1] * to_reference)[of_reference] / (weights[t - 1] @ to_reference)
+        elif of_reference != 0:
+            return
+        probability *= weights[t - 1][of_free] / weights[t - 1].sum() * TRANSITION[cloud[t - 1][of_free], free[t]]
+    for b in product([0, 1], repeat=3):
+        chosen = weights[2][b[2]] / weights[2].sum()
+        for t in (2, 1):
+            if refresh == "backward":
+                to_chosen = weights[t - 1] * TRANSITION[list(cloud[t - 1]), cloud[t][b[t]]]
+                chosen *= to_chosen[b[t - 1]] / to_chosen.sum()
+            elif ancestors[t - 1][b[t]] != b[t - 1]:
+                chosen = 0.0
+        path = tuple(cloud[t][b[t]] for t in range(3))
+        row[PATHS.index(path)] += probability * chosen
+
+
+@eqx.filter_jit
+def _new_paths(kernel, keys, paths):
+    def one(row):
+        state, info = kernel.step(row[0], kernel.init(row[1]))
+        return state.position, info
+
+    return jax.lax.map(one, (keys, paths), batch_size=20_000)
+
+
+@pytest.mark.parametrize("refresh", ["none", "ancestor", "backward"])
+def test_the_transition_matrix_is_the_exact_one_and_leaves_the_smoothing_law(refresh):
+    pi, _ = _smoothing_law()
+    matrix = _transition_matrix(refresh)
+    np.testing.assert_allclose(matrix.sum(1), 1.0, atol=1e-12)
+    np.testing.assert_allclose(pi @ matrix, pi, atol=1e-12)
+
+    kernel, num = ConditionalSMC(Chain(), CHAIN_YS, 2, refresh), 10_000
+    starts = jnp.repeat(jnp.asarray(PATHS), num, axis=0)
+    ends, _ = _new_paths(kernel, jax.random.split(jax.random.key(1), 8 * num), starts)
+    index = np.asarray(ends) @ np.array([4, 2, 1])
+    counts = np.stack([np.bincount(part, minlength=8) for part in index.reshape(8, num)])
+    possible = matrix > 0
+    assert not counts[~possible].any()
+    p_values = [scipy.stats.chisquare(counts[i][possible[i]], num * matrix[i][possible[i]]).pvalue for i in range(8)]
+    assert 8 * min(p_values) > FALSE_ALARM, p_values
+
+
+def test_a_wrong_refreshment_has_another_matrix():
+    # the comparison above is able to tell the kernels apart
+    assert np.abs(_transition_matrix("none") - _transition_matrix("ancestor")).max() > 0.02
+    np.testing.assert_allclose(_transition_matrix("backward"), _transition_matrix("ancestor"), atol=1e-12)
+
+
+@pytest.mark.parametrize("refresh", ["ancestor", "backward"])
+def test_the_inverse_of_the_conditional_evidence_is_unbiased(refresh):
+    pi, evidence = _smoothing_law()
+    kernel = ConditionalSMC(Chain(), CHAIN_YS, 2, refresh)
+
+    def negative_log_evidence(key):
+        key_path, key_step = jax.random.split(key)
+        path = jnp.asarray(PATHS)[jax.random.categorical(key_path, jnp.log(jnp.asarray(pi)))]
+        return -kernel.step(key_step, kernel.init(path))[1].log_evidence
+
+    conformance.evidence_is_unbiased(5, negative_log_evidence, -np.log(evidence)).raise_if_rejected()
+
+
+def _moments_after(kernel, num, num_steps):
+    _, _, smoothed = problem("OW", 50)
+    paths = exact_paths(jax.random.key(3), smoothed, num)
+    for i in range(num_steps):
+        paths, info = _new_paths(kernel, jax.random.split(jax.random.key(i), num), paths)
+    values = np.asarray(paths, np.float64) - smoothed.mean
+    p_mean = conformance.mean_p_value(values, 0.0)
+    return min(p_mean, conformance.mean_p_value(values**2, np.diag(smoothed.cov))), info
+
+
+@pytest.mark.parametrize("options", [{"refresh": "ancestor"}, {"refresh": "backward", "proposal": "guided"}])
+def test_the_smoothing_law_is_invariant(options):
+    model, ys, _ = problem("OW", 50)
+    p_value, info = _moments_after(ConditionalSMC(model, ys, 4, **options), 20_000, 3)
+    assert p_value > FALSE_ALARM
+    assert not np.any(info.is_divergent)
+
+
+def test_systematic_ancestors_move_the_smoothing_law():
+    model, ys, _ = problem("OW", 50)
+    p_value, _ = _moments_after(SystematicConditionalSMC(model, ys, 4), 20_000, 3)
+    assert p_value < FALSE_ALARM
+
+
+@pytest.mark.parametrize(
+    ("refresh", "last", "low", "high"),
+    [
+        pytest.param("ancestor", 50, 0.925, 0.945, marks=pytest.mark.slow),
+        ("ancestor", 200, 0.925, 0.945),
+        ("backward", 50, 0.925, 0.945),
+        ("none", 50, 0.03, 0.055),
+        pytest.param("none", 200, 0.0, 0.001, marks=pytest.mark.slow),
+    ],
+)
+def test_the_first_state_is_refreshed_at_the_published_rate(refresh, last, low, high):
+    model, ys, smoothed = problem("OW", last)
+    num = 2_000
+    paths = exact_paths(jax.random.key(4), smoothed, num)
+    _, info = _new_paths(ConditionalSMC(model, ys, 20, refresh), jax.random.split(jax.random.key(5), num), paths)
+    count = int(np.sum(np.asarray(info.is_updated)[:, 0]))
+    # not significantly outside of the interval
+    assert scipy.stats.binom.cdf(count, num, low) > FALSE_ALARM
+    assert scipy.stats.binom.sf(count - 1, num, high) > FALSE_ALARM
+    np.testing.assert_allclose(info.acceptance_rate, np.mean(info.is_updated, 1), rtol=1e-5)
+
+
+def test_one_particle_of_two_keeps_paths_and_a_single_row_works():
+    model, ys, _ = problem("OW", 50)
+    kernel = ConditionalSMC(model, ys[:1], 2)
+    paths = kernel.initial(0, num_chains=3)
+    assert paths.shape == (3, 1)
+    ends, info = _new_paths(kernel, jax.random.split(jax.random.key(0), 4_000), jnp.zeros((4_000, 1)))
+    # of two candidates, one of them the reference, weighed by their likelihood
+    assert 0.2 < np.mean(info.is_accepted) < 0.8
+    np.testing.assert_array_equal(np.asarray(ends)[:, 0] != 0.0, info.is_accepted)
+
+
+def test_contract():
+    model, ys, _ = problem("OW", 50)
+    kernel = ConditionalSMC(model, ys[:12], 8)
+    conformance.contract(kernel, kernel.initial(0, 1)[0])
+
+
+def test_new_data_and_parameters_compile_nothing():
+    model, ys, _ = problem("OW", 50)
+    kernel = ConditionalSMC(model, ys, 4)
+    traces = []
+
+    @jax.jit
+    def step(kernel, key, state):
+        traces.append(1)
+        return kernel.step(key, state)
+
+    state, _ = step(kernel, jax.random.key(0), kernel.init(jnp.zeros(51)))
+    other = ConditionalSMC(problem("PPG1d", 50)[0], 2.0 * ys, 4)
+    step(other, jax.random.key(0), state)
+    assert len(traces) == 1
+
+
+def test_impossible_observations_keep_the_path_and_are_counted():
+    class Bounded(bi.models.StateSpaceModel):
+        def initial(self):
+            return problem("OW", 50)[0].initial()
+
+        def transition(self, x_prev, t):
+            return problem("OW", 50)[0].transition(x_prev, t)
+
+        def observation(self, x, t):
+            return (lambda key: x), lambda y: jnp.where(jnp.abs(y) < 5.0, 0.0, -jnp.inf)
+
+    ys = jnp.zeros(6).at[3].set(10.0)
+    kernel = ConditionalSMC(Bounded(), ys, 8)
+    path = jnp.arange(6.0)
+    state, info = kernel.step(jax.random.key(0), kernel.init(path))
+    assert bool(info.is_divergent)
+    assert np.isneginf(info.log_evidence)
+    np.testing.assert_array_equal(state.position, path)
+    with pytest.raises(errors.DegenerateWeightsError):
+        kernel.initial(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda model, ys: ConditionalSMC(model, ys, 1), "num_particles must be at least 2"),
+        (lambda model, ys: ConditionalSMC(model, ys, 4, "smooth"), "refresh must be one of"),
+        (lambda model, ys: ConditionalSMC(model, ys, 4, proposal="optimal"), "proposal must be one of"),
+        (lambda model, ys: ConditionalSMC(model, ys[:0], 4), "at least one row"),
+        (lambda model, ys: ConditionalSMC(model, ys, 4).init(jnp.zeros(50)), "51 rows of ys"),
+        (lambda model, ys: ConditionalSMC(model, ys, 4).init(jnp.zeros((51, 2))), "51 rows of ys"),
+        (lambda model, ys: ConditionalSMC(model, ys, 4).init({"x": jnp.zeros(51)}), "structure"),
+        (lambda model, ys: ConditionalSMC(model, ys, 4).init(jnp.zeros(51, int)), "floating point"),
+        (lambda model, ys: ConditionalSMC(Chain(), CHAIN_YS, 4, proposal="guided"), "proposal"),
+        (lambda model, ys: ConditionalSMC(model, ys, 4).initial(0, 0), "at least 1"),
+    ],
+)
+def test_bad_input_is_refused_by_name(make, match):
+    model, ys, _ = problem("OW", 50)
+    with pytest.raises(ValueError, match=match):
+        make(model, ys)

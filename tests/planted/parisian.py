@@ -1,0 +1,104 @@
+"""Particle Gibbs kernels with one bug each: the right ones, with one of their atoms replaced while they are traced."""
+
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+
+from bayesinf import resampling
+from bayesinf.kernels import ConditionalSMC, ParisianGibbs, ParticleGibbs, cloud, parisian_gibbs
+from bayesinf.kernels.backward import draw_backward
+
+
+class UnweightedBackward(ParisianGibbs):
+    """Backward draws that forget the filter's weights."""
+
+    def step(self, key, state):
+        def wrong(key, model, particles_prev, log_weights_prev, *rest):
+            return draw_backward(key, model, particles_prev, jnp.zeros_like(log_weights_prev), *rest)
+
+        with patch.object(parisian_gibbs, "draw_backward", wrong):
+            return super().step(key, state)
+
+
+class ShiftedBackward(ParisianGibbs):
+    """Backward draws by a transition density whose mean is off by 0.1."""
+
+    def step(self, key, state):
+        def wrong(key, model, particles_prev, log_weights_prev, particles, *rest):
+            return draw_backward(key, model, particles_prev, log_weights_prev, particles + 0.1, *rest)
+
+        with patch.object(parisian_gibbs, "draw_backward", wrong):
+            return super().step(key, state)
+
+
+class UnweightedAverage(ParisianGibbs):
+    """The final average of the statistics forgets the weights."""
+
+    def step(self, key, state):
+        def wrong(cloud, tau):
+            return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), tau)
+
+        with patch.object(parisian_gibbs, "weighted_mean", wrong):
+            return super().step(key, state)
+
+
+class ReferenceNotInserted(ParisianGibbs):
+    """A free particle filter in place of the conditional one."""
+
+    def step(self, key, state):
+        start, move = cloud.start, cloud.move
+
+        def free_start(key, model, y, num_particles, proposal, reference):
+            return start(key, model, y, num_particles, proposal)
+
+        def free_move(key, model, cloud, y, t, proposal, reference, parent):
+            return move(key, model, cloud, y, t, proposal)
+
+        with patch.object(cloud, "start", free_start), patch.object(cloud, "move", free_move):
+            return super().step(key, state)
+
+
+class ReferenceExcludedAtTheEnd(ParisianGibbs):
+    """The new path never ends in the reference."""
+
+    def step(self, key, state):
+        right = parisian_gibbs.draw_last
+
+        def wrong(key, log_weights):
+            return right(key, log_weights.at[-1, 0].set(-jnp.inf))
+
+        with patch.object(parisian_gibbs, "draw_last", wrong):
+            return super().step(key, state)
+
+
+def _overwritten(key, log_weights, num_samples):
+    """The free ancestors that are left when slot 0 of N systematic ones is overwritten."""
+    return resampling.systematic(key, log_weights, num_samples + 1)[1:]
+
+
+class SystematicParisian(ParisianGibbs):
+    """Systematic resampling in conditional PaRIS."""
+
+    def step(self, key, state):
+        with patch.object(cloud, "iid", _overwritten):
+            return super().step(key, state)
+
+
+class SystematicConditionalSMC(ConditionalSMC):
+    """Systematic resampling in conditional SMC."""
+
+    def step(self, key, state):
+        with patch.object(cloud, "iid", _overwritten):
+            return super().step(key, state)
+
+
+class StaleParticleGibbs(ParticleGibbs):
+    """Parameters and path are each drawn given the old value of the other, so that they lose their dependence."""
+
+    def step(self, key, state):
+        key_theta, key_path = jax.random.split(key)
+        with_theta, info = super().step(key_theta, state)
+        with_path, _ = super().step(key_path, state)
+        position = {"theta": with_theta.position["theta"], "path": with_path.position["path"]}
+        return with_theta._replace(position=position), info
