@@ -150,14 +150,25 @@ def simulate(key: errors.KeyLike, model: StateSpaceModel, num_steps: int) -> tup
     Args:
         key: PRNG key or seed.
         model: a state-space model.
-        num_steps: T >= 1.
+        num_steps: T >= 1; a longer series continues a shorter one of the same key.
 
     Returns:
         (xs, ys), each with leading axis T.
+
+    Example:
+        >>> import bayesinf as bi
+        >>> xs, ys = bi.models.simulate(0, bi.models.StochasticVolatility(-1.0, 0.97, 0.2), num_steps=50)
+        >>> xs.shape, ys.shape
+        ((50,), (50,))
     """
     errors.check_count("num_steps", num_steps)
-    key_initial, key_steps, key_observe = jax.random.split(errors.as_key(key), 3)
-    x_0 = sample(key_initial, model.initial())
+    return _simulate(errors.as_key(key), model, num_steps)
+
+
+@partial(jax.jit, static_argnums=2)
+def _simulate(key: Array, model: StateSpaceModel, num_steps: int) -> tuple[PyTree, PyTree]:
+    key_initial, key_steps, key_observe = jax.random.split(key, 3)
+    x_0 = jax.tree.map(jnp.asarray, sample(key_initial, model.initial()))
 
     def move(x_prev, t):
         x = sample(jax.random.fold_in(key_steps, t), model.transition(x_prev, t))
@@ -238,8 +249,8 @@ def _missing_together(law: Law) -> int | None:
     return 0 if isinstance(law, dist.MultivariateNormal) else law.event_dim
 
 
-# Laws whose sampler is elementwise in a batch shape that `promote_batch_shape` gets right, so that one key serves a whole
-# population. Not LogNormal (all draws would share their noise), nor an expanded law (its axes would be mixed up).
+# Laws whose sampler is elementwise in a batch shape that `promote_batch_shape` gets right, so that one key serves a
+# whole population. Not LogNormal (all draws would share their noise), nor an expanded law (its axes would be mixed up).
 _ELEMENTWISE = (dist.Normal, dist.MultivariateNormal, dist.Laplace, dist.Cauchy, dist.Logistic)
 
 

@@ -81,11 +81,15 @@ def _mode(mean: Array, scale: Array, y: Array) -> Array:
     """The mode of N(x; mean, scale^2) N(y; 0, exp(x)) in x; the mean where y is missing.
 
     It solves w exp(w) = z for w = x - c, where c = mean - scale^2 / 2 and z = scale^2 y^2 exp(-c) / 2.
+
+    References:
+        Iacono and Boyd (2017), doi:10.1007/s10444-017-9530-3 (the start).
     """
     is_missing = jnp.isnan(y)
     c = mean - 0.5 * scale**2
     z = 0.5 * (scale * jnp.where(is_missing, 0.0, y)) ** 2 * jnp.exp(-c)
     w = jnp.log1p(z)
-    for _ in range(3):  # Newton from above, where it converges fast; any point would do for a proposal
+    w = w * (1.0 - jnp.log1p(w) / (2.0 + w))
+    for _ in range(2):  # Newton, from a good start; any other point would do for a proposal
         w = (w**2 + z * jnp.exp(-w)) / (w + 1.0)
     return jnp.where(is_missing, mean, c + w)
