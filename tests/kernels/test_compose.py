@@ -59,7 +59,7 @@ def params(default, everything):
     return [name if name in default else pytest.param(name, marks=pytest.mark.slow) for name in everything]
 
 
-@pytest.mark.parametrize("name", params(("mixture of repeat of gibbs", "cycle"), NESTED | WITH_MEMORY))
+@pytest.mark.parametrize("name", params(("mixture of repeat of gibbs",), NESTED | WITH_MEMORY))
 def test_contract(name):
     contract((NESTED | WITH_MEMORY)[name], POSITION)
 
