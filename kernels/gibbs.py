@@ -21,7 +21,8 @@ import jax
 from jaxtyping import Array, Key, PyTree
 
 from bayesinf.kernel import Info, Kernel
-from bayesinf.kernels.compose import (
+from bayesinf.kernels.foreign import as_kernel
+from bayesinf.kernels.parts import (
     PartsState,
     attach,
     bind,
@@ -32,7 +33,6 @@ from bayesinf.kernels.compose import (
     merge_infos,
     scale_steps,
 )
-from bayesinf.kernels.foreign import as_kernel
 from bayesinf.kernels.vectors import strong
 from bayesinf.target import Target, as_target
 

@@ -33,7 +33,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from bayesinf import errors
 from bayesinf.kernel import Kernel
 from bayesinf.kernels.backward import backward_sample
-from bayesinf.kernels.compose import (
+from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC, PathState
+from bayesinf.kernels.innovations import innovations, path_of
+from bayesinf.kernels.particle_filter import PROPOSALS, particle_filter
+from bayesinf.kernels.parts import (
     PartsState,
     attach,
     common_target_acceptance,
@@ -42,9 +45,6 @@ from bayesinf.kernels.compose import (
     merge_infos,
     scale_steps,
 )
-from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC, PathState
-from bayesinf.kernels.innovations import innovations, path_of
-from bayesinf.kernels.particle_filter import PROPOSALS, particle_filter
 from bayesinf.models.state_space import StateSpaceModel, check_series, log_prob, observation_log_prob
 from bayesinf.target import Target
 
