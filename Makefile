@@ -33,7 +33,7 @@ lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/pyright --project pyproject.toml --pythonpath $(BIN)/python
 
 bench: $(VENV)/installed-bench
 	$(BIN)/pytest benchmarks -o filterwarnings=default -o addopts="" --benchmark-quiet $(ARGS)
