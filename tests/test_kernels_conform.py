@@ -76,17 +76,24 @@ JOINT = {
 }
 
 
+def but_slow(name, *names):
+    """The parameter of a test, which is left to the slow tier if it is one of `names`."""
+    return pytest.param(name, marks=pytest.mark.slow) if name in names else name
+
+
 @pytest.mark.parametrize("name", [*INVARIANT, *UNADJUSTED])
 def test_contract_on_vectors(name):
     contract((INVARIANT | UNADJUSTED)[name], POSITION)
 
 
-@pytest.mark.parametrize("name", ON_PATHS)
+@pytest.mark.parametrize(
+    "name", [but_slow(name, "ConditionalSMC backward", "ConditionalSMC none") for name in ON_PATHS]
+)
 def test_contract_on_paths(name):
     contract(ON_PATHS[name], laws.draw_path(jax.random.key(0)))
 
 
-@pytest.mark.parametrize("name", JOINT)
+@pytest.mark.parametrize("name", [but_slow(name, "ParticleGibbs interweaving") for name in JOINT])
 def test_contract_on_parameters_and_paths(name):
     position = laws.draw_parameters_and_path(jax.random.key(0))
     contract(JOINT[name](laws.draw_series(jax.random.key(1), position)), position)
@@ -94,7 +101,7 @@ def test_contract_on_parameters_and_paths(name):
 
 @pytest.mark.parametrize("name", INVARIANT)
 def test_law_is_invariant(name):
-    num_chains = 20_000 if name == "NUTS" else 100_000
+    num_chains = 20_000 if name == "NUTS" else 50_000
     report = exact_start_invariance(1, INVARIANT[name], exact_sampler, num_chains=num_chains, num_steps=10)
     assert report.raise_if_rejected().notes["moved"] > 0.9
 
@@ -102,7 +109,7 @@ def test_law_is_invariant(name):
 @pytest.mark.parametrize("name", ON_PATHS)
 def test_law_of_paths_is_invariant(name):
     report = exact_start_invariance(1, ON_PATHS[name], laws.draw_path, num_chains=40_000, num_steps=10)
-    assert report.raise_if_rejected().notes["moved"] > 0.9
+    assert report.raise_if_rejected().notes["moved"] > 0.5
 
 
 @pytest.mark.parametrize("name", JOINT)

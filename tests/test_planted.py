@@ -57,7 +57,7 @@ BROKEN_CLAUSE = {
     protocol.BareInfo: "info",
     protocol.JitteredInit: "init",
     protocol.PromotedState: "types",
-    protocol.KeepsHistory: "types",
+    protocol.LateField: "types",
     protocol.StaticStepSize: "leaves",
     protocol.PythonStepSize: "one trace",
     protocol.IgnoredStepSize: "step size",

@@ -162,18 +162,18 @@ class TakesIntegers(RandomWalk):
         return State(position, self.target.evaluate(position))
 
 
-class GrowingState(NamedTuple):
+class Remembering(NamedTuple):
     position: Array
     evaluation: object
-    history: Array
+    last: Array | None
 
 
-class KeepsHistory(RandomWalk):
-    """Appends to its state at every step."""
+class LateField(RandomWalk):
+    """Has no last position at the start, and one from the first step on."""
 
     def init(self, position):
-        return GrowingState(*super().init(position), position[None])
+        return Remembering(*super().init(position), None)
 
     def step(self, key, state):
         moved, info = super().step(key, State(state.position, state.evaluation))
-        return GrowingState(*moved, jnp.concatenate([state.history, moved.position[None]])), info
+        return Remembering(*moved, state.position), info
