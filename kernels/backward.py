@@ -24,6 +24,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bayesinf import errors, resampling, weights
@@ -80,7 +81,7 @@ def backward_sample(
     errors.check_choice("method", method, BACKWARD_METHODS)
     if not isinstance(filtered, FilterResult) or filtered.history is None:
         raise ValueError("filtered must hold its history; call particle_filter with store='full'")
-    if errors.is_concrete(filtered.log_evidence) and not jnp.all(jnp.isfinite(filtered.log_evidence)):
+    if errors.is_concrete(filtered.log_evidence) and not np.all(np.isfinite(filtered.log_evidence)):
         raise errors.DegenerateWeightsError("The filter lost all its weights: there is nothing to smooth.", filtered)
     return _sample_paths(errors.as_key(key), model, filtered.history, num_paths, method)
 
