@@ -141,7 +141,8 @@ class ParisianGibbs(Kernel):
         last, (cloud, parents) = clouds.scan_steps(step, first, (start, own), key_steps, 3, (reference, self.ys))
         indices = clouds.trace_indices(draw_last(key_last, cloud.log_weights), parents)
         state, info = finish_sweep(state, cloud, indices)
-        return state, ParisianInfo(*info, estimate=weighted_mean(*last))
+        estimate = jax.tree.map(lambda leaf: jnp.where(info.is_divergent, jnp.nan, leaf), weighted_mean(*last))
+        return state, ParisianInfo(*info, estimate=estimate)
 
 
 class PPGResult(NamedTuple):

@@ -193,12 +193,6 @@ def test_one_particle_of_two_keeps_paths_and_a_single_row_works():
     np.testing.assert_array_equal(np.asarray(ends)[:, 0] != 0.0, info.is_accepted)
 
 
-def test_contract():
-    model, ys, _ = problem("OW", 50)
-    kernel = ConditionalSMC(model, ys[:12], 8)
-    conformance.contract(kernel, kernel.initial(0, 1)[0])
-
-
 def test_new_data_and_parameters_compile_nothing():
     model, ys, _ = problem("OW", 50)
     kernel = ConditionalSMC(model, ys, 4)

@@ -8,6 +8,9 @@ import jax.numpy as jnp
 from bayesinf import resampling
 from bayesinf.kernels import ConditionalSMC, ParisianGibbs, ParticleGibbs, cloud, parisian_gibbs
 from bayesinf.kernels.backward import draw_backward
+from bayesinf.kernels.cloud import Cloud
+from bayesinf.kernels.particle_filter import propagate, propagate_initial, weigh, weigh_initial
+from bayesinf.resampling import gather, iid
 
 
 class UnweightedBackward(ParisianGibbs):
@@ -47,13 +50,15 @@ class ReferenceNotInserted(ParisianGibbs):
     """A free particle filter in place of the conditional one."""
 
     def step(self, key, state):
-        start, move = cloud.start, cloud.move
-
         def free_start(key, model, y, num_particles, proposal, reference):
-            return start(key, model, y, num_particles, proposal)
+            particles = propagate_initial(key, model, y, num_particles, proposal)
+            return Cloud(particles, weigh_initial(model, particles, y, proposal))
 
-        def free_move(key, model, cloud, y, t, proposal, reference, parent):
-            return move(key, model, cloud, y, t, proposal)
+        def free_move(keys, model, before, y, t, proposal, reference, parent):
+            ancestors = iid(keys[0], before.log_weights, before.log_weights.shape[0])
+            parents = gather(before.particles, ancestors)
+            particles = propagate(keys[1], model, parents, y, t, proposal)
+            return Cloud(particles, weigh(model, parents, particles, y, t, proposal)), ancestors
 
         with patch.object(cloud, "start", free_start), patch.object(cloud, "move", free_move):
             return super().step(key, state)

@@ -1,0 +1,149 @@
+"""PaRIS: consistent, online, unbiased in its evidence, and linear in time."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ppg_models import TOTALS, problem
+
+from bayesinf import conformance, errors
+from bayesinf.conformance import FALSE_ALARM, mean_p_value
+from bayesinf.kernels import AdditiveFunctional, paris
+from bayesinf.kernels.paris import check_functional
+
+
+@eqx.filter_jit
+def _estimates(keys, model, ys, options):
+    return jax.lax.map(lambda key: paris(key, model, ys, TOTALS, **options).estimate, keys, batch_size=250)
+
+
+def _replicates(name, num, last=50, **options):
+    model, ys, smoothed = problem(name, last)
+    return np.asarray(_estimates(jax.random.split(jax.random.key(1), num), model, ys, options), np.float64), smoothed
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "mcmc"},
+        {"method": "exact", "proposal": "guided", "resampling": "systematic", "ess_threshold": 0.5},
+    ],
+)
+def test_the_bias_vanishes_with_the_number_of_particles(options):
+    # the bias is c / N + O(1 / N^2): what is left of it cancels in 2 E[N = 80] - E[N = 40]
+    small, smoothed = _replicates("OW", 1_000, num_particles=40, **options)
+    large, _ = _replicates("OW", 1_000, num_particles=80, **options)
+    assert mean_p_value(2 * large - small, smoothed.totals) > FALSE_ALARM
+
+
+def test_few_particles_have_a_visible_bias():
+    # so the test above has the power to see one
+    small, smoothed = _replicates("OW", 1_000, num_particles=4, method="exact")
+    assert mean_p_value(small, smoothed.totals) < FALSE_ALARM
+
+
+@pytest.mark.parametrize("resampling", ["multinomial", "systematic"])
+def test_the_evidence_is_unbiased(resampling):
+    model, ys, smoothed = problem("OW", 50)
+
+    def estimate(key):
+        options = {"num_particles": 20, "num_backward": 1, "resampling": resampling, "ess_threshold": 0.7}
+        return paris(key, model, ys, TOTALS, **options).log_evidence
+
+    conformance.evidence_is_unbiased(3, estimate, smoothed.log_evidence, num_replicates=4_000).raise_if_rejected()
+
+
+def test_online_estimates_are_those_of_the_shorter_series():
+    model, ys, _ = problem("PPG1d", 50)
+    options = {"num_particles": 30, "method": "exact"}
+    result = paris(0, model, ys, TOTALS, **options)
+    np.testing.assert_array_equal(result.estimate, result.estimates[-1])
+    for num_rows in (1, 20):
+        shorter = paris(0, model, ys[:num_rows], TOTALS, **options)
+        np.testing.assert_allclose(result.estimates[num_rows - 1], shorter.estimate, rtol=1e-3, atol=1e-3)
+        assert shorter.ess.shape == (num_rows,)
+
+
+def test_structured_functionals_are_smoothed_at_once():
+    model, ys, _ = problem("OW", 50)
+    functional = AdditiveFunctional(
+        initial=lambda x: {"sum": x, "pair": (x > 0, jnp.zeros((2, 2)))},
+        increment=lambda x_prev, x, t: {"sum": x, "pair": (x > 0, jnp.full((2, 2), t))},
+    )
+    result = paris(0, model, ys, functional, num_particles=30)
+    np.testing.assert_allclose(result.estimate["sum"], paris(0, model, ys, TOTALS, num_particles=30).estimate[0], 1e-4)
+    np.testing.assert_allclose(result.estimate["pair"][1], np.full((2, 2), 50 * 51 / 2), rtol=1e-5)
+    assert 0.0 < result.estimate["pair"][0] < 51.0
+
+
+def test_missing_rows_say_nothing():
+    model = problem("OW", 50)[0]
+    result = paris(0, model, jnp.full(51, jnp.nan), TOTALS, num_particles=50)
+    np.testing.assert_allclose(result.log_evidence, 0.0, atol=1e-4)
+    np.testing.assert_allclose(result.ess, 50.0, rtol=1e-4)
+
+
+def test_vmap_is_a_loop_and_new_data_compile_nothing():
+    model, ys, _ = problem("OW", 50)
+    traces = []
+
+    def increment(x_prev, x, t):
+        traces.append(1)
+        return x
+
+    functional = AdditiveFunctional(lambda x: x, increment)
+    series = jnp.stack([ys, 2.0 * ys])
+    alone = [paris(5, model, row, functional, num_particles=10, method="exact").estimate for row in series]
+    count = len(traces)
+    paris(6, problem("PPG1d", 50)[0], ys, functional, num_particles=10, method="exact", ess_threshold=0.5)
+    assert len(traces) == count
+    together = jax.vmap(lambda row: paris(5, model, row, functional, num_particles=10, method="exact").estimate)(series)
+    np.testing.assert_allclose(together, alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_backward_draws_make_the_variance_linear_in_time():
+    variance = {}
+    for last in (50, 200):
+        for num_backward in (1, 2):
+            estimates, _ = _replicates("OW", 300, last, num_particles=50, num_backward=num_backward, method="exact")
+            variance[last, num_backward] = np.var(estimates[:, 0], ddof=1) / last
+    assert variance[200, 2] / variance[50, 2] < 1.5  # published: 0.038 / 0.042
+    assert variance[200, 1] / variance[200, 2] > 3.0  # published: 6.1
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"num_particles": 0}, "num_particles must be at least 1"),
+        ({"num_backward": 0}, "num_backward must be at least 1"),
+        ({"method": "best"}, "method must be one of"),
+        ({"resampling": "best"}, "resampling must be one of"),
+        ({"proposal": "best"}, "proposal must be one of"),
+        ({"ys": jnp.zeros(0)}, "at least one row"),
+    ],
+)
+def test_bad_input_is_refused_by_name(change, match):
+    model, ys, _ = problem("OW", 50)
+    arguments = {"key": 0, "ys": ys, "functional": TOTALS, "num_particles": 4} | change
+    key, ys, functional = (arguments.pop(name) for name in ("key", "ys", "functional"))
+    with pytest.raises(ValueError, match=match):
+        paris(key, model, ys, functional, **arguments)
+
+
+def test_terms_of_a_functional_must_be_functions():
+    with pytest.raises(ValueError, match="must be functions, got float"):
+        AdditiveFunctional(initial=0.0, increment=lambda x_prev, x, t: x)
+    with pytest.raises(ValueError, match="functional must be an AdditiveFunctional"):
+        check_functional(lambda x: x)
+
+
+def test_vanished_weights_raise_with_the_result():
+    model, ys, _ = problem("OW", 50)
+    bad = ys.at[9].set(1e30)  # its log density is -inf
+    with pytest.raises(errors.DegenerateWeightsError, match="step 9") as caught:
+        paris(0, model, bad, TOTALS, num_particles=5)
+    assert np.all(np.isfinite(caught.value.result.estimates[:9]))
+    assert np.all(np.isnan(caught.value.result.estimates[9:]))
+    assert np.all(np.isnan(paris(0, model, bad, TOTALS, num_particles=5, throw=False).estimate))
