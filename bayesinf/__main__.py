@@ -28,8 +28,8 @@ THETA = ["mean", "persistence", "scale"]
 
 
 def prior() -> None:
-    """Priors of Kim, Shephard and Chib (1998) on mu and phi; a weak one on sigma."""
-    numpyro.sample("mean", dist.Normal(0.0, 5.0))
+    """The prior of Kim, Shephard and Chib (1998) on phi; weak ones on mu, a log variance in percent^2, and sigma."""
+    numpyro.sample("mean", dist.Normal(0.0, 2.0))
     numpyro.sample("persistence", dist.TransformedDistribution(dist.Beta(20.0, 1.5), AFFINE))
     numpyro.sample("scale", dist.HalfNormal(0.5))
 
@@ -69,6 +69,7 @@ def demo(options: argparse.Namespace) -> None:
         num_particles=options.particles,
         parameter_kernel=lambda target: kernels.HMC(target, step_size=0.02, num_integration_steps=20),
         interweave=True,
+        innovation_kernel=lambda target: kernels.HMC(target, step_size=0.01, num_integration_steps=10),
     )
     checkpoint = out / "run"
     if not options.resume and checkpoint.exists():
