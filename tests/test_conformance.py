@@ -143,8 +143,10 @@ def test_evidence_with_skewed_weights():
 
 
 def test_evidence_of_an_exact_estimator_allows_rounding_and_nothing_more():
+    rounding = float(jnp.finfo(jnp.zeros(()).dtype).eps)  # of the floating type in use
+
     def exact(key):
-        return -50.0 + 1e-6 * jax.random.normal(key)
+        return -50.0 + 10 * rounding * jax.random.normal(key)
 
     assert evidence_is_unbiased(0, exact, -50.0).p_value == 1.0
     assert evidence_is_unbiased(0, exact, -50.01).p_value < FALSE_ALARM

@@ -207,7 +207,9 @@ def genealogies(history):
         return ancestors[index], particles[index]
 
     num = history.log_weights.shape[1]
-    _, paths = jax.lax.scan(back, jnp.arange(num), (history.particles, history.ancestors), reverse=True)
+    _, paths = jax.lax.scan(
+        back, jnp.arange(num, dtype=history.ancestors.dtype), (history.particles, history.ancestors), reverse=True
+    )
     return jnp.swapaxes(paths, 0, 1)
 
 
