@@ -1,4 +1,4 @@
-"""Streaming diagnostics: moments, split R-hat and effective sample size from batches, without keeping the draws.
+"""Streaming diagnostics: moments and split R-hat from batches, without keeping the draws.
 
     R-hat = sqrt( ((n-1)/n W + B/n) / W ),   B/n = variance of the means of the half-chains, W = their mean variance
 
@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 __all__ = ["Moments", "MomentsState", "SplitRHat"]
+
+_MAX_BATCHES = 128
 
 
 class MomentsState(NamedTuple):
@@ -66,21 +68,29 @@ class Moments(eqx.Module):
 
 
 class SplitRHat:
-    """Split R-hat of all components, fed with batches of draws; keeps two numbers per component, chain and batch.
+    """Split R-hat of all components, fed with batches of draws.
 
-    The chains are split at the batch nearest to their middle, so a drift within the chains is seen as well as a
-    difference between them. Runs on the host in float64.
+    Keeps mean and squared deviation of every component, chain and batch; of many batches neighbours are merged, so
+    that memory and time do not grow with the run. The chains are split at the batch nearest to their middle, so a drift
+    within the chains is seen as well as a difference between them. Runs on the host in float64.
     """
 
     def __init__(self) -> None:
         self._batches: list[tuple[int, np.ndarray, np.ndarray]] = []
+        self._size = 0  # a batch of fewer draws takes in the next
 
     def update(self, draws: Float[np.ndarray, "c n d"]) -> None:
         """Takes in a batch of n draws of d components from c chains."""
-        if draws.shape[1] > 0:
-            mean = draws.mean(axis=1, dtype=np.float64)
-            deviation = np.square(draws - mean[:, None]).sum(axis=1, dtype=np.float64)
-            self._batches.append((draws.shape[1], mean, deviation))
+        if draws.shape[1] == 0:
+            return
+        mean = draws.mean(axis=1, dtype=np.float64)
+        deviation = np.square(draws - mean[:, None]).sum(axis=1, dtype=np.float64)
+        self._batches.append((draws.shape[1], mean, deviation))
+        if len(self._batches) > 1 and self._batches[-2][0] < self._size:
+            self._batches[-2:] = [_merge(self._batches[-2:])]
+        if len(self._batches) == _MAX_BATCHES:
+            self._batches = [_merge(self._batches[i : i + 2]) for i in range(0, _MAX_BATCHES, 2)]
+            self._size = max(count for count, _, _ in self._batches)
 
     def value(self) -> Float[np.ndarray, " d"] | None:
         """R-hat of every component, or None before two halves of at least two draws exist."""

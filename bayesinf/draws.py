@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # slow to import, so imported where they are used
     import pandas
     import xarray
 
-__all__ = ["Draws"]
+__all__ = ["Draws", "statistics", "variables"]
 
 # our names of statistics, where ArviZ's schema has another
 _ARVIZ_STATS = {"is_divergent": "diverging", "logdensity": "lp", "num_integration_steps": "n_steps"}
@@ -27,7 +27,8 @@ class Draws:
     """Draws of several chains.
 
     Attributes:
-        samples: the collected values, a pytree of numpy arrays with leading axes (chain, draw).
+        samples: the collected values, a pytree of numpy arrays with leading axes (chain, draw); of zarr arrays after
+            `sample(..., store=)`.
         stats: statistics of every draw by name, (chain, draw, ...): acceptance_rate, is_accepted, is_divergent,
             num_gradients, logdensity, and what else the kernel reports.
         final_state: the state of every chain after its last step; `final_state.position` continues the run.
@@ -58,12 +59,11 @@ class Draws:
     attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def variables(self) -> dict[str, np.ndarray]:
+    def variables(self) -> dict[str, Any]:
         """The samples by name: keys of nested dicts joined by dots; a bare array is called "x"."""
-        leaves = jax.tree_util.tree_leaves_with_path(self.samples)
-        return {".".join(map(_key_name, path)) or "x": leaf for path, leaf in leaves}
+        return variables(self.samples)
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> Any:
         variables = self.variables
         if name not in variables:
             raise KeyError(f"no variable {name!r}; there are {sorted(variables)}")
@@ -102,7 +102,7 @@ class Draws:
 
         groups: dict[str, Mapping[str, Any]] = {
             "posterior": self.variables,
-            "sample_stats": {_ARVIZ_STATS.get(name, name): value for name, value in self.stats.items()},
+            "sample_stats": statistics(self.stats),
         }
         if self.tuned is not None:
             step_size = np.broadcast_to(np.asarray(self.tuned.step_size)[:, None], self.stats["is_accepted"].shape)
@@ -157,6 +157,17 @@ class Draws:
             stats = {ours.get(str(name), str(name)): v.to_numpy() for name, v in tree["sample_stats"].data_vars.items()}
             attrs = {str(name): value for name, value in tree["posterior"].attrs.items()}
         return Draws(posterior, stats, attrs=attrs, status=attrs.get("status", "complete"))
+
+
+def variables(samples: PyTree) -> dict[str, Any]:
+    """The leaves of a pytree by name: keys joined by dots; a bare array is called "x"."""
+    leaves = jax.tree_util.tree_leaves_with_path(samples)
+    return {".".join(map(_key_name, path)) or "x": leaf for path, leaf in leaves}
+
+
+def statistics(stats: dict[str, PyTree]) -> dict[str, Any]:
+    """The leaves of the statistics by their names in ArviZ's schema."""
+    return {_ARVIZ_STATS.get(name, name): leaf for name, leaf in variables(stats).items()}
 
 
 def _key_name(entry: Any) -> str:

@@ -29,6 +29,7 @@ __all__ = [
     "check_floating",
     "check_fraction",
     "check_positive",
+    "check_positive_scalar",
     "is_concrete",
 ]
 
@@ -130,6 +131,14 @@ def check_fraction(name: str, value: Any) -> None:
     """Strictly between 0 and 1 in every element; skipped while traced."""
     if is_concrete(value) and not np.all((np.asarray(value) > 0) & (np.asarray(value) < 1)):
         raise ValueError(f"{name} must lie in (0, 1), got {np.asarray(value)}")
+
+
+def check_positive_scalar(name: str, value: Any) -> None:
+    """One number, finite and > 0; while traced the shape alone is checked."""
+    shape = getattr(value, "shape", ())
+    if shape != ():
+        raise ValueError(f"{name} must be a scalar, got shape {shape}; for a kernel in each chain, vmap over kernels")
+    check_positive(name, value)
 
 
 def check_positive(name: str, value: Any) -> None:

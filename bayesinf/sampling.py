@@ -25,6 +25,7 @@ from bayesinf.draws import Draws
 from bayesinf.kernel import is_finite
 from bayesinf.loop import Chain, Collect, Plan, Runner, start
 from bayesinf.progress import Progress
+from bayesinf.store import Memory, Zarr
 from bayesinf.target import Target
 
 __all__ = ["sample"]
@@ -49,6 +50,7 @@ def sample(
     chunk_size: int | None = None,
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
+    store: str | os.PathLike[str] | None = None,
     mesh: jax.sharding.Mesh | None = None,
     chain_method: str = "auto",
     throw: bool = True,
@@ -72,6 +74,8 @@ def sample(
         chunk_size: draws between two looks of the host; by default about half a second of them.
         progress: show a bar with acceptance rate, steps per second, R-hat and remaining time.
         checkpoint: a folder; an unfinished run found there is continued, bitwise.
+        store: a new zarr folder that takes the draws, for runs larger than memory; `xarray.open_datatree(store,
+            engine="zarr", consolidated=False)` reads it lazily. With `checkpoint`, it is continued too.
         mesh: devices over which chains are spread, along the mesh's first axis.
         chain_method: "vectorized", "parallel" (one thread a chain), "sequential"; "auto" is vectorized, but parallel
             on a CPU for kernels that say they are sequential.
@@ -86,6 +90,7 @@ def sample(
         SamplingError: a chain diverged at every step of a chunk, never moved, or produced draws that are not finite;
             `error.draws` holds what there is.
         CheckpointError: the checkpoint is damaged or of another run.
+        MemoryError: the draws do not fit into memory.
 
     Example:
         >>> import jax.numpy as jnp
@@ -123,11 +128,11 @@ def sample(
 
     capacity = _capacity(shapes, chains.key.shape[0], chunk_size)
     runner = Runner(plan, shapes, capacity, _resolve(chain_method, kernel), jnp.asarray(num_warmup, jnp.int32))
-    run = _Run(chains, shapes, Progress(num_warmup + num_samples * thin, is_shown=progress))
-    store = None
+    run = _Run(chains, Progress(num_warmup + num_samples * thin, is_shown=progress))
+    saved = None
     if checkpoint is not None:
-        store = Checkpoint(checkpoint, fingerprint(kernel, warmup, initial, key, (num_warmup, thin)))
-        run.resume(store, num_samples)
+        saved = Checkpoint(checkpoint, fingerprint(kernel, warmup, initial, key, (num_warmup, thin)))
+    run.begin(saved, store, shapes, num_samples, _target(kernel))
 
     try:
         runner.advance(run.chains, 0, 0, 1)
@@ -140,8 +145,8 @@ def sample(
             clock = time.perf_counter()
             chains, chunk = runner.advance(run.chains, run.step, num, every)
             run.take(chains, chunk, num, every, is_warmup=is_warmup, seconds=time.perf_counter() - clock)
-            if store is not None:
-                store.save(run.chains, run.standing(), None if is_warmup else _flatten(chunk))
+            if saved is not None:
+                saved.save(run.chains, run.standing(), None if is_warmup or store is not None else _flatten(chunk))
     except KeyboardInterrupt:
         run.failure = "interrupted"
     finally:
@@ -153,17 +158,45 @@ def sample(
 class _Run:
     """Where a run stands, on the host."""
 
-    def __init__(self, chains: Chain, shapes: Any, progress: Progress):
+    def __init__(self, chains: Chain, progress: Progress):
         self.chains = chains
-        self._shapes = shapes
         self.progress = progress
         self.step = 0
         self.num_draws = 0
-        self.chunks: list[Any] = []
         self.failure: str | None = None
         self.seconds = {"compile": 0.0, "warmup": 0.0, "sampling": 0.0}
+        self._draws: Memory | Zarr
         self._r_hat = SplitRHat()
         self._speed = 0.0  # steps a second
+
+    def begin(self, saved: Checkpoint | None, store: Any, shapes: Any, num_samples: int, target: Target | None) -> None:
+        """Makes room for the draws, and continues from a checkpoint if there is one."""
+        found = None if saved is None else saved.load(self.chains)
+        chunks: list[dict[str, np.ndarray]] = []
+        if found is not None:
+            self.chains, standing, chunks = found
+            if standing["num_draws"] > num_samples:
+                raise errors.CheckpointError(
+                    f"the checkpoint holds {standing['num_draws']} draws, more than num_samples={num_samples}"
+                )
+            self.step, self.num_draws = standing["step"], standing["num_draws"]
+            self.progress.update(self.step, "resumed", None, None)
+        num_chains = self.chains.key.shape[0]
+        if store is None:
+            self._draws = Memory(shapes, num_chains, num_samples)
+        else:
+            self._draws = Zarr(store, shapes, num_chains, target, self.num_draws if found is not None else None)
+        treedef: Any = jax.tree.structure(shapes)
+        start = 0
+        for arrays in chunks:
+            chunk = jax.tree.unflatten(treedef, [arrays[f"leaf-{i}"] for i in range(treedef.num_leaves)])
+            self._draws.put(chunk, start)
+            start += chunk[1]["is_accepted"].shape[1]
+            self._watch(chunk)
+        if store is None and start != self.num_draws:
+            raise errors.CheckpointError(
+                f"the checkpoint holds {start} of {self.num_draws} draws, the others are in a zarr folder; give store="
+            )
 
     def pace(self, every: int, capacity: int) -> int:
         """Draws that take about as long as a chunk should."""
@@ -176,50 +209,34 @@ class _Run:
         self._speed = num * every / max(seconds, 1e-6)
         self.seconds["warmup" if is_warmup else "sampling"] += seconds
         if not is_warmup:
-            self._keep(chunk, num)
+            self._draws.put(chunk, self.num_draws)
+            self.num_draws += num
+            self._watch(chunk)
         self.progress.update(num * every, "warm-up" if is_warmup else "sampling", chunk[1], self._r_hat.value())
-        is_lost = np.all(chunk[1]["is_divergent"], axis=1)
-        if num >= 100 and not is_warmup and np.any(is_lost):
-            self.failure = f"chains {np.flatnonzero(is_lost).tolist()} diverged at every one of {num} draws in a row"
 
-    def _keep(self, chunk: Any, num: int) -> None:
-        self.num_draws += num
-        self.chunks.append(chunk)
-        leaves = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(chunk[0])]
+    def _watch(self, chunk: Any) -> None:
+        """Looks at a chunk of draws: R-hat, and what ends the run."""
+        samples, stats = chunk
+        leaves = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(samples)]
         if leaves:
             self._r_hat.update(np.concatenate(leaves, axis=2))
+        is_bad = [~np.all(np.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in _leaves(samples)]
+        if np.any(is_bad):
+            self.failure = f"draws of chains {np.flatnonzero(np.any(is_bad, axis=0)).tolist()} are not finite"
+        num = stats["is_divergent"].shape[1]
+        is_lost = np.all(stats["is_divergent"], axis=1)
+        if num >= 100 and np.any(is_lost):
+            self.failure = f"chains {np.flatnonzero(is_lost).tolist()} diverged at every one of {num} draws in a row"
 
     def standing(self) -> dict[str, int]:
         return {"step": self.step, "num_draws": self.num_draws}
 
-    def resume(self, store: Checkpoint, num_samples: int) -> None:
-        """Continues from a checkpoint, if there is one."""
-        found = store.load(self.chains)
-        if found is None:
-            return
-        self.chains, standing, chunks = found
-        if standing["num_draws"] > num_samples:
-            raise errors.CheckpointError(
-                f"the checkpoint holds {standing['num_draws']} draws, more than num_samples={num_samples}"
-            )
-        self.step = standing["step"]
-        self.progress.update(self.step, "resumed", None, None)
-        treedef = jax.tree.structure(self._shapes)
-        for arrays in chunks:
-            chunk = jax.tree.unflatten(treedef, [arrays[f"leaf-{i}"] for i in range(treedef.num_leaves)])  # type: ignore[attr-defined]
-            self._keep(chunk, chunk[1]["is_accepted"].shape[1])
-
     def result(self, plan: Plan, attrs: dict[str, Any]) -> Draws:
         """What has been drawn until now."""
-        if self.chunks:
-            samples, stats = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *self.chunks)
-        else:
-            num_chains = self.chains.key.shape[0]
-            samples, stats = jax.tree.map(lambda x: np.zeros((num_chains, 0, *x.shape), x.dtype), self._shapes)
+        samples, stats = self._draws.get(self.num_draws)
         reduced = tuple(
             jax.vmap(reducer.result)(state) for reducer, state in zip(plan.reducers, self.chains.reduced, strict=True)
         )
-        target = getattr(plan.kernel, "target", None)
         return Draws(
             samples,
             stats,
@@ -228,7 +245,7 @@ class _Run:
             reduced=reduced,
             status=self.failure or "complete",
             seconds=self.seconds,
-            target=target if isinstance(target, Target) else None,
+            target=_target(plan.kernel),
             attrs=attrs,
         )
 
@@ -270,8 +287,8 @@ def _check_start(kernel: Any, state: Any) -> None:
         return
     chain = int(np.flatnonzero(~is_ok)[0])
     position = jax.tree.map(lambda leaf: leaf[chain], state.position)
-    target = getattr(kernel, "target", None)
-    why = target.explain(position) if isinstance(target, Target) else "The position is not finite."
+    target = _target(kernel)
+    why = "The position is not finite." if target is None else target.explain(position)
     raise errors.InitializationError(
         f"initial: chain {chain} starts where the log density or its gradient is not finite. {why} "
         "Start elsewhere, for example at target.init(key, num_chains)."
@@ -304,13 +321,15 @@ def _judge(draws: Draws, *, thin: int, throw: bool) -> Draws:
 
 
 def _failure(draws: Draws, num_steps: int) -> str | None:
-    is_bad = [~np.all(np.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in _leaves(draws.samples)]
-    if np.any(is_bad):
-        return f"draws of chains {np.flatnonzero(np.any(is_bad, axis=0)).tolist()} are not finite"
     is_stuck = ~np.any(draws.stats["is_accepted"], axis=1)
     if num_steps >= 100 and np.any(is_stuck):
         return f"chains {np.flatnonzero(is_stuck).tolist()} never moved in {num_steps} steps"
     return None
+
+
+def _target(kernel: Any) -> Target | None:
+    target = getattr(kernel, "target", None)
+    return target if isinstance(target, Target) else None
 
 
 def _leaves(tree: PyTree) -> list[Any]:

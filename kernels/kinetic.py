@@ -206,7 +206,7 @@ class Splitting(Kernel):
 def check_parameters(kernel: Any) -> None:
     """The step size, the friction and the inverse mass are positive."""
     for name in ("step_size", "friction", "inverse_mass"):
-        errors.check_positive(name, getattr(kernel, name))
+        errors.check_positive_scalar(name, getattr(kernel, name))
 
 
 def init_at_rest(target: Target, position: PyTree) -> KineticState:

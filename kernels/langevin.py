@@ -58,7 +58,7 @@ class LMC(Kernel):
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
 
     def __check_init__(self):
-        errors.check_positive("step_size", self.step_size)
+        errors.check_positive_scalar("step_size", self.step_size)
 
     def init(self, position: PyTree) -> LangevinState:
         return _init(self.target, position)
@@ -96,7 +96,7 @@ class MALA(Kernel):
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
 
     def __check_init__(self):
-        errors.check_positive("step_size", self.step_size)
+        errors.check_positive_scalar("step_size", self.step_size)
 
     def init(self, position: PyTree) -> LangevinState:
         return _init(self.target, position)

@@ -54,7 +54,7 @@ class RandomizedMidpoint(Kernel):
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
 
     def __check_init__(self):
-        errors.check_positive("step_size", self.step_size)
+        errors.check_positive_scalar("step_size", self.step_size)
 
     def init(self, position: PyTree) -> LangevinState:
         position = as_position(position)

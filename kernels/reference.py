@@ -177,7 +177,7 @@ class NUTS(Kernel):
 
 
 def _check_parameters(kernel: HMC | NUTS) -> None:
-    errors.check_positive("step_size", kernel.step_size)
+    errors.check_positive_scalar("step_size", kernel.step_size)
     if kernel.inverse_mass_matrix is not None:
         errors.check_positive("inverse_mass_matrix", kernel.inverse_mass_matrix)
 

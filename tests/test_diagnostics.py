@@ -38,6 +38,18 @@ def test_offset_does_not_lose_digits(draws):
     assert np.allclose(batches(shifted, [150, 50, 200]), batches(draws, [150, 50, 200]), rtol=1e-6)
 
 
+def test_a_long_run_is_kept_in_few_batches():
+    draws = np.random.default_rng(3).gamma(2.0, size=(3, 4096, 1)) + np.linspace(0.0, 1.0, 4096)[None, :, None]
+    r_hat = SplitRHat()
+    for part in np.split(draws, 1024, axis=1):
+        r_hat.update(part)
+    counts = [count for count, _, _ in r_hat._batches]
+    assert len(counts) < 128
+    middle = min(np.cumsum(counts), key=lambda count: abs(count - 2048))
+    assert abs(middle - 2048) <= 64
+    assert np.allclose(r_hat.value(), batches(draws, [middle, 4096 - middle]), rtol=1e-10)
+
+
 def test_nan_and_stuck_chains_are_never_a_pass():
     noise = np.random.default_rng(2).normal(size=(2, 40, 2))
     noise[0, 3, 0] = np.nan

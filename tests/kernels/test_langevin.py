@@ -67,6 +67,23 @@ def test_bad_step_size(kernel, step_size):
         kernel(closed_forms.quartic(), step_size)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", ["LMC", "MALA", "RandomizedMidpoint", "KineticLangevin", "HMC", "NUTS"])
+def test_a_step_size_for_each_coordinate_is_refused(name):
+    with pytest.raises(ValueError, match=r"step_size must be a scalar, got shape \(2,\)"):
+        getattr(kernels, name)(closed_forms.quartic(), jnp.array([0.1, 0.2]))
+
+
+def test_kernels_of_several_step_sizes_are_vmapped():
+    target = bi.Target(lambda x: -0.25 * jnp.sum(x**4))
+    many = jax.vmap(lambda step_size: kernels.MALA(target, step_size))(jnp.array([0.1, 0.2]))
+    states = jax.vmap(lambda kernel: kernel.init(jnp.ones(2)))(many)
+    moved, _ = jax.vmap(lambda kernel, key, state: kernel.step(key, state))(
+        many, jax.random.split(jax.random.key(0)), states
+    )
+    assert moved.position.shape == (2, 2)
+
+
 def test_bad_log_density_and_position():
     with pytest.raises(ValueError, match="scalar"):
         kernels.MALA(bi.Target(lambda x: -0.5 * x**2), 0.1).init(jnp.ones(3))
