@@ -154,7 +154,7 @@ def invert64(masses: Float[Array, " n"], points: Float[Array, "..."]) -> Int[Arr
     the largest mass takes its place. Only to be used inside `with jax.enable_x64(True)`.
     """
     with jax.enable_x64(True):
-        sums = jnp.cumsum(masses.astype(jnp.float64))
+        sums = _cumulate(jnp.add, jnp.cumsum, masses.astype(jnp.float64))
         total = sums[-1]
         indices = jnp.searchsorted(sums / jnp.where(total > 0, total, 1.0), points, side="right", method="scan")
         indices = jnp.minimum(indices, masses.shape[0] - 1)
@@ -192,16 +192,42 @@ def _core(scheme: Callable[..., Array], key: Array, log_weights: Array, n: int) 
 
 
 def _systematic(key: Array, w: Array, n: int) -> Array:
-    return invert64(w, (jnp.arange(n) + uniform64(key)) / n)
+    return _spread(w, jnp.ceil(_places(w, n) - uniform64(key)), n)
 
 
 def _stratified(key: Array, w: Array, n: int) -> Array:
-    return invert64(w, (jnp.arange(n) + uniform64(key, (n,))) / n)
+    places = _places(w, n)
+    slot = jnp.clip(jnp.floor(places), 0, n - 1).astype(jnp.int32)
+    return _spread(w, slot + (places > slot + uniform64(key, (n,))[slot]), n)
+
+
+def _places(w: Array, n: int) -> Array:
+    """The cumulative weights on [0, n]."""
+    sums = _cumulate(jnp.add, jnp.cumsum, w)
+    return sums * (n / sums[-1])
+
+
+def _spread(w: Array, ends: Array, n: int) -> Array:
+    """The owner of each of n slots, where index i owns those from ends[i - 1] up to ends[i].
+
+    Writing the owners down where they begin takes a fraction of the time of a search. Indices without weight are left
+    out: their ends differ from the ones before by rounding at most.
+    """
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.clip(ends[:-1], 0, n).astype(jnp.int32)])
+    index = jnp.arange(w.shape[0], dtype=jnp.int32)
+    # of those that begin in one slot the last has copies
+    owners = jnp.zeros(n, jnp.int32).at[jnp.where(w > 0, starts, n)].max(index, mode="drop")
+    return _cumulate(jnp.maximum, jax.lax.cummax, owners)
+
+
+def _cumulate(operation: Callable[..., Array], native: Callable[..., Array], x: Array) -> Array:
+    """Cumulative sums or maxima; XLA's own are four times slower on a CPU."""
+    return jax.lax.platform_dependent(x, cpu=lambda x: jax.lax.associative_scan(operation, x), default=native)
 
 
 def _multinomial(key: Array, w: Array, n: int) -> Array:
     # n sorted uniforms are the first n of n + 1 cumulated exponentials over their total
-    spacings = jnp.cumsum(-jnp.log1p(-uniform64(key, (n + 1,))))
+    spacings = _cumulate(jnp.add, jnp.cumsum, -jnp.log1p(-uniform64(key, (n + 1,))))
     return invert64(w, spacings[:-1] / spacings[-1])
 
 
@@ -211,14 +237,14 @@ def _iid(key: Array, w: Array, n: int) -> Array:
 
 def _residual(key: Array, w: Array, n: int) -> Array:
     fractions, ends = _whole_copies(w, n)
-    return _fill(ends, n, _iid(key, fractions, n))
+    return _fill(w, ends, n, _iid(key, fractions, n))
 
 
 def _ssp(key: Array, w: Array, n: int) -> Array:
     fractions, ends = _whole_copies(w, n)
     num_rest = n - ends[-1]
     last = w.shape[0] - 1
-    upto = jnp.cumsum(fractions)
+    upto = _cumulate(jnp.add, jnp.cumsum, fractions)
     upto = upto * (num_rest / jnp.where(num_rest > 0, upto[-1], 1.0))  # the particles' places on [0, num_rest)
     border = jnp.arange(1, n + 1)  # between interval k and the next
     across = jnp.minimum(jnp.searchsorted(upto, border, side="left", method="scan"), last)
@@ -240,7 +266,7 @@ def _ssp(key: Array, w: Array, n: int) -> Array:
     is_taken = (decided >= 0) & takes_across[jnp.maximum(decided, 0)]
     was_taken = jnp.concatenate([jnp.zeros(1, bool), is_taken[:-1]])
     points = jnp.where(takes_carried & ~was_taken, 0.5 * carried, fresh)
-    return _fill(ends, n, invert64(fractions, (interval + points) / jnp.maximum(num_rest, 1)))
+    return _fill(w, ends, n, invert64(fractions, (interval + points) / jnp.maximum(num_rest, 1)))
 
 
 def _killing(key: Array, w: Array, n: int) -> Array:
@@ -252,12 +278,11 @@ def _whole_copies(w: Array, n: int) -> tuple[Array, Array]:
     """The fractions of n W, and the cumulative sums of its whole parts."""
     expected = w * n / jnp.sum(w)
     copies = jnp.floor(expected * (1.0 + 2.0**-40))  # a whole number stays whole in spite of rounding
-    return jnp.maximum(expected - copies, 0.0), jnp.cumsum(copies.astype(jnp.int32))
+    return jnp.maximum(expected - copies, 0.0), _cumulate(jnp.add, jnp.cumsum, copies.astype(jnp.int32))
 
 
-def _fill(ends: Array, n: int, rest: Array) -> Array:
+def _fill(w: Array, ends: Array, n: int, rest: Array) -> Array:
     """The whole copies, in order, and then the rest: its first entries."""
     slot = jnp.arange(n)
     num_whole = ends[-1]
-    whole = jnp.searchsorted(ends, slot.astype(jnp.int32), side="right", method="scan")
-    return jnp.where(slot < num_whole, whole, rest[jnp.maximum(slot - num_whole, 0)])
+    return jnp.where(slot < num_whole, _spread(w, ends, n), rest[jnp.maximum(slot - num_whole, 0)])
