@@ -32,7 +32,7 @@ __all__ = ["sample"]
 
 _SECONDS_PER_CHUNK = 0.5
 _MAX_CHUNK = 1_000
-_MAX_BYTES = 256 * 2**20  # of draws on the device
+_MAX_BYTES = 32 * 2**20  # of draws on the device: larger buffers cost more to clear than they save
 
 
 def sample(
