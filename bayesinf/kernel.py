@@ -62,10 +62,13 @@ class Kernel(eqx.Module):
         target_acceptance: the acceptance rate that warm-up tunes the step size to; None where there is none to tune.
         is_sequential: whether several chains run faster one by one (on threads) than vectorised on a CPU, as is the
             case for kernels that branch, loop or gather.
+        is_self_reverse: whether `log_work` compares a step with one of this same kernel, backwards; such a kernel may be
+            adjusted by `Metropolize`.
     """
 
     target_acceptance: ClassVar[float | None] = None
     is_sequential: ClassVar[bool] = False
+    is_self_reverse: ClassVar[bool] = False
 
     @abc.abstractmethod
     def init(self, position: PyTree) -> Any:
@@ -91,7 +94,7 @@ def is_finite(evaluation: Evaluation) -> Bool[Array, ""]:
 
 
 def accept(
-    key: Key[Array, ""], log_ratio: Float[Array, ""], proposed: S, current: S, *, num_gradients: int
+    key: Key[Array, ""], log_ratio: Float[Array, ""], proposed: S, current: S, *, num_gradients: int | Array
 ) -> tuple[S, Info]:
     """The Metropolis-Hastings decision between two states that carry an `evaluation`.
 

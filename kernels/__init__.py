@@ -3,8 +3,12 @@
 if __name__ != "bayesinf.kernels":
     raise ImportError("import bayesinf.kernels, not kernels: this folder is only a part of bayesinf")
 
+from bayesinf.kernels.adjusted import GHMC as GHMC
+from bayesinf.kernels.adjusted import MALT as MALT
+from bayesinf.kernels.adjusted import Metropolize as Metropolize
 from bayesinf.kernels.backward import backward_sample as backward_sample
 from bayesinf.kernels.backward import draw_backward as draw_backward
+from bayesinf.kernels.barker import Barker as Barker
 from bayesinf.kernels.compose import Cycle as Cycle
 from bayesinf.kernels.compose import Mixture as Mixture
 from bayesinf.kernels.compose import Repeat as Repeat

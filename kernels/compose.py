@@ -263,3 +263,7 @@ class Repeat(Kernel):
     @property
     def is_sequential(self) -> bool:  # type: ignore[override]
         return getattr(self.kernel, "is_sequential", False)
+
+    @property
+    def is_self_reverse(self) -> bool:  # type: ignore[override]
+        return getattr(self.kernel, "is_self_reverse", False)

@@ -33,7 +33,7 @@ References:
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
@@ -89,6 +89,8 @@ class KineticLangevin(Kernel):
         >>> state.velocity.shape
         (3,)
     """
+
+    is_self_reverse: ClassVar[bool] = True
 
     target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
@@ -196,6 +198,10 @@ class Splitting(Kernel):
         return keep_finite(
             proposed, turned(state), num_gradients=len(evaluations), log_work=log_work, evaluations=evaluations
         )
+
+    @property
+    def is_self_reverse(self) -> bool:  # type: ignore[override]
+        return self.word == self.word[::-1]
 
     @property
     def _ends_evaluated(self) -> bool:

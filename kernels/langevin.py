@@ -54,6 +54,8 @@ class LMC(Kernel):
         1
     """
 
+    is_self_reverse: ClassVar[bool] = True
+
     target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
 

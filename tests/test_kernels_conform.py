@@ -41,6 +41,10 @@ NUTS = kernels.NUTS(TARGET, 0.5, max_num_doublings=4)
 
 INVARIANT = {
     "MALA": MALA,
+    "Barker": kernels.Barker(TARGET, 0.3),
+    "GHMC": kernels.GHMC(TARGET, 0.3),
+    "MALT": kernels.MALT(TARGET, 0.3, num_steps=3),
+    "Metropolize": kernels.Metropolize(kernels.Splitting("UBU", TARGET, 0.4)),
     "HMC": kernels.HMC(TARGET, 0.4, num_integration_steps=3),
     "NUTS": NUTS,
     "Cycle": kernels.Cycle([MALA, kernels.MALA(TARGET, 0.05), kernels.HMC(TARGET, 0.3, num_integration_steps=2)]),
@@ -101,8 +105,9 @@ def test_contract_on_parameters_and_paths(name):
 
 @pytest.mark.parametrize("name", INVARIANT)
 def test_law_is_invariant(name):
-    num_chains = 20_000 if name == "NUTS" else 50_000
-    report = exact_start_invariance(1, INVARIANT[name], exact_sampler, num_chains=num_chains, num_steps=10)
+    kernel, num_chains = INVARIANT[name], 20_000 if name == "NUTS" else 50_000
+    prepare = getattr(kernel, "refresh", None)  # a velocity from its law
+    report = exact_start_invariance(1, kernel, exact_sampler, num_chains=num_chains, num_steps=10, prepare=prepare)
     assert report.raise_if_rejected().notes["moved"] > 0.9
 
 

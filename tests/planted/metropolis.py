@@ -100,3 +100,12 @@ class ForgottenGradient(bi.Kernel):
 def without_jacobian(target: bi.Target) -> bi.Target:
     """The target of log-coordinates with the Jacobian of exp left out: log pi(x) loses the term sum(x)."""
     return bi.Target(lambda x, wrapped: wrapped.logdensity(x) - jnp.sum(x), target)
+
+
+class NeverTurned(bi.kernels.Metropolize):
+    """Adjusted kinetic dynamics whose velocity goes on after a rejection as if nothing had happened."""
+
+    def step(self, key, state):
+        moved, info = super().step(key, state)
+        memory = jax.tree.map(lambda new, old: jnp.where(info.is_accepted, new, old), moved.memory, state.memory)
+        return moved._replace(memory=memory), info
