@@ -13,11 +13,17 @@ from bayesinf.kernels.compose import Cycle as Cycle
 from bayesinf.kernels.compose import Mixture as Mixture
 from bayesinf.kernels.compose import Repeat as Repeat
 from bayesinf.kernels.conditional_smc import ConditionalSMC as ConditionalSMC
+from bayesinf.kernels.gaussian_error import gaussian_error as gaussian_error
 from bayesinf.kernels.gibbs import Gibbs as Gibbs
+from bayesinf.kernels.guarantees import guarantee as guarantee
+from bayesinf.kernels.guarantees import wasserstein_bound as wasserstein_bound
+from bayesinf.kernels.ibis import IBISResult as IBISResult
+from bayesinf.kernels.ibis import ibis as ibis
 from bayesinf.kernels.kinetic import KineticLangevin as KineticLangevin
 from bayesinf.kernels.kinetic import Splitting as Splitting
 from bayesinf.kernels.langevin import LMC as LMC
 from bayesinf.kernels.langevin import MALA as MALA
+from bayesinf.kernels.parallel_midpoint import ParallelMidpoint as ParallelMidpoint
 from bayesinf.kernels.paris import AdditiveFunctional as AdditiveFunctional
 from bayesinf.kernels.paris import paris as paris
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs as ParisianGibbs
@@ -29,3 +35,5 @@ from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint as Randomize
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpointKinetic as RandomizedMidpointKinetic
 from bayesinf.kernels.reference import HMC as HMC
 from bayesinf.kernels.reference import NUTS as NUTS
+from bayesinf.kernels.smc_sampler import SMCResult as SMCResult
+from bayesinf.kernels.smc_sampler import smc_sampler as smc_sampler

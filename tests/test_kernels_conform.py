@@ -57,6 +57,7 @@ INVARIANT = {
 UNADJUSTED = {
     "LMC": kernels.LMC(TARGET, 0.05),
     "RandomizedMidpoint": kernels.RandomizedMidpoint(TARGET, 0.1),
+    "ParallelMidpoint": kernels.ParallelMidpoint(TARGET, 0.1, num_nodes=2),
     "KineticLangevin": kernels.KineticLangevin(TARGET, 0.1, friction=2.0),
     "RandomizedMidpointKinetic": kernels.RandomizedMidpointKinetic(TARGET, 0.1, friction=2.0),
     "Splitting BAOAB": kernels.Splitting("BAOAB", TARGET, 0.2),

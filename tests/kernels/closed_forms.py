@@ -5,6 +5,7 @@ moments of K steps follow:  m' = E[A] m,   S' = E[A S A^T] + E[Q],   S = E[z z^T
 randomized midpoint is a Gauss-Legendre sum.
 """
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -47,6 +48,29 @@ def randomized_midpoint(h, lam) -> Scheme:
         (w, np.array([[1 - z + U * z**2]]), np.array([[2 * h * (1 - 2 * z * U + z**2 * U)]]))
         for U, w in zip(TIMES, WEIGHTS, strict=True)
     ]
+
+
+def parallel_midpoint(h, lam, num_nodes, num_sweeps, num_times=4) -> Scheme:
+    """Every point of the sweeps as coefficients of (x, increment 1, ..., increment R + 1)."""
+    nodes, weights = np.polynomial.legendre.leggauss(num_times)
+    edges = np.arange(num_nodes) / num_nodes
+    scheme = []
+    for choice in itertools.product(range(num_times), repeat=num_nodes):
+        times = edges + (0.5 * nodes[list(choice)] + 0.5) / num_nodes
+        weight = np.prod(0.5 * weights[list(choice)])
+        brownian = np.tri(num_nodes + 1)  # W at the times and at the end
+        x = np.eye(1, num_nodes + 2)[0]
+        points = [x] * num_nodes
+        for _ in range(num_sweeps - 1):
+            points = [
+                x + np.concatenate([[0.0], brownian[r]])
+                - h * lam * sum(min(1 / num_nodes, max(times[r] - edges[j], 0.0)) * points[j] for j in range(num_nodes))
+                for r in range(num_nodes)
+            ]  # fmt: skip
+        end = x + np.concatenate([[0.0], brownian[-1]]) - h * lam * sum(points) / num_nodes
+        variances = 2 * h * np.diff(np.concatenate([[0.0], times, [1.0]]))
+        scheme.append((weight, np.array([[end[0]]]), np.array([[np.sum(end[1:] ** 2 * variances)]])))
+    return scheme
 
 
 def kinetic(h, lam, g, u) -> Scheme:
