@@ -5,7 +5,7 @@ A warm-up is three pure functions that the driver calls inside its compiled loop
     init(kernel, position) -> state,   update(state, step, position, info) -> state,   apply(kernel, state) -> kernel,
 
 so it is resumed, checkpointed and vmapped like the chain. `StepSize` serves every kernel that names a
-`target_acceptance`; `Window` is Stan's schedule for kernels with an `inverse_mass_matrix` as well. Both are assembled
+`target_acceptance`; `Window` is Stan's schedule for kernels with a metric as well. Both are assembled
 from BlackJAX's dual averaging, Welford estimator and window schedule.
 
 References:
@@ -14,7 +14,6 @@ References:
 """
 
 import abc
-import dataclasses
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -35,13 +34,14 @@ class Tuned(NamedTuple):
 
     Attributes:
         step_size: the step size to use next.
-        inverse_mass_matrix: the diagonal metric to use next; None where only the step size is tuned.
+        inverse_mass_matrix: the metric to use next, the covariance of the target or its diagonal; None where only the
+            step size is tuned.
         averaging: state of the dual averaging.
         estimator: state of the running covariance.
     """
 
     step_size: Float[Array, ""]
-    inverse_mass_matrix: Float[Array, " d"] | None = None
+    inverse_mass_matrix: Float[Array, "..."] | None = None
     averaging: PyTree = None
     estimator: PyTree = None
 
@@ -62,7 +62,7 @@ class Warmup(eqx.Module):
         kernel = kernel.with_step_size(state.step_size)
         if state.inverse_mass_matrix is None:
             return kernel
-        return dataclasses.replace(kernel, inverse_mass_matrix=state.inverse_mass_matrix)
+        return kernel.with_metric(state.inverse_mass_matrix)
 
 
 class StepSize(Warmup):
@@ -95,35 +95,39 @@ class StepSize(Warmup):
 
 
 class Window(Warmup):
-    """Stan's window adaptation: the step size always, the diagonal of the metric in windows that double in length.
+    """Stan's window adaptation: the step size always, the metric in windows that double in length.
 
     Args:
         num_warmup: number of steps; at least 20, or no window fits.
         target_acceptance: in (0, 1).
+        is_dense: learn the whole covariance rather than its diagonal. Static.
     """
 
     schedule: Int[Array, "t 2"]
     target_acceptance: Float[Array, ""]
+    is_dense: bool = eqx.field(static=True)
 
-    def __init__(self, num_warmup: int, target_acceptance: float = 0.8):
+    def __init__(self, num_warmup: int, target_acceptance: float = 0.8, *, is_dense: bool = False):
         from blackjax.adaptation.window_adaptation import build_schedule
 
         errors.check_count("num_warmup", num_warmup)
         self.schedule = jnp.asarray(np.asarray(build_schedule(num_warmup), np.int32).reshape(num_warmup, 2))
         self.target_acceptance = jnp.asarray(target_acceptance)
         errors.check_fraction("target_acceptance", self.target_acceptance)
+        self.is_dense = is_dense
 
     def init(self, kernel: Any, position: PyTree) -> Tuned:
         flat, _ = ravel_pytree(position)
         init, _, _ = _dual_averaging(self.target_acceptance)
-        init_metric, _, _ = _welford()
+        init_metric, _, _ = _welford(self.is_dense)
         step_size = jnp.asarray(kernel.step_size, flat.dtype)
         estimator = _strong(init_metric(flat.size))
-        return Tuned(step_size, jnp.ones_like(flat), _strong(init(step_size)), estimator)
+        metric = jnp.eye(flat.size, dtype=flat.dtype) if self.is_dense else jnp.ones_like(flat)
+        return Tuned(step_size, metric, _strong(init(step_size)), estimator)
 
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
         init, _, _ = _dual_averaging(self.target_acceptance)
-        _, update_metric, end_window = _welford()
+        _, update_metric, end_window = _welford(self.is_dense)
         num_warmup = self.schedule.shape[0]
         is_slow, is_window_end = self.schedule[jnp.minimum(step, num_warmup - 1)]
 
@@ -140,7 +144,10 @@ def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
     target = getattr(kernel, "target_acceptance", None)
     if num_warmup == 0 or target is None:
         return None
-    if isinstance(kernel, Kernel) and hasattr(kernel, "inverse_mass_matrix") and num_warmup >= 20:
+    has_metric = isinstance(kernel, Kernel) and (
+        hasattr(kernel, "inverse_mass_matrix") or type(kernel).with_metric is not Kernel.with_metric
+    )
+    if has_metric and num_warmup >= 20:
         return Window(num_warmup, target)
     return StepSize(num_warmup, target)
 
@@ -162,10 +169,10 @@ def _dual_averaging(target: Float[Array, ""]) -> Any:
     return dual_averaging_adaptation(target)  # type: ignore[arg-type]
 
 
-def _welford() -> Any:
+def _welford(is_dense: bool) -> Any:
     from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
 
-    return mass_matrix_adaptation(is_diagonal_matrix=True)
+    return mass_matrix_adaptation(is_diagonal_matrix=not is_dense)
 
 
 def _strong(tree: PyTree) -> PyTree:

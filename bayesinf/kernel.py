@@ -62,8 +62,8 @@ class Kernel(eqx.Module):
         target_acceptance: the acceptance rate that warm-up tunes the step size to; None where there is none to tune.
         is_sequential: whether several chains run faster one by one (on threads) than vectorised on a CPU, as is the
             case for kernels that branch, loop or gather.
-        is_self_reverse: whether `log_work` compares a step with one of this same kernel, backwards; such a kernel may be
-            adjusted by `Metropolize`.
+        is_self_reverse: whether `log_work` compares a step with one of this same kernel, backwards; such a kernel may
+            be adjusted by `Metropolize`.
     """
 
     target_acceptance: ClassVar[float | None] = None
@@ -85,6 +85,10 @@ class Kernel(eqx.Module):
     def with_step_size(self: K, step_size: Any) -> K:
         """The same kernel with another step size; what warm-up calls."""
         return dataclasses.replace(self, step_size=step_size)  # type: ignore[call-arg]
+
+    def with_metric(self: K, covariance: Any) -> K:
+        """The same kernel with a metric for this covariance of the target, or its diagonal; what warm-up calls."""
+        return dataclasses.replace(self, inverse_mass_matrix=covariance)  # type: ignore[call-arg]
 
 
 def is_finite(evaluation: Evaluation) -> Bool[Array, ""]:

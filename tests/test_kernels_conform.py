@@ -45,6 +45,7 @@ INVARIANT = {
     "GHMC": kernels.GHMC(TARGET, 0.3),
     "MALT": kernels.MALT(TARGET, 0.3, num_steps=3),
     "Metropolize": kernels.Metropolize(kernels.Splitting("UBU", TARGET, 0.4)),
+    "Precondition": kernels.Precondition(MALA, jnp.array([[1.0, 0, 0], [0.3, 1.2, 0], [-0.5, 0.2, 0.6]])),
     "HMC": kernels.HMC(TARGET, 0.4, num_integration_steps=3),
     "NUTS": NUTS,
     "Cycle": kernels.Cycle([MALA, kernels.MALA(TARGET, 0.05), kernels.HMC(TARGET, 0.3, num_integration_steps=2)]),
