@@ -9,7 +9,9 @@ so whenever the process dies at most one chunk is lost and nothing is half writt
 
 import hashlib
 import os
+import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +61,9 @@ class Checkpoint:
         saved = self._read(path)
         if str(saved.pop("identity", "")) != self._identity:
             raise errors.CheckpointError(
-                f"checkpoint {self._folder} was written by another run (other key, kernel, data, initial points, "
-                "num_warmup, thin or dtype); give another folder, or delete this one"
+                f"checkpoint {self._folder} was written by another run (other key, model, kernel, data, initial "
+                "points, num_warmup, thin, constrain, collect, reducers, dtype or version of JAX); give another "
+                "folder, or delete this one"
             )
         self._num_chunks = int(saved.pop("num_chunks"))
         leaves = [saved.pop(f"carry-{i}") for i in range(len(_plain_leaves(like)))]
@@ -86,19 +89,42 @@ class Checkpoint:
             ) from error
 
 
-def fingerprint(*parts: Any) -> str:
-    """A digest of pytrees: types, structure, array values. Functions count by their names, not their addresses."""
+def fingerprint(program: Any, *parts: PyTree) -> str:
+    """A digest of all that determines the draws: a jaxpr, with its constants, and the arrays of pytrees.
+
+    The jaxpr tells of everything that is no array: functions and what they close over, words, counts.
+    """
     digest = hashlib.sha256()
+    # names of functions stand in it with their addresses
+    digest.update(re.sub(r"0x[0-9a-f]+", "", str(program)).encode())
+    for constant in _constants(program):
+        _add(digest, constant)
     for part in parts:
-        leaves = jax.tree_util.tree_leaves_with_path(part)
-        digest.update(type(part).__qualname__.encode())
-        for path, leaf in leaves:
-            array = np.asarray(_plain(leaf)) if isinstance(leaf, jax.Array | np.ndarray | int | float) else None
-            described = getattr(leaf, "__qualname__", str(leaf)) if array is None else f"{array.dtype}{array.shape}"
-            digest.update(f"{jax.tree_util.keystr(path)}:{described};".encode())
-            if array is not None:
-                digest.update(np.ascontiguousarray(array).tobytes())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(part):
+            digest.update(jax.tree_util.keystr(path).encode())
+            if isinstance(leaf, jax.Array | np.ndarray | int | float):
+                _add(digest, leaf)
     return digest.hexdigest()
+
+
+def _add(digest: Any, leaf: Any) -> None:
+    array = np.asarray(_plain(leaf))
+    digest.update(f"{array.dtype}{array.shape};".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+
+
+def _constants(program: Any) -> Iterator[Any]:
+    """The arrays that a jaxpr closes over, and those within it."""
+    if isinstance(program, list | tuple):
+        for item in program:
+            yield from _constants(item)
+    elif hasattr(program, "jaxpr"):
+        yield from (leaf for leaf in program.consts if isinstance(leaf, jax.Array | np.ndarray))
+        yield from _constants(program.jaxpr)
+    elif hasattr(program, "eqns"):
+        for equation in program.eqns:
+            yield from (v.val for v in equation.invars if isinstance(getattr(v, "val", None), jax.Array | np.ndarray))
+            yield from _constants(list(equation.params.values()))
 
 
 def _is_key(leaf: Any) -> bool:

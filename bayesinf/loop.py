@@ -19,7 +19,7 @@ from jaxtyping import Array, Int, Key, PyTree
 from bayesinf import adaptation
 from bayesinf.kernel import Kernel, select
 
-__all__ = ["Chain", "Collect", "Plan", "Runner", "start"]
+__all__ = ["Chain", "Collect", "Plan", "Runner", "program", "start"]
 
 
 class Collect(eqx.Module):
@@ -133,6 +133,19 @@ def start(plan: Plan, key: Key[Array, ""], initial: PyTree) -> tuple[Chain, Any]
     zero = jnp.zeros((), jnp.int32)
     shapes = jax.eval_shape(lambda c: (plan.collect(c.state), _step(plan, c, zero, zero)[1]), one)
     return chains, shapes
+
+
+def program(plan: Plan, chains: Chain) -> Any:
+    """What a run computes in one draw of one chain, as a jaxpr: it is another for another model, word or count."""
+
+    def draw(plan: Plan, chain: Chain, t: Int[Array, ""]) -> Any:
+        chain, stats = _step(plan, chain, t, t)
+        value = plan.collect(chain.state)
+        reduced = [reducer.update(s, value) for reducer, s in zip(plan.reducers, chain.reduced, strict=True)]
+        return chain, stats, value, reduced
+
+    one = jax.tree.map(lambda leaf: leaf[0], chains)
+    return eqx.filter_make_jaxpr(draw)(plan, one, jnp.zeros((), jnp.int32))[0]
 
 
 def _statistics(kernel: Any, state: Any, info: Any) -> dict[str, Array]:

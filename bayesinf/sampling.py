@@ -23,7 +23,7 @@ from bayesinf.checkpoint import Checkpoint, fingerprint
 from bayesinf.diagnostics import SplitRHat
 from bayesinf.draws import Draws
 from bayesinf.kernel import is_finite
-from bayesinf.loop import Chain, Collect, Plan, Runner, start
+from bayesinf.loop import Chain, Collect, Plan, Runner, program, start
 from bayesinf.progress import Progress
 from bayesinf.store import Memory, Zarr
 from bayesinf.target import Target
@@ -131,7 +131,7 @@ def sample(
     run = _Run(chains, Progress(num_warmup + num_samples * thin, is_shown=progress))
     saved = None
     if checkpoint is not None:
-        saved = Checkpoint(checkpoint, fingerprint(kernel, warmup, initial, key, (num_warmup, thin)))
+        saved = Checkpoint(checkpoint, fingerprint(program(plan, chains), plan, initial, key, num_warmup, thin))
     run.begin(saved, store, shapes, num_samples, _target(kernel))
 
     try:

@@ -169,7 +169,7 @@ class Splitting(Kernel):
 
     def step(self, key: Key[Array, ""], state: KineticState | PhaseState) -> tuple[KineticState | PhaseState, Info]:
         u = self.inverse_mass
-        times = {letter: self.step_size / self.word.count(letter) for letter in set(self.word)}
+        times = {letter: self.step_size / self.word.count(letter) for letter in sorted(set(self.word))}
         flows = {letter: free_flow(times[letter], self.friction, u) for letter in times if letter in "OU"}
         noises = iter(normals(key, state.position, self.word.count("O") + 2 * self.word.count("U")))
 

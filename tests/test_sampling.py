@@ -1,6 +1,9 @@
 """The driver: what it keeps, how it resumes, what it says when a run fails."""
 
 import _thread
+import os
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -143,12 +146,53 @@ def test_a_finished_run_is_extended(tmp_path):
     assert same(run(checkpoint=tmp_path, num_samples=50).samples, run().samples)
 
 
-def test_checkpoint_of_another_run_is_refused(tmp_path):
-    run(checkpoint=tmp_path)
+def shifted(by):
+    return bi.Target(lambda x: skewed({"a": x["a"] - by, "b": x["b"]}))
+
+
+def powered(power):
+    return bi.Target(lambda x: skewed(x) - x["a"] ** power)
+
+
+ONE = jnp.ones(())
+BAOAB = bi.kernels.Splitting("BAOAB", TARGET, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"kernel": bi.kernels.MALA(TARGET, step_size=0.31)}),
+        ({}, {"initial": jax.tree.map(lambda leaf: leaf + 0.1, INITIAL)}),
+        ({}, {"thin": 2}),
+        ({}, {"num_warmup": 31}),
+        ({}, {"constrain": lambda x: jax.tree.map(jnp.exp, x)}),
+        ({}, {"collect": lambda state: state.position["a"]}),
+        ({}, {"reducers": [Moments()]}),
+        ({"kernel": bi.kernels.MALA(shifted(0.0), 0.3)}, {"kernel": bi.kernels.MALA(shifted(1.0), 0.3)}),
+        ({"kernel": bi.kernels.MALA(shifted(ONE), 0.3)}, {"kernel": bi.kernels.MALA(shifted(2 * ONE), 0.3)}),
+        ({"kernel": bi.kernels.MALA(powered(2), 0.3)}, {"kernel": bi.kernels.MALA(powered(4), 0.3)}),
+        ({"kernel": BAOAB}, {"kernel": bi.kernels.Splitting("OBABO", TARGET, 0.1)}),
+        ({"kernel": bi.kernels.Repeat(BAOAB, 2)}, {"kernel": bi.kernels.Repeat(BAOAB, 3)}),
+    ],
+)  # fmt: skip
+def test_checkpoint_of_another_run_is_refused(tmp_path, first, second):
+    run(checkpoint=tmp_path, **first)
     with pytest.raises(CheckpointError, match="another run"):
-        run(checkpoint=tmp_path, kernel=bi.kernels.MALA(TARGET, step_size=0.31))
+        run(checkpoint=tmp_path, **second)
+
+
+def test_checkpoint_with_more_draws_is_refused(tmp_path):
+    run(checkpoint=tmp_path)
     with pytest.raises(CheckpointError, match="more than num_samples"):
         run(checkpoint=tmp_path, num_samples=10)
+
+
+def test_functions_written_anew_are_the_same_run(tmp_path):
+    """As in a notebook run again, or a script started a second time."""
+    options = {"checkpoint": tmp_path, "num_samples": 20}
+    run(kernel=bi.kernels.MALA(shifted(0.5), 0.3), constrain=lambda x: x, **options)
+    again = run(kernel=bi.kernels.MALA(shifted(0.5), 0.3), constrain=lambda x: x, **(options | {"num_samples": 30}))
+    assert again.num_samples == 30
 
 
 def test_damaged_checkpoint_is_named(tmp_path):
@@ -295,3 +339,22 @@ def test_quiet_when_all_is_well():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run()
+
+
+def test_the_identity_of_a_run_is_the_same_in_every_process(tmp_path):
+    """Sets are ordered by the hashes of strings, which differ from process to process; a program must not be."""
+    script = (
+        "import jax.numpy as jnp, bayesinf as bi\n"
+        "target = bi.Target(lambda x: -0.5 * jnp.sum(x**2))\n"
+        "kernel = bi.kernels.Cycle([bi.kernels.MALT(target, 0.1), bi.kernels.NUTS(target, 0.1, max_num_doublings=2)])\n"
+        f"draws = bi.sample(0, kernel, jnp.zeros((2, 3)), num_samples=5, checkpoint={str(tmp_path)!r}, progress=False)\n"
+        "print(draws['x'].sum())\n"
+    )
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-c", script], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True
+        )
+        for seed in ("1", "2")
+    ]
+    assert [output.returncode for output in outputs] == [0, 0], outputs[1].stderr
+    assert outputs[0].stdout == outputs[1].stdout
