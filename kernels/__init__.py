@@ -13,6 +13,7 @@ from bayesinf.kernels.compose import Cycle as Cycle
 from bayesinf.kernels.compose import Mixture as Mixture
 from bayesinf.kernels.compose import Repeat as Repeat
 from bayesinf.kernels.conditional_smc import ConditionalSMC as ConditionalSMC
+from bayesinf.kernels.curvature import estimate_curvature as estimate_curvature
 from bayesinf.kernels.gaussian_error import gaussian_error as gaussian_error
 from bayesinf.kernels.gibbs import Gibbs as Gibbs
 from bayesinf.kernels.guarantees import guarantee as guarantee
@@ -31,6 +32,7 @@ from bayesinf.kernels.parisian_gibbs import ppg as ppg
 from bayesinf.kernels.particle_filter import FilterResult as FilterResult
 from bayesinf.kernels.particle_filter import particle_filter as particle_filter
 from bayesinf.kernels.particle_gibbs import ParticleGibbs as ParticleGibbs
+from bayesinf.kernels.plan import plan as plan
 from bayesinf.kernels.precondition import Precondition as Precondition
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint as RandomizedMidpoint
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpointKinetic as RandomizedMidpointKinetic
