@@ -5,6 +5,7 @@ from bayesinf import models as models
 from bayesinf.draws import Draws as Draws
 from bayesinf.kernel import Info as Info
 from bayesinf.kernel import Kernel as Kernel
+from bayesinf.kernels.guaranteed import guaranteed as guaranteed
 from bayesinf.sampling import sample as sample
 from bayesinf.target import Target as Target
 

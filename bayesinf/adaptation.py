@@ -4,9 +4,9 @@ A warm-up is three pure functions that the driver calls inside its compiled loop
 
     init(kernel, position) -> state,   update(state, step, position, info) -> state,   apply(kernel, state) -> kernel,
 
-so it is resumed, checkpointed and vmapped like the chain. `StepSize` serves every kernel that names a
-`target_acceptance`; `Window` is Stan's schedule for kernels with a metric as well. Both are assembled
-from BlackJAX's dual averaging, Welford estimator and window schedule.
+so it is resumed, checkpointed and vmapped like the chain; `prepare` is called once before, on the host. `StepSize`
+serves every kernel that names a `target_acceptance`; `Window` is Stan's schedule for kernels with a metric as well.
+Both are assembled from BlackJAX's dual averaging, Welford estimator and window schedule.
 
 References:
     Nesterov (2009), doi:10.1007/s10107-007-0149-x; Hoffman and Gelman (2014), arXiv:1111.4246 (dual averaging).
@@ -48,6 +48,10 @@ class Tuned(NamedTuple):
 
 class Warmup(eqx.Module):
     """Abstract warm-up of `num_warmup` steps."""
+
+    def prepare(self, kernel: Any, positions: PyTree, num_warmup: int) -> Any:
+        """The kernel that the run begins with, given all starting positions; on the host, once. Here: as it is."""
+        return kernel
 
     @abc.abstractmethod
     def init(self, kernel: Any, position: PyTree) -> Tuned:

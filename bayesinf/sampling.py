@@ -113,6 +113,8 @@ def sample(
 
     if warmup is None:
         warmup = adaptation.default_warmup(kernel, num_warmup)
+    if warmup is not None:
+        kernel = warmup.prepare(kernel, initial, num_warmup)
     if constrain is None and collect is None:
         owner = kernel if hasattr(kernel, "constrain") else getattr(kernel, "target", None)
         constrain = getattr(owner, "constrain", None)

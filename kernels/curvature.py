@@ -99,7 +99,14 @@ def _ends(target: Any, position: PyTree) -> tuple[float, float]:
         low, high = (
             float(
                 scipy.sparse.linalg.eigsh(
-                    operator, k=1, which=end, v0=start, ncv=64, tol=1e-2, maxiter=200, return_eigenvectors=False
+                    operator,
+                    k=1,
+                    which=end,
+                    v0=start,
+                    ncv=64,
+                    tol=1e-2,
+                    maxiter=200,
+                    return_eigenvectors=False,  # pyright: ignore[reportArgumentType]
                 )[0]
             )
             for end in ("SA", "LA")

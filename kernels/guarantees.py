@@ -156,7 +156,7 @@ def guarantee(
         444
     """
     names = {cls.__name__: cls for cls in _THEOREMS}
-    cls = names.get(kernel) if isinstance(kernel, str) else kernel
+    cls: Any = names.get(kernel) if isinstance(kernel, str) else kernel
     if cls not in _THEOREMS:
         raise ValueError(f"kernel must be one of {', '.join(names)}, for which a bound is known; got {kernel!r}")
     errors.check_positive_scalar("eps", eps)
