@@ -11,6 +11,7 @@ of theta. `python -m bayesinf info` prints what a bug report needs.
 import argparse
 import platform
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -71,9 +72,9 @@ def demo(options: argparse.Namespace) -> None:
         interweave=True,
         innovation_kernel=lambda target: kernels.HMC(target, step_size=0.01, num_integration_steps=10),
     )
-    checkpoint = out / "run"
-    if not options.resume and checkpoint.exists():
-        for file in checkpoint.iterdir():
+    checkpoint = out / "checkpoint"
+    if not options.resume:
+        for file in [*checkpoint.glob("draws-*.npz"), *checkpoint.glob("state.npz")]:
             file.unlink()
     draws = bi.sample(
         key_run,
@@ -83,6 +84,9 @@ def demo(options: argparse.Namespace) -> None:
         num_warmup=options.warmup,
         checkpoint=checkpoint,
     )
+    if draws.status == "interrupted":
+        print(f"interrupted after {draws.num_samples} draws; --resume continues")
+        return
     draws.save(out / "draws.nc")
     table = draws.summary(var_names=THETA)
     print(table.to_string(float_format=lambda value: f"{value:.4g}"))
@@ -171,10 +175,10 @@ def info() -> None:
     print(f"default dtypes {jnp.result_type(float)}, {jnp.result_type(int)}; x64 {jax.config.jax_enable_x64}")  # type: ignore[attr-defined]
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+def count(text: str, minimum: int = 1, below: int = 2**31) -> int:
+    """A whole number in a range."""
+    if not text.isdecimal() or not minimum <= int(text) < below:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, below {below}, got {text!r}")
     return int(text)
 
 
@@ -183,15 +187,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bayesinf", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("command", nargs="?", default="demo", choices=["demo", "info"], help="default: demo")
     parser.add_argument(
-        "--particles", type=count, default=32, help="particles of conditional SMC and PPG (%(default)s)"
+        "--particles",
+        type=partial(count, minimum=2),
+        default=32,
+        help="particles of conditional SMC and PPG (%(default)s)",
     )
     parser.add_argument("--samples", type=count, default=1_500, help="draws kept of each chain (%(default)s)")
     parser.add_argument("--warmup", type=count, default=500, help="sweeps discarded first (%(default)s)")
     parser.add_argument("--chains", type=count, default=4, help="chains (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of all random numbers (%(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=partial(count, minimum=0, below=2**32),
+        default=1,
+        help="seed of all random numbers (%(default)s)",
+    )
     parser.add_argument("--output", default="bayesinf-demo", help="folder of the results (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="continue the unfinished run in the output folder")
     options = parser.parse_args(arguments)
+    if Path(options.output).exists() and not Path(options.output).is_dir():
+        parser.error(f"argument --output: {options.output} is a file, not a folder")
     info() if options.command == "info" else demo(options)
 
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from bayesinf import errors
 from bayesinf.kernel import Kernel, select
 
-__all__ = ["StepSize", "Tuned", "Warmup", "Window", "default_warmup"]
+__all__ = ["StepSize", "Tuned", "Warmup", "Window", "default_warmup", "has_metric"]
 
 
 class Tuned(NamedTuple):
@@ -86,6 +86,8 @@ class StepSize(Warmup):
 
     def __check_init__(self):
         errors.check_fraction("target_acceptance", self.target_acceptance)
+        if errors.is_concrete(self.num_warmup) and int(self.num_warmup) < 1:
+            raise ValueError(f"num_warmup must be at least 1, got {int(self.num_warmup)}")
 
     def init(self, kernel: Any, position: PyTree) -> Tuned:
         init, _, _ = _dual_averaging(self.target_acceptance)
@@ -120,6 +122,10 @@ class Window(Warmup):
         errors.check_fraction("target_acceptance", self.target_acceptance)
         self.is_dense = is_dense
 
+    @property
+    def num_warmup(self) -> int:
+        return self.schedule.shape[0]
+
     def init(self, kernel: Any, position: PyTree) -> Tuned:
         flat, _ = ravel_pytree(position)
         init, _, _ = _dual_averaging(self.target_acceptance)
@@ -132,10 +138,9 @@ class Window(Warmup):
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
         init, _, _ = _dual_averaging(self.target_acceptance)
         _, update_metric, end_window = _welford(self.is_dense)
-        num_warmup = self.schedule.shape[0]
-        is_slow, is_window_end = self.schedule[jnp.minimum(step, num_warmup - 1)]
+        is_slow, is_window_end = self.schedule[jnp.minimum(step, self.num_warmup - 1)]
 
-        averaged = _average(self.target_acceptance, state, info.acceptance_rate, step == num_warmup - 1)
+        averaged = _average(self.target_acceptance, state, info.acceptance_rate, step == self.num_warmup - 1)
         estimator = select(is_slow == 1, update_metric(state.estimator, position), state.estimator)
         ended = end_window(estimator)
         # a new metric asks for a new step size: the averaging starts again from the present one
@@ -148,12 +153,16 @@ def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
     target = getattr(kernel, "target_acceptance", None)
     if num_warmup == 0 or target is None:
         return None
-    has_metric = isinstance(kernel, Kernel) and (
-        hasattr(kernel, "inverse_mass_matrix") or type(kernel).with_metric is not Kernel.with_metric
-    )
-    if has_metric and num_warmup >= 20:
+    if has_metric(kernel) and num_warmup >= 20:
         return Window(num_warmup, target)
     return StepSize(num_warmup, target)
+
+
+def has_metric(kernel: Any) -> bool:
+    """Whether a kernel has a metric to tune."""
+    return isinstance(kernel, Kernel) and (
+        hasattr(kernel, "inverse_mass_matrix") or type(kernel).with_metric is not Kernel.with_metric
+    )
 
 
 def _average(target: Float[Array, ""], state: Tuned, acceptance_rate: Float[Array, ""], is_last: Array) -> Tuned:

@@ -83,8 +83,9 @@ class SplitRHat:
         """Takes in a batch of n draws of d components from c chains."""
         if draws.shape[1] == 0:
             return
-        mean = draws.mean(axis=1, dtype=np.float64)
-        deviation = np.square(draws - mean[:, None]).sum(axis=1, dtype=np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite makes R-hat NaN, which says so
+            mean = draws.mean(axis=1, dtype=np.float64)
+            deviation = np.square(draws - mean[:, None]).sum(axis=1, dtype=np.float64)
         self._batches.append((draws.shape[1], mean, deviation))
         if len(self._batches) > 1 and self._batches[-2][0] < self._size:
             self._batches[-2:] = [_merge(self._batches[-2:])]

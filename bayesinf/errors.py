@@ -149,6 +149,8 @@ def check_positive(name: str, value: Any) -> None:
     if not hasattr(value, "dtype") and not isinstance(value, int | float):
         return
     array = np.asarray(value)
+    if array.dtype.kind not in "fiuV":  # V: the floating types of ml_dtypes
+        raise ValueError(f"{name} must be a real number, got {array}")
     if not (np.all(np.isfinite(array)) and np.all(array > 0)):
         raise ValueError(f"{name} must be finite and positive, got {array}")
 

@@ -5,7 +5,8 @@ which travel as data, from everything else, which is hashed with the model, so t
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -62,10 +63,12 @@ class NumPyroModel:
 
     def __call__(self, position: dict[str, Array], data: tuple[Array, ...]) -> Float[Array, ""]:
         """The joint log density at an unconstrained position, Jacobian included."""
+        self.check(position, data)
         args, kwargs = self.call(data)
         return -util.potential_energy(self.model, args, kwargs, position)  # pyright: ignore[reportReturnType]
 
     def constrain(self, position: dict[str, Array], data: tuple[Array, ...]) -> dict[str, Array]:
+        self.check(position, data)
         args, kwargs = self.call(data)
         return util.constrain_fn(self.model, args, kwargs, position, return_deterministic=True)
 
@@ -76,9 +79,33 @@ class NumPyroModel:
 
     def template(self, data: tuple[Array, ...]) -> dict[str, Array]:
         """Zeros of the shape and dtype of an unconstrained position."""
-        values = {name: site["value"] for name, site in self._latent(data).items()}
-        shapes = jax.eval_shape(lambda v, d: self.unconstrain(v, d), values, data)
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._shapes(data))
+
+    def check(self, position: Any, data: tuple[Array, ...]) -> None:
+        """That a position has the latent sites, each of its shape; NumPyro would take another for what it is not.
+
+        Raises:
+            ValueError: names the sites that are missing, unknown or of another shape.
+        """
+        expected = {name: leaf.shape for name, leaf in self._shapes(data).items()}
+        if not isinstance(position, Mapping):
+            raise ValueError(f"position must be a dict of the sites {sorted(expected)}, got {type(position).__name__}")
+        got = {name: jnp.shape(leaf) for name, leaf in position.items()}
+        if got != expected:
+            wrong = [f"{name!r} is missing" for name in sorted(expected.keys() - got.keys())]
+            wrong += [f"{name!r} is no latent site" for name in sorted(got.keys() - expected.keys())]
+            wrong += [
+                f"{name!r} has shape {got[name]} instead of {expected[name]}"
+                for name in sorted(got.keys() & expected.keys())
+                if got[name] != expected[name]
+            ]
+            raise ValueError(
+                f"position must hold the unconstrained latent sites: {', '.join(wrong)}; make one with "
+                "target.init(key), or target.unconstrain(values)"
+            )
+
+    def _shapes(self, data: tuple[Array, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+        return _shapes_of(self, tuple((leaf.shape, leaf.dtype) for leaf in data))
 
     def site_log_probs(self, position: dict[str, Array], data: tuple[Array, ...]) -> dict[str, float]:
         """The log density of each site, latent and observed, summed over the site."""
@@ -140,6 +167,16 @@ class NumPyroModel:
             for name, site in self._trace(data).items()
             if site["type"] == "sample" and not site["is_observed"]
         }
+
+
+@functools.lru_cache(maxsize=256)
+def _shapes_of(model: NumPyroModel, data: tuple[tuple[tuple[int, ...], Any], ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of an unconstrained position, given those of the data."""
+
+    def position(*data: Array) -> dict[str, Array]:
+        return model.unconstrain({name: site["value"] for name, site in model._latent(data).items()}, data)
+
+    return jax.eval_shape(position, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in data))
 
 
 class _Array:

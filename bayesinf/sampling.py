@@ -21,7 +21,7 @@ from jaxtyping import Array, Key, PyTree
 from bayesinf import adaptation, errors
 from bayesinf.checkpoint import Checkpoint, fingerprint
 from bayesinf.diagnostics import SplitRHat
-from bayesinf.draws import Draws
+from bayesinf.draws import Draws, variables
 from bayesinf.kernel import is_finite
 from bayesinf.loop import Chain, Collect, Plan, Runner, program, start
 from bayesinf.progress import Progress
@@ -113,8 +113,14 @@ def sample(
 
     if warmup is None:
         warmup = adaptation.default_warmup(kernel, num_warmup)
+    _check_warmup(warmup, kernel, num_warmup)
     if warmup is not None:
         kernel = warmup.prepare(kernel, initial, num_warmup)
+    for name, function in (("constrain", constrain), ("collect", collect)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{name} must be a function, got {type(function).__name__}")
+    if not isinstance(reducers, Sequence) or not all(hasattr(reducer, "update") for reducer in reducers):
+        raise ValueError(f"reducers must be a list of objects such as diagnostics.Moments(), got {reducers!r}")
     if constrain is None and collect is None:
         owner = kernel if hasattr(kernel, "constrain") else getattr(kernel, "target", None)
         constrain = getattr(owner, "constrain", None)
@@ -222,9 +228,10 @@ class _Run:
         leaves = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(samples)]
         if leaves:
             self._r_hat.update(np.concatenate(leaves, axis=2))
-        is_bad = [~np.all(np.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in _leaves(samples)]
-        if np.any(is_bad):
-            self.failure = f"draws of chains {np.flatnonzero(np.any(is_bad, axis=0)).tolist()} are not finite"
+        for name, leaf in variables(samples).items():
+            is_bad = ~np.all(np.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1)
+            if np.any(is_bad):
+                self.failure = f"draws of {name!r} of chains {np.flatnonzero(is_bad).tolist()} are not finite"
         num = stats["is_divergent"].shape[1]
         is_lost = np.all(stats["is_divergent"], axis=1)
         if num >= 100 and np.any(is_lost):
@@ -267,7 +274,24 @@ def _describe(key: Key[Array, ""], kernel: Any, num_warmup: int, thin: int) -> d
     }
 
 
+def _check_warmup(warmup: Any, kernel: Any, num_warmup: int) -> None:
+    if warmup is None:
+        return
+    if not isinstance(warmup, adaptation.Warmup):
+        raise ValueError(f"warmup must be a Warmup, such as adaptation.Window(num_warmup), got {warmup!r}")
+    length = getattr(warmup, "num_warmup", None)
+    if length is not None and errors.is_concrete(length) and int(length) != num_warmup:
+        raise ValueError(f"warmup must be for num_warmup={num_warmup} steps, it is for {int(length)}")
+    if isinstance(warmup, adaptation.Window) and not adaptation.has_metric(kernel):
+        raise ValueError(
+            f"warmup=Window(...) needs a kernel with a metric, and {type(kernel).__name__} has none; wrap it in "
+            "kernels.Precondition, or use adaptation.StepSize"
+        )
+
+
 def _check_initial(initial: PyTree) -> PyTree:
+    if isinstance(initial, list) and len({np.shape(row) for row in map(np.asarray, initial)}) == 1:
+        initial = jnp.asarray(initial)  # a list of positions, one for each chain
     errors.check_floating("initial", initial)
     initial = jax.tree.map(jnp.asarray, initial)
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(initial)}
@@ -310,6 +334,14 @@ def _judge(draws: Draws, *, thin: int, throw: bool) -> Draws:
                 draws,
             )
         return draws
+    num_invalid = int(np.sum(draws.stats.get("num_invalid", 0)))
+    if num_invalid:
+        warnings.warn(
+            f"{num_invalid} particle weights were NaN or +inf and were counted as weights of zero; the densities of "
+            "the model are not finite there",
+            errors.SamplingWarning,
+            stacklevel=3,
+        )
     num_divergent = int(np.sum(draws.stats["is_divergent"]))
     if num_divergent:
         warnings.warn(
@@ -323,6 +355,9 @@ def _judge(draws: Draws, *, thin: int, throw: bool) -> Draws:
 
 
 def _failure(draws: Draws, num_steps: int) -> str | None:
+    share = np.mean(draws.stats["is_divergent"], axis=1)
+    if num_steps >= 100 and np.any(share > 0.5):
+        return f"chains {np.flatnonzero(share > 0.5).tolist()} diverged at more than half of their {num_steps} steps"
     is_stuck = ~np.any(draws.stats["is_accepted"], axis=1)
     if num_steps >= 100 and np.any(is_stuck):
         return f"chains {np.flatnonzero(is_stuck).tolist()} never moved in {num_steps} steps"

@@ -26,6 +26,7 @@ from typing import ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
@@ -33,9 +34,16 @@ from bayesinf.kernel import Kernel, select
 from bayesinf.kernels import cloud as clouds
 from bayesinf.kernels.backward import backward_sample
 from bayesinf.kernels.particle_filter import check_proposal, particle_filter
-from bayesinf.models.state_space import StateSpaceModel, check_observations, check_series, log_prob, sample
+from bayesinf.models.state_space import (
+    StateSpaceModel,
+    check_model,
+    check_observations,
+    check_series,
+    log_prob,
+    sample,
+)
 from bayesinf.resampling import gather
-from bayesinf.weights import clean, compensated_sum, is_degenerate, log_mean_exp
+from bayesinf.weights import clean, compensated_sum, is_degenerate, log_mean_exp, num_invalid
 
 __all__ = [
     "REFRESHMENTS",
@@ -66,6 +74,7 @@ class PathInfo(NamedTuple):
         num_gradients: 0.
         is_updated: at which steps the path left the reference; its mean over sweeps should be well above 0 for all t.
         log_evidence: log Zhat of the conditional filter; 1 / Zhat has mean 1 / p(y) when the reference is exact.
+        num_invalid: how many log weights were NaN or +inf; they count as weights of zero.
     """
 
     acceptance_rate: Float[Array, ""]
@@ -74,6 +83,7 @@ class PathInfo(NamedTuple):
     num_gradients: Int[Array, ""]
     is_updated: Bool[Array, " t"]
     log_evidence: Float[Array, ""]
+    num_invalid: Int[Array, ""]
 
 
 class ConditionalSMC(Kernel):
@@ -112,6 +122,7 @@ class ConditionalSMC(Kernel):
         errors.check_choice("refresh", self.refresh, REFRESHMENTS)
         check_proposal(self.model, self.proposal)
         check_observations(self.model, self.ys)
+        check_model(self.model)
 
     def init(self, position: PyTree) -> PathState:
         return PathState(check_path(self.model, self.ys, position))
@@ -196,13 +207,14 @@ def finish_sweep(state: PathState, cloud: clouds.Cloud, indices: Int[Array, " t"
         num_gradients=jnp.zeros((), jnp.int32),
         is_updated=is_updated,
         log_evidence=log_evidence,
+        num_invalid=num_invalid(cloud.log_weights.ravel()).astype(jnp.int32),
     )
     return PathState(select(is_ok, path, state.position)), info
 
 
 def check_path(model: StateSpaceModel, ys: PyTree, path: PyTree) -> PyTree:
     """The path as arrays, if it is one of the model: T rows, each of the structure, shape and kind of a state."""
-    path = jax.tree.map(jnp.asarray, path)
+    path = errors.as_arrays("position", path)
     num_steps = jax.tree.leaves(ys)[0].shape[0]
     x = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, sample(jax.random.key(0), model.initial())))
     if jax.tree.structure(path) != jax.tree.structure(x):
@@ -218,4 +230,7 @@ def check_path(model: StateSpaceModel, ys: PyTree, path: PyTree) -> PyTree:
         kind = jnp.floating if jnp.issubdtype(like.dtype, jnp.floating) else jnp.integer
         if not jnp.issubdtype(leaf.dtype, kind):
             raise ValueError(f"position must be {kind.__name__} point like the model's states, got {leaf.dtype}")
+        if errors.is_concrete(leaf) and not np.all(np.isfinite(np.asarray(leaf))):
+            rows = np.unique(np.nonzero(~np.isfinite(np.asarray(leaf)))[0])[:5]
+            raise ValueError(f"position must be a path of finite states, but rows {rows.tolist()} are not finite")
     return path

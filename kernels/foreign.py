@@ -61,6 +61,8 @@ def as_kernel(part: Any) -> Any:
     Raises:
         ValueError: there is no `init` or no `step`.
     """
+    if isinstance(part, type):
+        raise ValueError(f"a kernel must be an object, got the class {part.__name__}; call it on a target")
     if not (callable(getattr(part, "init", None)) and callable(getattr(part, "step", None))):
         raise ValueError(f"a kernel has init(position) and step(key, state); got {type(part).__name__}")
     return part if isinstance(part, eqx.Module) else Foreign(part.init, part.step)

@@ -28,13 +28,16 @@ from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
 from bayesinf.kernels.cloud import Cloud, scan_steps
 from bayesinf.kernels.particle_filter import (
     check_proposal,
+    check_threshold,
     choose_ancestors,
     propagate,
     propagate_initial,
+    reweigh,
+    warn_of_invalid,
     weigh,
     weigh_initial,
 )
-from bayesinf.models.state_space import StateSpaceModel, check_observations
+from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations
 from bayesinf.resampling import SCHEMES, gather
 from bayesinf.weights import compensated_sum, ess, normalize
 
@@ -81,12 +84,14 @@ class ParisResult(NamedTuple):
         estimates: of E[h(x_{0:t}) | y_{0:t}] for every t; leading axis T.
         log_evidence: log Zhat of the filter; Zhat is unbiased for p(y_{0:T-1}).
         ess: effective sample size of the filter's weights at every t.
+        num_invalid: how many log weights were NaN or +inf at t; they count as weights of zero.
     """
 
     estimate: PyTree
     estimates: PyTree
     log_evidence: Float[Array, ""]
     ess: Float[Array, " t"]
+    num_invalid: Int[Array, " t"]
 
 
 def paris(
@@ -142,6 +147,7 @@ def paris(
     errors.check_count("num_backward", num_backward)
     errors.check_choice("method", method, BACKWARD_METHODS)
     errors.check_choice("resampling", resampling, SCHEMES)
+    check_threshold(ess_threshold)
     check_functional(functional)
     ys = check_observations(model, ys)
     check_proposal(model, proposal)
@@ -164,6 +170,8 @@ def paris(
             f"take more than num_particles={num_particles}, or a guided proposal",
             result,
         )
+    if throw and errors.is_concrete(result):
+        warn_of_invalid(np.asarray(result.num_invalid), "time step")
     return result
 
 
@@ -171,10 +179,12 @@ def paris(
 def _run(
     key, model, ys, functional, ess_threshold, num_particles, num_backward, method, proposal, resampling
 ) -> ParisResult:
+    check_model(model)
     key_start, key_steps = jax.random.split(key)
     y_0 = gather(ys, jnp.zeros((), jnp.int32))
     particles = propagate_initial(key_start, model, y_0, num_particles, proposal)
-    log_weights, log_mean = normalize(weigh_initial(model, particles, y_0, proposal))
+    log_increments = weigh_initial(model, particles, y_0, proposal)
+    log_weights, *counts = reweigh(jnp.full_like(log_increments, -jnp.log(num_particles)), log_increments)
     start = Cloud(particles, log_weights)
     tau_0 = start_statistics(functional, start)
 
@@ -185,20 +195,18 @@ def _run(
         )
         parents = gather(cloud_prev.particles, ancestors)
         particles = propagate(keys[1], model, parents, y, t, proposal)
-        log_increments = weigh(model, parents, particles, y, t, proposal).astype(log_carried.dtype)
-        log_weights, log_mean = normalize(log_carried + log_increments)
+        log_weights, *counts = reweigh(log_carried, weigh(model, parents, particles, y, t, proposal))
         J = draw_backward(
             keys[2], model, cloud_prev.particles, cloud_prev.log_weights, particles, t, ancestors, num_backward, method
         )
         cloud = Cloud(particles, log_weights)
         tau = update_statistics(functional, tau, cloud_prev, cloud, J, t)
-        log_increment = log_mean + jnp.log(num_particles)
-        return (cloud, tau), (weighted_mean(cloud, tau), log_increment, ess(log_weights))
+        return (cloud, tau), (weighted_mean(cloud, tau), *counts, ess(log_weights))
 
-    kept_0 = (weighted_mean(start, tau_0), log_mean, ess(log_weights))
-    _, (estimates, increments, ess_each) = scan_steps(step, (start, tau_0), kept_0, key_steps, 3, ys)
+    kept_0 = (weighted_mean(start, tau_0), *counts, ess(log_weights))
+    _, (estimates, increments, num_invalid, ess_each) = scan_steps(step, (start, tau_0), kept_0, key_steps, 3, ys)
     estimate = jax.tree.map(lambda leaf: leaf[-1], estimates)
-    return ParisResult(estimate, estimates, compensated_sum(increments), ess_each)
+    return ParisResult(estimate, estimates, compensated_sum(increments), ess_each, num_invalid)
 
 
 # ---- the statistics, shared with the Parisian kernel ----

@@ -40,8 +40,8 @@ from bayesinf.kernels.paris import (
     update_statistics,
     weighted_mean,
 )
-from bayesinf.kernels.particle_filter import check_proposal
-from bayesinf.models.state_space import StateSpaceModel, check_observations, check_series
+from bayesinf.kernels.particle_filter import check_proposal, warn_of_invalid
+from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, check_series
 from bayesinf.resampling import gather
 
 __all__ = ["PPGResult", "ParisianGibbs", "ParisianInfo", "ppg"]
@@ -56,6 +56,7 @@ class ParisianInfo(NamedTuple):
     num_gradients: Int[Array, ""]
     is_updated: Bool[Array, " t"]
     log_evidence: Float[Array, ""]
+    num_invalid: Int[Array, ""]
     estimate: PyTree
 
 
@@ -99,6 +100,7 @@ class ParisianGibbs(Kernel):
         errors.check_choice("method", self.method, BACKWARD_METHODS)
         check_proposal(self.model, self.proposal)
         check_observations(self.model, self.ys)
+        check_model(self.model)
         check_functional(self.functional)
 
     def init(self, position: PyTree) -> PathState:
@@ -155,6 +157,7 @@ class PPGResult(NamedTuple):
             `initial_path` with which a further run, or the next iteration of a learning algorithm, goes on.
         update_rate: share of the sweeps that renewed the path at each time; below a half, take more particles.
         log_evidence: log Zhat of each sweep's conditional filter, not an unbiased estimate.
+        num_invalid: how many log weights of each sweep were NaN or +inf; they count as weights of zero.
     """
 
     estimate: PyTree
@@ -162,6 +165,7 @@ class PPGResult(NamedTuple):
     path: PyTree
     update_rate: Float[Array, " t"]
     log_evidence: Float[Array, " k"]
+    num_invalid: Int[Array, " k"]
 
 
 def ppg(
@@ -232,6 +236,8 @@ def ppg(
             f"observation; check it and the model, or take more than num_particles={num_particles}",
             result,
         )
+    if throw and errors.is_concrete(result):
+        warn_of_invalid(np.asarray(result.num_invalid), "sweep")
     return result
 
 
@@ -243,4 +249,5 @@ def _roll_out(key, kernel, state, num_sweeps, burn_in):
     state, infos = jax.lax.scan(sweep, state, jnp.arange(num_sweeps))
     estimate = jax.tree.map(lambda leaf: jnp.mean(leaf[burn_in:], axis=0), infos.estimate)
     update_rate = jnp.mean(infos.is_updated, axis=0, dtype=infos.log_evidence.dtype)
-    return PPGResult(estimate, infos.estimate, state.position, update_rate, infos.log_evidence), infos.is_divergent
+    result = PPGResult(estimate, infos.estimate, state.position, update_rate, infos.log_evidence, infos.num_invalid)
+    return result, infos.is_divergent

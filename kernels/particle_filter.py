@@ -28,10 +28,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from bayesinf import errors, weights
 from bayesinf.models.state_space import (
     StateSpaceModel,
+    check_model,
     check_observations,
     log_prob,
     observation_log_prob,
-    sample,
     sample_each,
     sample_many,
 )
@@ -41,10 +41,14 @@ __all__ = [
     "FilterResult",
     "History",
     "Moments",
+    "check_proposal",
+    "check_threshold",
     "choose_ancestors",
     "particle_filter",
     "propagate",
     "propagate_initial",
+    "reweigh",
+    "warn_of_invalid",
     "weigh",
     "weigh_initial",
 ]
@@ -158,10 +162,9 @@ def particle_filter(
     errors.check_choice("resampling", resampling, SCHEMES)
     errors.check_choice("store", store, STORES)
     check_proposal(model, proposal)
-    if errors.is_concrete(ess_threshold) and not np.all(
-        (np.asarray(ess_threshold) >= 0) & (np.asarray(ess_threshold) <= 1)
-    ):
-        raise ValueError(f"ess_threshold must lie in [0, 1], a share of num_particles, got {ess_threshold}")
+    check_threshold(ess_threshold)
+    if functional is not None and not callable(functional):
+        raise ValueError(f"functional must be a function of one state, got {type(functional).__name__}")
     result = _filter(key, model, ys, ess_threshold, num_particles, proposal, resampling, store, functional)
     if throw and errors.is_concrete(result):
         _raise_if_degenerate(result, num_particles, proposal)
@@ -170,6 +173,7 @@ def particle_filter(
 
 @partial(jax.jit, static_argnums=(4, 5, 6, 7, 8))
 def _filter(key, model, ys, ess_threshold, num_particles, proposal, resampling, store, functional) -> FilterResult:
+    check_model(model)
     first, rest = jax.tree.map(lambda leaf: leaf[0], ys), jax.tree.map(lambda leaf: leaf[1:], ys)
     num_steps = jax.tree.leaves(ys)[0].shape[0]
 
@@ -190,13 +194,12 @@ def _filter(key, model, ys, ess_threshold, num_particles, proposal, resampling, 
         )
         parents = jax.lax.cond(is_resampled, gather, lambda tree, _: tree, particles_prev, ancestors)
         particles = propagate(key_move, model, parents, y, t, proposal)
-        log_weights, *counts = _normalize(log_carried, weigh(model, parents, particles, y, t, proposal))
+        log_weights, *counts = reweigh(log_carried, weigh(model, parents, particles, y, t, proposal))
         return (particles, log_weights), record(particles, log_weights, *counts, is_resampled, ancestors)  # type: ignore[call-arg]
 
     particles = propagate_initial(jax.random.fold_in(key, 0), model, first, num_particles, proposal)
-    _check_transition(model, particles)
     log_increments = weigh_initial(model, particles, first, proposal)
-    log_weights, *counts = _normalize(jnp.full_like(log_increments, -jnp.log(num_particles)), log_increments)
+    log_weights, *counts = reweigh(jnp.full_like(log_increments, -jnp.log(num_particles)), log_increments)
     start = record(particles, log_weights, *counts, jnp.zeros((), bool), jnp.arange(num_particles, dtype=jnp.int32))  # type: ignore[call-arg]
     last, records = jax.lax.scan(step, (particles, log_weights), (rest, jnp.arange(1, num_steps)))
     records = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), start, records)
@@ -299,6 +302,16 @@ def check_proposal(model: StateSpaceModel, proposal: str) -> None:
         )
 
 
+def check_threshold(ess_threshold: Any) -> None:
+    """A share of the particles, where it is known."""
+    if isinstance(ess_threshold, str) or ess_threshold is None:
+        raise ValueError(f"ess_threshold must lie in [0, 1], a share of num_particles, got {ess_threshold!r}")
+    if errors.is_concrete(ess_threshold) and not np.all(
+        (np.asarray(ess_threshold) >= 0) & (np.asarray(ess_threshold) <= 1)
+    ):
+        raise ValueError(f"ess_threshold must lie in [0, 1], a share of num_particles, got {ess_threshold}")
+
+
 def _initial_law(model: Any, y: PyTree, proposal: str) -> Any:
     if proposal == "guided" and hasattr(model, "initial_proposal"):
         return model.initial_proposal(y)
@@ -309,7 +322,7 @@ def _move_law(model: Any, x_prev: PyTree, y: PyTree, t: Array, proposal: str) ->
     return model.proposal(x_prev, y, t) if proposal == "guided" else model.transition(x_prev, t)
 
 
-def _normalize(log_carried: Array, log_increments: Array) -> tuple[Array, Array, Array]:
+def reweigh(log_carried: Array, log_increments: Array) -> tuple[Array, Array, Array]:
     """The normalised log weights, the log of their sum before, and how many increments were invalid."""
     log_weights = log_carried + weights.clean(log_increments).astype(log_carried.dtype)
     log_normalized, log_mean = weights.normalize(log_weights)
@@ -327,17 +340,6 @@ def _estimate(functional: Callable | None, particles: PyTree, log_weights: Array
     mean = jax.tree.map(average, particles)
     sd = jax.tree.map(lambda leaf, m: jnp.sqrt(average((leaf - m) ** 2)), particles, mean)
     return Moments(mean, sd)
-
-
-def _check_transition(model: StateSpaceModel, particles: PyTree) -> None:
-    """The transition law draws states of the structure and shape of the initial law."""
-    state = jax.eval_shape(lambda tree: jax.tree.map(lambda leaf: leaf[0], tree), particles)
-    moved = jax.eval_shape(lambda x: sample(jax.random.key(0), model.transition(x, jnp.ones((), int))), state)
-    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (state, moved)]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"model.transition must draw states of the shape of model.initial, {shapes[0]}, got {shapes[1]}"
-        )
 
 
 def _raise_if_degenerate(result: FilterResult, num_particles: int, proposal: str) -> None:
@@ -358,11 +360,15 @@ def _raise_if_degenerate(result: FilterResult, num_particles: int, proposal: str
             f"{cure}, or an observation law with heavier tails; throw=False returns log_evidence = -inf.",
             result,
         )
+    warn_of_invalid(num_invalid, "time step")
+
+
+def warn_of_invalid(num_invalid: np.ndarray, what: str) -> None:
+    """Warns of weights that are none; `what` is the axis of the counts."""
     if num_invalid.any():
-        t = int(np.argmax(num_invalid > 0))
         warnings.warn(
-            f"{num_invalid.sum()} log weights were NaN or +inf and were counted as weights of zero, first at time step "
-            f"{t}; the densities of the model are not finite there",
+            f"{num_invalid.sum()} log weights were NaN or +inf and were counted as weights of zero, first at {what} "
+            f"{int(np.argmax(num_invalid > 0))}; the densities of the model are not finite there",
             errors.SamplingWarning,
-            stacklevel=3,
+            stacklevel=4,
         )

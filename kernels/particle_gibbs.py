@@ -57,6 +57,7 @@ class ParticleGibbsInfo(NamedTuple):
     Attributes:
         update_rate: share of the time steps at which the path left the reference.
         log_evidence: log Zhat(theta) of the conditional filter.
+        num_invalid: how many log weights were NaN or +inf; they count as weights of zero.
     """
 
     acceptance_rate: Float[Array, ""]
@@ -65,6 +66,7 @@ class ParticleGibbsInfo(NamedTuple):
     num_gradients: Int[Array, ""]
     update_rate: Float[Array, ""]
     log_evidence: Float[Array, ""]
+    num_invalid: Int[Array, ""]
 
 
 class ParticleGibbs(Kernel):
@@ -174,6 +176,7 @@ class ParticleGibbs(Kernel):
             num_gradients=merged.num_gradients,
             update_rate=path_info.acceptance_rate,
             log_evidence=path_info.log_evidence,
+            num_invalid=path_info.num_invalid,
         )
         return PartsState({"theta": theta, "path": path}, tuple(memory)), info
 
@@ -297,7 +300,15 @@ def _log_likelihood(model: StateSpaceModel, path: PyTree, ys: PyTree) -> Array:
 def _as_part(name: str, part: Any, target: Target) -> Kernel:
     """A kernel of theta, which can be rebound to the target of every sweep."""
     if not isinstance(part, Kernel) and callable(part):
-        part = part(target)
+        try:
+            part = part(target)
+        except TypeError as error:
+            if not isinstance(part, type):
+                raise
+            raise ValueError(
+                f"{name}={part.__name__} needs more than a target ({error}); give its parameters too, such as "
+                f"functools.partial({part.__name__}, step_size=0.05)"
+            ) from error
     if not isinstance(part, Kernel) or not hasattr(part, "target"):
         raise ValueError(
             f"{name} must be a kernel with a target, or a function of a target that returns one, such as "

@@ -85,8 +85,15 @@ class LinearGaussian(StateSpaceModel):
                     f"{name} must have shape {shapes[0]}, from initial_mean of shape {self.initial_mean.shape} and "
                     f"observation_matrix of shape {self.observation_matrix.shape}, got {value.shape}"
                 )
-            if name.endswith("_tril") and errors.is_concrete(value) and np.any(np.triu(np.asarray(value), 1)):
-                raise ValueError(f"{name} must be lower triangular; pass jnp.linalg.cholesky(covariance)")
+            if errors.is_concrete(value) and not np.all(np.isfinite(np.asarray(value))):
+                raise ValueError(f"{name} must be finite, got {np.asarray(value)}")
+            if name.endswith("_tril") and errors.is_concrete(value):
+                tril = np.asarray(value)
+                if np.any(np.triu(tril, 1)) or np.any(np.diag(tril) < 0):
+                    raise ValueError(
+                        f"{name} must be lower triangular with a diagonal that is not negative; pass "
+                        "jnp.linalg.cholesky(covariance)"
+                    )
 
     @classmethod
     def scalar(

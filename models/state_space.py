@@ -25,6 +25,7 @@ from bayesinf.models.square_root import drop_missing, gaussian_log_prob
 
 __all__ = [
     "StateSpaceModel",
+    "check_model",
     "check_observations",
     "check_series",
     "log_prob",
@@ -119,10 +120,12 @@ def observation_log_prob(model: StateSpaceModel, x: PyTree, y: PyTree, t: Int[Ar
         safe = jax.tree.map(lambda leaf: jnp.where(jnp.any(partly), 0.0, leaf), y)
         return jnp.where(jnp.all(missing), 0.0, jnp.where(jnp.any(partly), jnp.nan, log_prob(law, safe)))
 
-    if y.size != math.prod(law.shape()):
+    # a single number may lack an axis, or have one too many; anything else would be paired off with the wrong law
+    if y.shape != law.shape() and not y.size == math.prod(law.shape()) == 1:
         raise ValueError(
             f"ys must have rows of shape {law.shape()}, the shape of model.observation(x, t), got {y.shape}"
         )
+    y = y.reshape(law.shape())
     while isinstance(law, dist.Independent):
         law = law.base_dist
     is_missing = jnp.isnan(y)
@@ -162,11 +165,13 @@ def simulate(key: errors.KeyLike, model: StateSpaceModel, num_steps: int) -> tup
         ((50,), (50,))
     """
     errors.check_count("num_steps", num_steps)
+    _check_instance(model)
     return _simulate(errors.as_key(key), model, num_steps)
 
 
 @partial(jax.jit, static_argnums=2)
 def _simulate(key: Array, model: StateSpaceModel, num_steps: int) -> tuple[PyTree, PyTree]:
+    check_model(model)
     key_initial, key_steps, key_observe = jax.random.split(key, 3)
     x_0 = jax.tree.map(jnp.asarray, sample(key_initial, model.initial()))
 
@@ -182,12 +187,57 @@ def _simulate(key: Array, model: StateSpaceModel, num_steps: int) -> tuple[PyTre
     return xs, ys
 
 
+def check_model(model: StateSpaceModel) -> None:
+    """That the laws of a model are laws, and that x_t is of the structure, shape and kind of x_{t-1}; for tracing."""
+    x_0 = jax.eval_shape(lambda key: _arrays(sample(key, _as_law("initial()", model.initial()))), jax.random.key(0))
+    t = jnp.ones((), jnp.int32)
+
+    def move(key: Key[Array, ""], x_prev: PyTree) -> PyTree:
+        _as_law("observation(x, t)", model.observation(x_prev, t))
+        return _arrays(sample(key, _as_law("transition(x_prev, t)", model.transition(x_prev, t))))
+
+    x_1 = jax.eval_shape(move, jax.random.key(0), x_0)
+    shapes = [jax.tree.map(lambda leaf: leaf.shape, x) for x in (x_0, x_1)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"model.transition must draw states of the shape of model.initial, {shapes[0]}, got {shapes[1]}"
+        )
+    for old, new in zip(jax.tree.leaves(x_0), jax.tree.leaves(x_1), strict=True):
+        if jnp.issubdtype(new.dtype, jnp.floating) and not jnp.issubdtype(old.dtype, jnp.floating):
+            raise ValueError(
+                f"model.initial draws states of type {old.dtype} and model.transition of {new.dtype}, which would be "
+                "cut off; draw the first as floating point too, such as with dist.Delta(0.0)"
+            )
+
+
+def _check_instance(model: Any) -> None:
+    if not isinstance(model, StateSpaceModel):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ValueError(f"model must be an instance of a StateSpaceModel, got {what}")
+
+
+def _as_law(name: str, law: Any) -> Law:
+    is_pair = isinstance(law, tuple) and len(law) == 2 and all(map(callable, law))
+    if not is_pair and not (hasattr(law, "sample") and hasattr(law, "log_prob")):
+        raise ValueError(
+            f"model.{name} must return a numpyro distribution, or a pair of functions (sample(key), log_prob(x)), "
+            f"got {type(law).__name__}"
+        )
+    return law
+
+
+def _arrays(tree: PyTree) -> PyTree:
+    return jax.tree.map(jnp.asarray, tree)
+
+
 def check_series(ys: PyTree) -> PyTree:
     """Observations as arrays of floating point with one common number of rows, at least one.
 
     Whole numbers (counts) are converted; infinite values are refused.
     """
-    ys = jax.tree.map(jnp.asarray, ys)
+    if isinstance(ys, list | tuple) and all(isinstance(y, int | float) for y in ys):
+        ys = np.asarray(ys, float)  # a list of numbers is a series, not a pytree of scalars
+    ys = errors.as_arrays("ys", ys)
     leaves = jax.tree.leaves(ys)
     if not leaves:
         raise ValueError("ys must hold at least one array of observations, got an empty pytree")
@@ -206,8 +256,7 @@ def check_series(ys: PyTree) -> PyTree:
 
 def check_observations(model: StateSpaceModel, ys: PyTree) -> PyTree:
     """`check_series`, and that the model can say the density of what is there of every row; on the host."""
-    if not isinstance(model, StateSpaceModel):
-        raise ValueError(f"model must be a StateSpaceModel, got {type(model).__name__}")
+    _check_instance(model)
     ys = check_series(ys)
     if not errors.is_concrete(ys):
         return ys

@@ -225,3 +225,9 @@ def test_false_alarms_are_as_rare_as_promised():
     for level in (0.5, 0.1, 0.02):
         num = sum(p < level for p in p_values)
         assert scipy.stats.binom.sf(num - 1, 200, level) > FALSE_ALARM
+
+
+def test_exact_draws_that_are_not_finite_are_no_proof():
+    kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), 0.5)
+    with pytest.raises(ValueError, match="exact draws must be finite"):
+        exact_start_invariance(0, kernel, lambda key: jnp.full(2, jnp.nan), num_chains=100, num_steps=1)

@@ -347,7 +347,8 @@ def test_the_identity_of_a_run_is_the_same_in_every_process(tmp_path):
         "import jax.numpy as jnp, bayesinf as bi\n"
         "target = bi.Target(lambda x: -0.5 * jnp.sum(x**2))\n"
         "kernel = bi.kernels.Cycle([bi.kernels.MALT(target, 0.1), bi.kernels.NUTS(target, 0.1, max_num_doublings=2)])\n"
-        f"draws = bi.sample(0, kernel, jnp.zeros((2, 3)), num_samples=5, checkpoint={str(tmp_path)!r}, progress=False)\n"
+        f"folder = {str(tmp_path)!r}\n"
+        "draws = bi.sample(0, kernel, jnp.zeros((2, 3)), num_samples=5, checkpoint=folder, progress=False)\n"
         "print(draws['x'].sum())\n"
     )
     outputs = [
@@ -358,3 +359,42 @@ def test_the_identity_of_a_run_is_the_same_in_every_process(tmp_path):
     ]
     assert [output.returncode for output in outputs] == [0, 0], outputs[1].stderr
     assert outputs[0].stdout == outputs[1].stdout
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"warmup": 100}, "warmup must be a Warmup"),
+        ({"warmup": bi.adaptation.StepSize(1000, 0.5)}, "for num_warmup=30 steps, it is for 1000"),
+        ({"warmup": bi.adaptation.Window(30)}, r"needs a kernel with a metric, and MALA has none"),
+        ({"reducers": "abc"}, "reducers must be a list"),
+        ({"reducers": Moments()}, "reducers must be a list"),
+        ({"constrain": 3}, "constrain must be a function"),
+        ({"kernel": bi.kernels.MALA}, "got MALA"),
+    ],
+)
+def test_bad_options_are_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        run(**options)
+
+
+def test_a_list_of_positions_is_an_array():
+    kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), 0.5)
+    draws = bi.sample(0, kernel, [[0.0, 1.0], [1.0, 2.0], [3.0, 0.5]], num_samples=3, progress=False)
+    assert draws["x"].shape == (3, 3, 2)
+
+
+def test_a_chain_that_blows_up_again_and_again_is_a_failure():
+    kernel = bi.kernels.LMC(bi.Target(lambda x: -jnp.sum(x**4)), 1.0)
+    with pytest.raises(SamplingError, match="diverged at"):
+        bi.sample(0, kernel, jnp.full((2, 3), 2.0), num_samples=200, progress=False)
+
+
+def test_what_is_not_finite_is_named():
+    def constrain(x):
+        return {"fine": x, "broken": jnp.where(x > 0, jnp.inf, x)}
+
+    kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * x**2), 0.5)
+    with pytest.raises(SamplingError, match="draws of .broken. of chains .* are not finite"):
+        bi.sample(0, kernel, jnp.zeros(2), num_samples=100, constrain=constrain, progress=False)

@@ -207,3 +207,25 @@ def test_log_likelihood_is_numpyros(schools):
     sites = handlers.substitute(eight_schools, data={n: v for n, v in schools.constrain(one).items() if n != "theta"})
     _, trace = log_density(sites, (SIGMA,), {"y": Y}, {})
     assert np.allclose(pointwise, trace["y"]["fn"].log_prob(Y), rtol=1e-5)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("position", "match"),
+    [
+        ({"s": jnp.zeros(())}, "'w' is missing"),
+        ({"s": jnp.zeros(()), "w": jnp.zeros(2), "z": jnp.zeros(())}, "'z' is no latent site"),
+        ({"s": jnp.zeros((2, 3)), "w": jnp.zeros(2)}, r"'s' has shape \(2, 3\) instead of \(\)"),
+        (jnp.zeros(3), "must be a dict of the sites"),
+    ],
+)
+def test_positions_of_another_structure_are_refused(position, match):
+    def model(y):
+        scale = numpyro.sample("s", dist.HalfNormal(1.0))
+        w = numpyro.sample("w", dist.Normal(0.0, scale).expand([2]).to_event(1))
+        numpyro.sample("y", dist.Normal(w.sum(), 1.0), obs=y)
+
+    target = bi.Target.from_numpyro(model, jnp.ones(3))
+    for function in (target.logdensity, target.constrain, bi.kernels.MALA(target, 0.1).init):
+        with pytest.raises(ValueError, match=match):
+            function(position)

@@ -56,8 +56,15 @@ def law_has_moved(starts: PyTree, ends: PyTree, fresh: PyTree) -> dict[str, floa
     names = list(starts_of)
     before, after, reference = (np.stack(list(by_name.values()), -1) for by_name in (starts_of, ends_of, fresh_of))
 
+    infinite = [
+        name for name in names if not (np.isfinite(fresh_of[name]).all() and np.isfinite(starts_of[name]).all())
+    ]
+    if infinite:
+        raise ValueError(
+            f"the exact draws must be finite, but {', '.join(infinite)} of some are not; mend their sampler"
+        )
     # a value that is not finite has no place in the law of finite draws
-    strays = [name for name in names if np.isfinite(fresh_of[name]).all() and not np.isfinite(ends_of[name]).all()]
+    strays = [name for name in names if not np.isfinite(ends_of[name]).all()]
     if strays:
         return {f"{name} is finite": 0.0 for name in strays}
 

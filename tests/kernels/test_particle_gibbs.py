@@ -335,6 +335,7 @@ def test_a_prior_given_as_a_function_needs_starting_parameters():
     [
         (lambda: _variances_kernel(parameter_kernel=0.1), "parameter_kernel must be a kernel"),
         (lambda: _variances_kernel(parameter_kernel=lambda target: 3), "parameter_kernel must be a kernel"),
+        (lambda: _variances_kernel(parameter_kernel=MALA), "parameter_kernel=MALA needs more than a target"),
         (lambda: _variances_kernel(refresh="all"), "refresh must be one of"),
         (lambda: _variances_kernel(proposal="best"), "proposal must be one of"),
         (lambda: _variances_kernel().init({"theta": {"q2": jnp.zeros(())}}), '"theta" and "path"'),

@@ -1,6 +1,7 @@
 """The protocol: simulation, batched draws, and densities of rows of which something is missing."""
 
 from collections.abc import Callable
+from functools import partial
 
 import equinox as eqx
 import jax
@@ -206,3 +207,115 @@ def test_series_are_checked():
         check_series(jnp.array([0.0, jnp.inf]))
     with pytest.raises(ValueError, match="ys must be numbers"):
         check_series(jnp.array([True, False]))
+
+
+class Laws(StateSpaceModel):
+    """A model of given laws, each a function of the arguments of its method."""
+
+    first: Callable = eqx.field(static=True)
+    move: Callable = eqx.field(static=True)
+    observe: Callable = eqx.field(static=True)
+
+    def initial(self):
+        return self.first()
+
+    def transition(self, x_prev, t):
+        return self.move(x_prev)
+
+    def observation(self, x, t):
+        return self.observe(x)
+
+
+def _normal(x=0.0):
+    return dist.Normal(x, 1.0)
+
+
+TOTAL = bi.kernels.AdditiveFunctional(lambda x: 0.0, lambda x_prev, x, t: 0.0)
+USES = {
+    "simulate": lambda model, ys: bi.models.simulate(0, model, 4),
+    "particle_filter": lambda model, ys: bi.kernels.particle_filter(0, model, ys, num_particles=4),
+    "paris": lambda model, ys: bi.kernels.paris(0, model, ys, TOTAL, num_particles=4),
+    "ConditionalSMC": lambda model, ys: bi.kernels.ConditionalSMC(model, ys, 4),
+    "ParisianGibbs": lambda model, ys: bi.kernels.ParisianGibbs(model, ys, TOTAL, 4),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize(
+    ("laws", "match"),
+    [
+        ((_normal, lambda x: None, _normal), r"model.transition\(x_prev, t\) must return .* got NoneType"),
+        ((_normal, _normal, lambda x: 0.5), r"model.observation\(x, t\) must return .* got float"),
+        ((lambda: 3, _normal, _normal), r"model.initial\(\) must return .* got int"),
+        ((_normal, lambda x: _normal(jnp.stack([x, x])), _normal), r"must draw states of the shape"),
+        ((lambda: dist.Delta(0), _normal, _normal), "which would be cut off"),
+    ],
+)
+def test_laws_that_do_not_fit_are_named(use, laws, match):
+    with pytest.raises(ValueError, match=match):
+        USES[use](Laws(*laws), jnp.zeros(4))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("use", USES)
+def test_a_class_is_no_model(use):
+    with pytest.raises(ValueError, match="model must be an instance of a StateSpaceModel, got the class Laws"):
+        USES[use](Laws, jnp.zeros(4))
+
+
+@pytest.mark.parametrize(("of_law", "of_row"), [((2,), (2, 1)), ((2, 1), (2,)), ((3,), (1,)), ((1,), (3,))])
+def test_rows_of_another_shape_are_refused(of_law, of_row):
+    """Broadcasting would pair every component with every other one."""
+    model = Laws(_normal, _normal, lambda x: dist.Normal(x, jnp.ones(of_law)).to_event(len(of_law)))
+    with pytest.raises(ValueError, match="ys must have rows of shape"):
+        bi.kernels.particle_filter(0, model, jnp.zeros((4, *of_row)), num_particles=4)
+
+
+def test_a_single_number_may_lack_an_axis():
+    scalar = Laws(_normal, _normal, _normal)
+    vector = Laws(_normal, _normal, lambda x: dist.Normal(x[None], 1.0).to_event(1))
+    ys = jnp.array([0.3, -0.2, 1.0])
+    results = [
+        bi.kernels.particle_filter(0, model, rows, num_particles=8).log_evidence
+        for model in (scalar, vector)
+        for rows in (ys, ys[:, None])
+    ]
+    np.testing.assert_allclose(results, results[0], rtol=1e-6)
+
+
+def test_a_list_of_numbers_is_a_series():
+    assert bi.kernels.particle_filter(0, Laws(_normal, _normal, _normal), [0.1, 0.2], num_particles=4).ess.shape == (2,)
+    with pytest.raises(ValueError, match="ys must be an array of numbers, got str"):
+        bi.kernels.particle_filter(0, Laws(_normal, _normal, _normal), "abc", num_particles=4)
+
+
+def test_weights_that_are_none_are_counted_everywhere():
+    def observe(x):
+        return (lambda key: x, lambda y: jnp.where(jnp.abs(x) > 1, jnp.nan, -0.5 * (y - x) ** 2))
+
+    model, ys = Laws(_normal, lambda x: dist.Normal(0.5 * x, 1.0), observe), jnp.zeros(6)
+    total = bi.kernels.AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x)
+    with pytest.warns(bi.errors.SamplingWarning, match="counted as weights of zero, first at time step"):
+        assert bi.kernels.paris(0, model, ys, total, num_particles=50).num_invalid.sum() > 0
+    with pytest.warns(bi.errors.SamplingWarning, match="counted as weights of zero, first at sweep"):
+        bi.kernels.ppg(0, model, ys, total, num_particles=50, num_sweeps=3, burn_in=1, initial_path=jnp.zeros(6))
+    kernel = bi.kernels.ConditionalSMC(model, ys, 50)
+    with pytest.warns(bi.errors.SamplingWarning, match="particle weights were NaN"):
+        bi.sample(0, kernel, jnp.zeros((2, 6)), num_samples=3, progress=False)
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 5.0, float("nan"), "a"])
+@pytest.mark.usefixtures("unchecked")
+def test_thresholds_are_shares(threshold):
+    for function in (
+        partial(bi.kernels.particle_filter, num_particles=4),
+        partial(bi.kernels.paris, functional=TOTAL, num_particles=4),
+    ):
+        with pytest.raises(ValueError, match=r"ess_threshold must lie in \[0, 1\]"):
+            function(0, Laws(_normal, _normal, _normal), jnp.zeros(3), ess_threshold=threshold)
+
+
+@pytest.mark.parametrize("value", [-0.3, float("nan"), float("inf")])
+def test_scales_of_a_linear_model_are_checked(value):
+    with pytest.raises(ValueError, match="observation_tril must be"):
+        bi.models.LinearGaussian.scalar(0.5, 1.0, 1.0, value)
