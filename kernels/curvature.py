@@ -104,9 +104,9 @@ def _ends(target: Any, position: PyTree) -> tuple[float, float]:
                     which=end,
                     v0=start,
                     ncv=64,
-                    tol=1e-2,
+                    tol=1e-2,  # pyright: ignore[reportArgumentType]
                     maxiter=200,
-                    return_eigenvectors=False,  # pyright: ignore[reportArgumentType]
+                    return_eigenvectors=False,
                 )[0]
             )
             for end in ("SA", "LA")

@@ -161,13 +161,13 @@ def guarantee(
         raise ValueError(f"kernel must be one of {', '.join(names)}, for which a bound is known; got {kernel!r}")
     errors.check_positive_scalar("eps", eps)
     problem = _problem(m, M, dim, initial_distance)
-    parameters: tuple[float, ...] = ()
+    g, u = None, None
     if cls in _KINETIC:
         errors.check_positive_scalar("inverse_mass", inverse_mass)
         u = float(inverse_mass)  # type: ignore[arg-type]
         g = math.sqrt(u * (problem.m + problem.M)) if friction is None else float(friction)  # type: ignore[arg-type]
         errors.check_positive_scalar("friction", g)
-        parameters = (g, u)
+    parameters = () if g is None else (g, u)
 
     tolerance = float(eps) * math.sqrt(problem.p / problem.m)  # type: ignore[arg-type]
     h = _fastest(lambda h: min(r.steps_to(tolerance) for r in _THEOREMS[cls](problem, h, *parameters)), problem.M)
@@ -178,7 +178,8 @@ def guarantee(
     return Guarantee(
         cls,
         h,
-        *(parameters or (None, None)),
+        g,
+        u,
         num_steps,
         num_steps * (2 if cls in _TWICE else 1),
         best.after(num_steps),
@@ -191,7 +192,7 @@ def guarantee(
 def wasserstein_bound(
     kernel: Any, *, m: ArrayLike, M: ArrayLike, dim: int, num_steps: int, initial_distance: ArrayLike | None = None
 ) -> float:
-    """An upper bound on W2(law of x_n, pi) for this kernel with its parameters; x as they start at rest.
+    """An upper bound on W2(law of x_n, pi) for this kernel with its parameters; velocities start at rest.
 
     Args:
         kernel: LMC, RandomizedMidpoint, KineticLangevin or RandomizedMidpointKinetic; its target is not looked at.
@@ -250,7 +251,7 @@ def _problem(m: ArrayLike, M: ArrayLike, dim: int, initial_distance: ArrayLike |
 
 def _fastest(steps_at: Callable[[float], float], M: float) -> float | None:
     """The step size with the fewest steps: a scan of sizes, refined around the best."""
-    grid = np.log(np.geomspace(1e-14, 10.0, 301) / M)
+    grid = np.log(np.geomspace(1e-14, 10.0, 151) / M)
     steps = np.array([steps_at(math.exp(log_h)) for log_h in grid])
     best = int(np.argmin(steps))
     if not np.isfinite(steps[best]):
