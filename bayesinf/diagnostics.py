@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from bayesinf.captured import captured
+
 __all__ = ["Moments", "MomentsState", "SplitRHat"]
 
 _MAX_BATCHES = 128
@@ -47,7 +49,7 @@ class Moments(eqx.Module):
         (2.5, 3.25)
     """
 
-    statistic: Callable[[PyTree], PyTree] = eqx.field(static=True, default=lambda draw: draw)
+    statistic: Callable[[PyTree], PyTree] = eqx.field(static=True, converter=captured, default=lambda draw: draw)
 
     def init(self, draw: PyTree) -> MomentsState:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(self.statistic, draw))

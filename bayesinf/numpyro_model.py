@@ -16,6 +16,8 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.infer import util
 
+from bayesinf.captured import captured
+
 __all__ = ["NumPyroModel"]
 
 
@@ -43,7 +45,7 @@ class NumPyroModel:
         except TypeError as error:
             raise ValueError(f"arguments of the model must be arrays or hashable, got {static}") from error
         data = tuple(jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array)
-        self = cls(model, treedef, static)
+        self = cls(captured(model), treedef, static)
         latent = self._latent(data)
         discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
         if discrete:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from bayesinf import adaptation, errors
+from bayesinf.captured import captured
 from bayesinf.checkpoint import Checkpoint, fingerprint
 from bayesinf.diagnostics import SplitRHat
 from bayesinf.draws import Draws, variables
@@ -124,7 +125,12 @@ def sample(
     if constrain is None and collect is None:
         owner = kernel if hasattr(kernel, "constrain") else getattr(kernel, "target", None)
         constrain = getattr(owner, "constrain", None)
-    plan = Plan(kernel, warmup, Collect(collect, constrain), tuple(reducers))
+    plan = Plan(
+        kernel,
+        warmup,
+        Collect(*(function and captured(function) for function in (collect, constrain))),
+        tuple(reducers),
+    )
 
     started = time.perf_counter()
     chains, shapes = start(plan, key, initial)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from bayesinf import errors
+from bayesinf.captured import captured
 from bayesinf.kernel import Evaluation, is_finite
 from bayesinf.numpyro_model import NumPyroModel
 
@@ -50,7 +51,7 @@ class Target(eqx.Module):
     def __init__(self, logdensity: Callable[..., Any], data: PyTree = None):
         if not callable(logdensity):
             raise ValueError(f"logdensity must be a function of the position, got {type(logdensity).__name__}")
-        self.logdensity_fn = logdensity
+        self.logdensity_fn = captured(logdensity)
         self.data = errors.as_arrays("data", data)
         self.model = None
         self._labels = ((), ())

@@ -20,6 +20,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Key, PyTree
 
+from bayesinf.captured import captured
 from bayesinf.kernel import Info, Kernel
 from bayesinf.kernels.foreign import as_kernel
 from bayesinf.kernels.parts import (
@@ -44,7 +45,7 @@ Path = tuple[Any, ...]
 class Build(eqx.Module):
     """A block's kernel built anew from the conditional target of every sweep, by a function of that target. Static."""
 
-    function: Callable[[Target], Any] = eqx.field(static=True)
+    function: Callable[[Target], Any] = eqx.field(static=True, converter=captured)
 
 
 class Gibbs(Kernel):

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from bayesinf import errors
+from bayesinf.captured import captured
 from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
 from bayesinf.kernels.cloud import Cloud, scan_steps
 from bayesinf.kernels.particle_filter import (
@@ -49,7 +50,7 @@ def _as_pytree(function: Any) -> Any:
     if not callable(function):
         raise ValueError(f"the terms of an additive functional must be functions, got {type(function).__name__}")
     is_pytree = isinstance(function, eqx.Module | jax.tree_util.Partial)
-    return function if is_pytree else jax.tree_util.Partial(function)
+    return function if is_pytree else jax.tree_util.Partial(captured(function))
 
 
 class AdditiveFunctional(eqx.Module):

@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
+from bayesinf.captured import captured
 from bayesinf.kernel import Kernel
 from bayesinf.kernels.backward import backward_sample
 from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC, PathState
@@ -127,7 +128,7 @@ class ParticleGibbs(Kernel):
     ):
         if not callable(build):
             raise ValueError(f"build must be a function theta -> StateSpaceModel, got {type(build).__name__}")
-        self.build = build
+        self.build = captured(build)
         self.prior = log_prior if isinstance(log_prior, Target) else Target(log_prior)
         self.ys = check_series(ys)
         kernels = [_as_part("parameter_kernel", parameter_kernel, Target(_GivenPath(build)))]

@@ -48,6 +48,9 @@ class StateSpaceModel(eqx.Module):
         lookahead(x_prev, y, t)                       log of a first-stage weight, for auxiliary filters,
         log_transition_bound(t)                       sup over x, x' of the log transition density.
 
+    What changes from call to call belongs into the fields: numbers that a method reads from its module are those of the
+    first call, as everywhere in JAX.
+
     Example:
         >>> import jax, numpyro.distributions as dist
         >>> import bayesinf as bi
