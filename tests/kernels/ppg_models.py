@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import scipy.special
+import scipy.stats
 from jaxtyping import Array, Float
 
 import bayesinf as bi
+from bayesinf.conformance import FALSE_ALARM
 from bayesinf.kernels import AdditiveFunctional
 
 
@@ -121,3 +123,27 @@ def _increment(x_prev, x, t):
 
 
 TOTALS = AdditiveFunctional(initial=lambda x: jnp.stack([x, x**2, 0.0 * x]), increment=_increment)
+
+
+# ---- comparison with published figures ----
+
+
+def mean_and_error(replicates) -> tuple[float, float]:
+    """The mean of independent replicates and its standard error."""
+    values = np.asarray(replicates, np.float64)
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def spread_and_error(replicates) -> tuple[float, float]:
+    """The standard deviation of independent replicates and its standard error, by the delta method."""
+    values = np.asarray(replicates, np.float64)
+    variance, error = mean_and_error((values - values.mean()) ** 2)
+    return float(np.sqrt(variance)), float(0.5 * error / np.sqrt(variance))
+
+
+def assert_published(found: tuple[float, float], published: float, tolerance: float) -> None:
+    """The estimate is within the tolerance of the published figure, and too sharp to be so, or not, by chance."""
+    estimate, error = found
+    z = scipy.stats.norm.isf(FALSE_ALARM / 2)
+    assert z * error < tolerance, f"too few replicates: a standard error of {error:.3g} for a tolerance of {tolerance}"
+    assert abs(estimate - published) < tolerance, f"{estimate:.5g} +- {error:.2g}, published {published} +- {tolerance}"

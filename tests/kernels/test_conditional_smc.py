@@ -1,6 +1,7 @@
 """Conditional SMC: its exact transition matrix on a small chain, refresh rates, and the contract."""
 
 from itertools import product
+from unittest.mock import patch
 
 import equinox as eqx
 import jax
@@ -9,12 +10,12 @@ import numpy as np
 import pytest
 import scipy.stats
 from planted.parisian import SystematicConditionalSMC
-from ppg_models import exact_paths, problem
+from ppg_models import assert_published, exact_paths, mean_and_error, problem
 
 import bayesinf as bi
 from bayesinf import conformance, errors
 from bayesinf.conformance import FALSE_ALARM
-from bayesinf.kernels import ConditionalSMC
+from bayesinf.kernels import ConditionalSMC, conditional_smc
 
 INITIAL = np.array([0.3, 0.7])
 TRANSITION = np.array([[0.8, 0.2], [0.45, 0.55]])
@@ -106,20 +107,47 @@ def test_the_transition_matrix_is_the_exact_one_and_leaves_the_smoothing_law(ref
     np.testing.assert_allclose(matrix.sum(1), 1.0, atol=1e-12)
     np.testing.assert_allclose(pi @ matrix, pi, atol=1e-12)
 
-    kernel, num = ConditionalSMC(Chain(), CHAIN_YS, 2, refresh), 10_000
+    p_value, num_impossible = _goodness_of_fit(ConditionalSMC(Chain(), CHAIN_YS, 2, refresh), matrix)
+    assert num_impossible == 0
+    assert p_value > FALSE_ALARM
+
+
+def _goodness_of_fit(kernel, matrix, num=10_000):
+    """The p-value that new paths of the kernel have this matrix, and how many are of probability zero."""
     starts = jnp.repeat(jnp.asarray(PATHS), num, axis=0)
     ends, _ = _new_paths(kernel, jax.random.split(jax.random.key(1), 8 * num), starts)
     index = np.asarray(ends) @ np.array([4, 2, 1])
     counts = np.stack([np.bincount(part, minlength=8) for part in index.reshape(8, num)])
     possible = matrix > 0
-    assert not counts[~possible].any()
+    if (num_impossible := int(counts[~possible].sum())) > 0:
+        return 0.0, num_impossible
     p_values = [scipy.stats.chisquare(counts[i][possible[i]], num * matrix[i][possible[i]]).pvalue for i in range(8)]
-    assert 8 * min(p_values) > FALSE_ALARM, p_values
+    return 8 * min(p_values), 0
 
 
-def test_a_wrong_refreshment_has_another_matrix():
-    # the comparison above is able to tell the kernels apart
-    assert np.abs(_transition_matrix("none") - _transition_matrix("ancestor")).max() > 0.02
+class UnweightedParent(ConditionalSMC):
+    """Ancestor and backward draws that forget the filter's weights."""
+
+    def step(self, key, state):
+        right = conditional_smc._draw_parent
+
+        def wrong(key, model, cloud, x, t):
+            return right(key, model, cloud._replace(log_weights=jnp.zeros_like(cloud.log_weights)), x, t)
+
+        with patch.object(conditional_smc, "_draw_parent", wrong):
+            return super().step(key, state)
+
+
+@pytest.mark.parametrize(
+    ("kernel_class", "refresh"),
+    [(UnweightedParent, "ancestor"), (UnweightedParent, "backward"), (SystematicConditionalSMC, "ancestor")],
+)
+def test_a_wrong_kernel_has_another_matrix(kernel_class, refresh):
+    p_value, _ = _goodness_of_fit(kernel_class(Chain(), CHAIN_YS, 2, refresh), _transition_matrix(refresh))
+    assert p_value < FALSE_ALARM
+
+
+def test_ancestor_and_backward_sampling_have_one_matrix():
     np.testing.assert_allclose(_transition_matrix("backward"), _transition_matrix("ancestor"), atol=1e-12)
 
 
@@ -161,25 +189,79 @@ def test_systematic_ancestors_move_the_smoothing_law():
 
 
 @pytest.mark.parametrize(
-    ("refresh", "last", "low", "high"),
+    ("refresh", "last", "published", "tolerance"),
     [
-        pytest.param("ancestor", 50, 0.925, 0.945, marks=pytest.mark.slow),
-        ("ancestor", 200, 0.925, 0.945),
-        ("backward", 50, 0.925, 0.945),
-        ("none", 50, 0.03, 0.055),
+        ("ancestor", 200, 0.935, 0.01),
+        ("backward", 50, 0.935, 0.01),
+        pytest.param("backward", 200, 0.935, 0.01, marks=pytest.mark.slow),
+        ("none", 50, 0.042, 0.01),
         pytest.param("none", 200, 0.0, 0.001, marks=pytest.mark.slow),
     ],
 )
-def test_the_first_state_is_refreshed_at_the_published_rate(refresh, last, low, high):
+def test_the_first_state_is_refreshed_at_the_published_rate(refresh, last, published, tolerance):
     model, ys, smoothed = problem("OW", last)
-    num = 2_000
+    num = 16_000
     paths = exact_paths(jax.random.key(4), smoothed, num)
     _, info = _new_paths(ConditionalSMC(model, ys, 20, refresh), jax.random.split(jax.random.key(5), num), paths)
-    count = int(np.sum(np.asarray(info.is_updated)[:, 0]))
-    # not significantly outside of the interval
-    assert scipy.stats.binom.cdf(count, num, low) > FALSE_ALARM
-    assert scipy.stats.binom.sf(count - 1, num, high) > FALSE_ALARM
+    assert_published(mean_and_error(np.asarray(info.is_updated)[:, 0]), published, tolerance)
     np.testing.assert_allclose(info.acceptance_rate, np.mean(info.is_updated, 1), rtol=1e-5)
+
+
+@eqx.filter_jit
+def _first_states(kernel, keys, paths, num_sweeps):
+    """x_0 along chains, its start among them, and whether each sweep renewed it."""
+
+    def one(key, path):
+        def sweep(state, i):
+            state, info = kernel.step(jax.random.fold_in(key, i), state)
+            return state, (state.position[0], info.is_updated[0])
+
+        _, (x, is_updated) = jax.lax.scan(sweep, kernel.init(path), jnp.arange(num_sweeps))
+        return jnp.concatenate([path[:1], x]), is_updated
+
+    return jax.vmap(one)(keys, paths)
+
+
+def _mixing(refresh, num_particles, num_chains, num_lags):
+    """The rate at which x_0 is renewed and its integrated autocorrelation time, each by independent chains."""
+    model, ys, smoothed = problem("OW", 50)
+    paths = exact_paths(jax.random.key(6), smoothed, num_chains)
+    keys = jax.random.split(jax.random.key(7), num_chains)
+    x, is_updated = _first_states(ConditionalSMC(model, ys, num_particles, refresh), keys, paths, 100)
+    x = (np.asarray(x, np.float64) - smoothed.mean[0]) / np.sqrt(smoothed.cov[0, 0])
+    autocorrelations = [np.mean(x[:, lag:] * x[:, :-lag], axis=1) for lag in range(1, 1 + num_lags)]
+    return np.mean(is_updated, axis=1), 1 + 2 * np.sum(autocorrelations, axis=0)
+
+
+# Beyond these lags the autocorrelation is below 0.01. The times are those of an implementation in NumPy of its own, to a
+# hundredth; the published ones are 1.22, 1.53 and 2.5.
+MIXING = {20: (0.935, 1.27, 3), 10: (0.87, 1.60, 5), 5: (0.735, 2.48, 8)}
+
+
+@pytest.mark.parametrize(
+    ("refresh", "num_particles"),
+    [
+        pytest.param("ancestor", 20, marks=pytest.mark.slow),
+        ("ancestor", 10),
+        ("backward", 5),
+        pytest.param("backward", 20, marks=pytest.mark.slow),
+        pytest.param("backward", 10, marks=pytest.mark.slow),
+        pytest.param("ancestor", 5, marks=pytest.mark.slow),
+    ],
+)
+def test_the_first_state_mixes_at_the_published_rate(refresh, num_particles):
+    rate, time, num_lags = MIXING[num_particles]
+    rates, times = _mixing(refresh, num_particles, 2_000 if num_particles == 5 else 1_000, num_lags)
+    assert_published(mean_and_error(rates), rate, 0.01)
+    assert_published(mean_and_error(times), time, 0.08 * time)
+
+
+@pytest.mark.slow
+def test_ancestor_and_backward_sampling_mix_alike():
+    _, time, num_lags = MIXING[20]
+    each = [mean_and_error(_mixing(refresh, 20, 3_000, num_lags)[1]) for refresh in ("ancestor", "backward")]
+    (ancestor, error_ancestor), (backward, error_backward) = each
+    assert_published((ancestor - backward, np.hypot(error_ancestor, error_backward)), 0.0, 0.05 * time)
 
 
 def test_one_particle_of_two_keeps_paths_and_a_single_row_works():
