@@ -43,7 +43,8 @@ class IBISResult(NamedTuple):
         log_weights: normalised; they are to be used, unless the last step resampled.
         log_evidence: log Zhat; -inf if all weights vanished.
         log_evidence_variance: estimate of var(Zhat) / Z^2, to first order the variance of log Zhat (see `lineage`);
-            NaN for other resampling than multinomial.
+            NaN for other resampling than multinomial. From few particles, or few chains of waste-free, it is rough
+            and may be negative.
         log_evidence_increments: estimates of log p(y_t | y_{0..t-1}).
         ess: effective sample size of the weights given y_{0..t}.
         is_resampled: whether the particles were then resampled and moved.

@@ -54,7 +54,8 @@ class SMCResult(NamedTuple):
         log_weights: normalised; equal, as the last step resamples. -inf if all weights vanished.
         log_evidence: log Zhat; -inf if all weights vanished, NaN if lambda = 1 was not reached.
         log_evidence_variance: estimate of var(Zhat) / Z^2, to first order the variance of log Zhat (see `lineage`);
-            NaN for other resampling than multinomial.
+            NaN for other resampling than multinomial. From few particles, or few chains of waste-free, it is rough
+            and may be negative.
         log_evidence_increments: log mean w at each temperature.
         temperatures: lambda_1 to lambda_n.
         ess: effective sample size before each resampling.
