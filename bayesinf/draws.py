@@ -80,11 +80,11 @@ class Draws:
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}{list(leaf.shape[2:]) or ''}" for name, leaf in self.variables.items())
-        divergent = int(np.sum(self.stats["is_divergent"]))
-        return (
-            f"Draws({self.num_chains} chains x {self.num_samples} draws of {shapes}; {self.status}; "
-            f"acceptance {np.mean(self.stats['acceptance_rate']):.2f}, {divergent} divergent)"
-        )
+        text = f"{self.num_chains} chains x {self.num_samples} draws of {shapes}; {self.status}"
+        if self.num_samples:
+            divergent = int(np.sum(self.stats["is_divergent"]))
+            text += f"; acceptance {np.mean(self.stats['acceptance_rate']):.2f}, {divergent} divergent"
+        return f"Draws({text})"
 
     def to_arviz(self, *, log_likelihood: bool = True) -> "xarray.DataTree":
         """The draws as an xarray.DataTree in ArviZ's schema, read by arviz 1.x as it is.
@@ -129,8 +129,14 @@ class Draws:
 
         Args:
             var_names: which variables; all by default.
+
+        Raises:
+            ValueError: there are no draws.
         """
         import arviz_stats
+
+        if self.num_samples == 0:
+            raise ValueError(f"there are no draws to summarise; the run was {self.status}")
 
         tree = self.to_arviz(log_likelihood=False)
         return arviz_stats.summary(

@@ -89,3 +89,11 @@ def test_saved_and_loaded(draws, tmp_path):
 
 def test_repr_says_what_is_there(draws):
     assert repr(draws).startswith("Draws(4 chains x 300 draws of scale, slope; complete; acceptance 0.")
+
+
+def test_no_draws_are_said_to_be_none():
+    kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), 0.5)
+    draws = bi.sample(0, kernel, jnp.zeros((2, 3)), num_samples=0, progress=False)
+    assert repr(draws) == "Draws(2 chains x 0 draws of x[3]; complete)"
+    with pytest.raises(ValueError, match="there are no draws to summarise"):
+        draws.summary()
