@@ -105,7 +105,7 @@ def test_contract_on_parameters_and_paths(name):
     contract(JOINT[name](laws.draw_series(jax.random.key(1), position)), position)
 
 
-@pytest.mark.parametrize("name", INVARIANT)
+@pytest.mark.parametrize("name", [but_slow(name, "Metropolize", "Precondition") for name in INVARIANT])
 def test_law_is_invariant(name):
     kernel, num_chains = INVARIANT[name], 20_000 if name == "NUTS" else 50_000
     prepare = getattr(kernel, "refresh", None)  # a velocity from its law

@@ -38,7 +38,9 @@ ADJUSTED = {
 }
 
 
-@pytest.mark.parametrize("name", ADJUSTED)
+@pytest.mark.parametrize(
+    "name", [name if name in ("BAOAB", "MALT") else pytest.param(name, marks=pytest.mark.slow) for name in ADJUSTED]
+)
 def test_walls_and_rejections_leave_the_law_invariant(name):
     """An exponential law: many steps end behind its wall, where the log density is -inf."""
     target = bi.Target(lambda x: jnp.where(x > 0, -1.3 * x, -jnp.inf))
