@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 import pytest
 import scipy.stats
 from planted.parisian import StaleParticleGibbs
-from ppg_models import Scalar, learning_series
+from ppg_models import Scalar, assert_published, learning_series, mean_and_error
 
 import bayesinf as bi
 from bayesinf import kernels
@@ -199,26 +199,55 @@ def _chain_means(kernel, keys, starts, num_steps, burn_in):
     return jax.vmap(lambda key, start: chain((key, start)))(keys, starts)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"parameter_kernel": Conjugate},
-        {"parameter_kernel": lambda target: Repeat(MALA(target, 0.02), 5), "interweave": True},
-    ],
-    ids=["conjugate", "interwoven MALA"],
-)
-def test_the_posterior_of_the_parameters_is_that_of_quadrature(options):
+def _posterior_means(num_chains, num_steps, burn_in, parameter_kernel=Conjugate, **options):
+    """Of chains that start at the mean of the prior."""
     prior = bi.Target.from_numpyro(_variance_prior)
-    if options["parameter_kernel"] is not Conjugate:
-        options = options | {"innovation_kernel": lambda target: MALA(target, 0.05)}
-    kernel = ParticleGibbs(_build_variances, prior, LEARNING, 20, **options)
-    num_chains = 50
-    starts = kernel.initial(0, num_chains)
-    means = _chain_means(kernel, jax.random.split(jax.random.key(1), num_chains), starts, 500, 150)
+    kernel = ParticleGibbs(_build_variances, prior, LEARNING, 20, parameter_kernel=parameter_kernel, **options)
+    theta = prior.unconstrain({"q2": jnp.asarray(0.5), "r2": jnp.asarray(0.5)})
+    starts = kernel.initial(0, num_chains, theta=jax.tree.map(lambda leaf: jnp.full(num_chains, leaf), theta))
+    return _chain_means(kernel, jax.random.split(jax.random.key(1), num_chains), starts, num_steps, burn_in)
+
+
+def _with_means_off_by(share):
+    """The quadrature, its two means off by this share of a standard deviation."""
+    truth = _quadrature()
+    return truth + np.r_[share * np.sqrt(truth[2:] - truth[:2] ** 2), 0.0, 0.0]
+
+
+def test_the_posterior_of_the_parameters_is_that_of_quadrature():
+    means = _posterior_means(100, 600, 100)
     assert mean_p_value(means, _quadrature()) > FALSE_ALARM
-    # and the test is sharp: an error of a quarter of a standard deviation would show
-    off = _quadrature() + np.array([0.25 * 0.087, 0.25 * 0.113, 0.0, 0.0])
-    assert mean_p_value(means, off) < FALSE_ALARM
+    # and the test is sharp: an error of a tenth of a standard deviation would show
+    assert mean_p_value(means, _with_means_off_by(0.1)) < FALSE_ALARM
+
+
+def test_interwoven_moves_leave_the_posterior_of_the_parameters():
+    means = _posterior_means(
+        50,
+        500,
+        150,
+        lambda target: Repeat(MALA(target, 0.02), 5),
+        interweave=True,
+        innovation_kernel=lambda target: MALA(target, 0.05),
+    )
+    assert mean_p_value(means, _quadrature()) > FALSE_ALARM
+    assert mean_p_value(means, _with_means_off_by(0.25)) < FALSE_ALARM
+
+
+def test_the_genealogy_alone_does_not_find_the_posterior():
+    # of paths of 101 states and 20 particles it never refreshes the early ones
+    assert mean_p_value(_posterior_means(50, 500, 150, refresh="none"), _quadrature()) < FALSE_ALARM
+
+
+@pytest.mark.slow
+def test_the_posterior_of_the_parameters_is_the_published_one():
+    means = np.asarray(_posterior_means(128, 1_500, 300), np.float64)
+    assert_published(mean_and_error(means[:, 0]), 0.22957, 0.007)
+    assert_published(mean_and_error(means[:, 1]), 0.52361, 0.007)
+    for i, (published, sd) in enumerate(((0.22957, 0.08674), (0.52361, 0.11284))):
+        # E (v - c)^2 about the exact mean c; to a twentieth of the standard deviation
+        variances = means[:, 2 + i] - 2 * published * means[:, i] + published**2
+        assert_published(mean_and_error(variances / (2 * sd)), sd / 2, 0.05 * sd)
 
 
 # ---- innovations ----
