@@ -18,6 +18,15 @@ def unchecked():
     config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Compiled programs of one file are of no use to the next, and hundreds of them take gigabytes."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 def pytest_addoption(parser):
     parser.addoption("--budget", type=float, help="seconds after which tests that have not begun are skipped")
 
