@@ -16,6 +16,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import numpy as np
+from jax.core import Tracer
 
 __all__ = ["captured"]
 
@@ -78,7 +79,7 @@ def _values(value: Any, seen: set[int], module: dict[str, Any] | None) -> Iterat
     if isinstance(value, bool | int | float | complex | str | np.generic):
         yield (type(value), value)
         return
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return
     if isinstance(value, jax.Array):
         yield _Same(value)
@@ -90,7 +91,7 @@ def _values(value: Any, seen: set[int], module: dict[str, Any] | None) -> Iterat
     if isinstance(value, functools.partial):
         inner: Any = (value.func, value.args, value.keywords)
     elif isinstance(value, types.FunctionType):
-        if value.__globals__ is not module:
+        if module is None or value.__globals__ is not module:
             return
         inner = [cell.cell_contents for cell in value.__closure__ or () if _is_set(cell)]
         inner += [module[name] for name in sorted(_names(value.__code__)) if name in module]

@@ -396,5 +396,5 @@ def test_what_is_not_finite_is_named():
         return {"fine": x, "broken": jnp.where(x > 0, jnp.inf, x)}
 
     kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * x**2), 0.5)
-    with pytest.raises(SamplingError, match="draws of .broken. of chains .* are not finite"):
+    with pytest.raises(SamplingError, match=r"draws of .broken. of chains .* are not finite"):
         bi.sample(0, kernel, jnp.zeros(2), num_samples=100, constrain=constrain, progress=False)
