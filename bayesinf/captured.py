@@ -45,7 +45,7 @@ class _Same:
         return id(self.array)
 
 
-def captured(function: Callable[..., Any]) -> Callable[..., Any]:
+def captured(function: Any) -> Any:
     """The function, equal to itself only while the numbers and arrays that it reads from outside are the same.
 
     Closures and globals of the function are looked at, and those of functions of its own module that it calls.

@@ -125,12 +125,7 @@ def sample(
     if constrain is None and collect is None:
         owner = kernel if hasattr(kernel, "constrain") else getattr(kernel, "target", None)
         constrain = getattr(owner, "constrain", None)
-    plan = Plan(
-        kernel,
-        warmup,
-        Collect(*(function and captured(function) for function in (collect, constrain))),
-        tuple(reducers),
-    )
+    plan = Plan(kernel, warmup, Collect(captured(collect), captured(constrain)), tuple(reducers))
 
     started = time.perf_counter()
     chains, shapes = start(plan, key, initial)

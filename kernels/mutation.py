@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bayesinf import errors, weights
+from bayesinf.captured import captured
 from bayesinf.kernel import Kernel
 from bayesinf.kernels.foreign import as_kernel
 from bayesinf.kernels.lineage import Lineage, descend
@@ -73,7 +74,7 @@ class Mutation(eqx.Module):
     """
 
     kernel: Any
-    factory: Callable[..., Any] | None = eqx.field(static=True)
+    factory: Callable[..., Any] | None = eqx.field(static=True, converter=captured)
     num_moves: int | None = eqx.field(static=True)
     max_moves: int = eqx.field(static=True)
     waste_free: bool = eqx.field(static=True)

@@ -166,8 +166,7 @@ def particle_filter(
     check_threshold(ess_threshold)
     if functional is not None and not callable(functional):
         raise ValueError(f"functional must be a function of one state, got {type(functional).__name__}")
-    functional = functional and captured(functional)
-    result = _filter(key, model, ys, ess_threshold, num_particles, proposal, resampling, store, functional)
+    result = _filter(key, model, ys, ess_threshold, num_particles, proposal, resampling, store, captured(functional))
     if throw and errors.is_concrete(result):
         _raise_if_degenerate(result, num_particles, proposal)
     return result

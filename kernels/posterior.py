@@ -25,6 +25,7 @@ from numpyro import handlers
 from numpyro.infer import util
 
 from bayesinf import errors
+from bayesinf.captured import captured
 from bayesinf.target import Target, as_target
 
 __all__ = ["Posterior", "as_posterior", "powered"]
@@ -56,7 +57,7 @@ class Laws(eqx.Module):
 class Pair(eqx.Module):
     """A sampler and a log density, both of unconstrained positions."""
 
-    sample: Callable[..., PyTree] = eqx.field(static=True)
+    sample: Callable[..., PyTree] = eqx.field(static=True, converter=captured)
     target: Target
 
     def draw(self, key: Key[Array, ""]) -> PyTree:
@@ -109,7 +110,7 @@ class Posterior(eqx.Module):
     """
 
     prior: Laws | Pair | Model
-    likelihood: Callable[..., Any] | None = eqx.field(static=True)
+    likelihood: Callable[..., Any] | None = eqx.field(static=True, converter=captured)
     data: PyTree
 
     def log_likelihood(self, position: PyTree) -> Float[Array, " t"]:

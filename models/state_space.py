@@ -3,7 +3,8 @@
     x_0 ~ initial(),   x_t | x_{t-1} ~ transition(x_{t-1}, t)  (t >= 1),   y_t | x_t ~ observation(x_t, t)  (t >= 0)
 
 y_0 is observed, and every series has T rows. A row of y that is NaN is missing: it says nothing about x_t. A law is a
-numpyro distribution, or a pair of functions (sample(key) -> x, log_prob(x) -> scalar).
+numpyro distribution, or a pair of functions (sample(key) -> x, log_prob(x) -> scalar); an observation whose sampler is
+None can be filtered, and not simulated.
 """
 
 import abc
@@ -183,11 +184,14 @@ def _simulate(key: Array, model: StateSpaceModel, num_steps: int) -> tuple[PyTre
         x = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), x, x_prev)
         return x, x
 
+    def observe(x, t):
+        law = _as_law("observation(x, t)", model.observation(x, t))
+        return sample(jax.random.fold_in(key_observe, t), law)
+
     ts = jnp.arange(num_steps)
     _, xs = jax.lax.scan(move, x_0, ts[1:])
     xs = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), x_0, xs)
-    ys = jax.vmap(lambda x, t: sample(jax.random.fold_in(key_observe, t), model.observation(x, t)))(xs, ts)
-    return xs, ys
+    return xs, jax.vmap(observe)(xs, ts)
 
 
 def check_model(model: StateSpaceModel) -> None:
@@ -196,7 +200,7 @@ def check_model(model: StateSpaceModel) -> None:
     t = jnp.ones((), jnp.int32)
 
     def move(key: Key[Array, ""], x_prev: PyTree) -> PyTree:
-        _as_law("observation(x, t)", model.observation(x_prev, t))
+        _as_law("observation(x, t)", model.observation(x_prev, t), is_drawn=False)
         return _arrays(sample(key, _as_law("transition(x_prev, t)", model.transition(x_prev, t))))
 
     x_1 = jax.eval_shape(move, jax.random.key(0), x_0)
@@ -219,8 +223,11 @@ def _check_instance(model: Any) -> None:
         raise ValueError(f"model must be an instance of a StateSpaceModel, got {what}")
 
 
-def _as_law(name: str, law: Any) -> Law:
-    is_pair = isinstance(law, tuple) and len(law) == 2 and all(map(callable, law))
+def _as_law(name: str, law: Any, is_drawn: bool = True) -> Law:
+    is_pair = isinstance(law, tuple) and len(law) == 2 and callable(law[1])
+    if is_pair and law[0] is None and is_drawn:
+        raise ValueError(f"model.{name} has no sampler: its pair begins with None, where sample(key) is needed")
+    is_pair = is_pair and (law[0] is None or callable(law[0]))
     if not is_pair and not (hasattr(law, "sample") and hasattr(law, "log_prob")):
         raise ValueError(
             f"model.{name} must return a numpyro distribution, or a pair of functions (sample(key), log_prob(x)), "

@@ -146,6 +146,23 @@ def test_functionals_are_read():
     set_all(0.0)
 
 
+def test_likelihoods_of_smc_samplers_are_read():
+    def log_likelihood(x):
+        return -0.5 * (x - SHIFT) ** 2
+
+    def evidence():
+        mala = functools.partial(bi.kernels.MALA, step_size=0.5)
+        return float(
+            bi.kernels.smc_sampler(0, dist.Normal(0.0, 1.0), log_likelihood, mala, num_particles=200).log_evidence
+        )
+
+    before = evidence()
+    set_all(3.0)
+    # Z = exp(-SHIFT^2 / 4) / sqrt(2)
+    assert abs(evidence() - before + 9.0 / 4) < 0.5
+    set_all(0.0)
+
+
 def test_functions_that_read_nothing_and_callable_pytrees_are_left_alone():
     assert captured(jnp.sum) is jnp.sum
     target = bi.Target(lambda x: -0.5 * x**2)

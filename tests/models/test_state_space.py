@@ -130,6 +130,14 @@ def test_a_population_from_one_law():
     assert draws["level"].shape == (5, 2)
 
 
+def test_observations_without_a_sampler_are_filtered_and_not_simulated():
+    model = Observed(lambda x: (None, lambda y: -0.5 * (y - x) ** 2))
+    ys = jnp.array([0.1, 0.2])
+    assert jnp.isfinite(bi.kernels.particle_filter(0, model, ys, num_particles=8).log_evidence)
+    with pytest.raises(ValueError, match=r"model.observation\(x, t\) has no sampler.*None"):
+        bi.models.simulate(0, model, 2)
+
+
 def test_whole_missing_rows_say_nothing():
     laws = [
         lambda x: dist.Normal(x, 1.0),
