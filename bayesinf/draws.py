@@ -65,6 +65,7 @@ class Draws:
 
     def __getitem__(self, name: str) -> Any:
         variables = self.variables
+        name = _plain(name)
         if name not in variables:
             raise KeyError(f"no variable {name!r}; there are {sorted(variables)}")
         return variables[name]
@@ -89,7 +90,8 @@ class Draws:
     def to_arviz(self, *, log_likelihood: bool = True) -> "xarray.DataTree":
         """The draws as an xarray.DataTree in ArviZ's schema, read by arviz 1.x as it is.
 
-        For arviz 0.23 wrap it: `arviz.InferenceData.from_datatree(tree)`.
+        For arviz 0.23 wrap it: `arviz.InferenceData.from_datatree(tree)`. A slash in a name, as of NumPyro's `scope`,
+        becomes a dot: to xarray it would be a path. Draws on disk, of `sample(..., store=)`, are read into memory.
 
         Args:
             log_likelihood: compute the pointwise log likelihood, where the target is a NumPyro model whose sites the
@@ -100,8 +102,9 @@ class Draws:
         """
         import arviz_base
 
+        posterior = {name: np.asarray(value) for name, value in self.variables.items()}  # zarr arrays are read
         groups: dict[str, Mapping[str, Any]] = {
-            "posterior": self.variables,
+            "posterior": posterior,
             "sample_stats": statistics(self.stats),
         }
         if self.tuned is not None:
@@ -111,17 +114,21 @@ class Draws:
         if model is not None and self.target is not None:
             observed = model.observed(self.target.data)
             if observed:
-                groups["observed_data"] = observed
-            has_sites = set(model.template(self.target.data)) <= set(self.variables)
+                groups["observed_data"] = variables(observed)
+            sites = model.template(self.target.data)
+            has_sites = set(map(_plain, sites)) <= set(posterior)
             if observed and log_likelihood and has_sites:
-                groups["log_likelihood"] = jax.tree.map(
-                    np.asarray, _log_likelihood(self.target, {name: self[name] for name in self.variables})
-                )
+                pointwise = _log_likelihood(self.target, {site: posterior[_plain(site)] for site in sites})
+                groups["log_likelihood"] = jax.tree.map(np.asarray, variables(pointwise))
         dims = self.target.dims if self.target is not None else {}
         coords = self.target.coords if self.target is not None else {}
         attrs = {"inference_library": "bayesinf", "status": self.status, **self.attrs}
         return arviz_base.from_dict(
-            groups, dims=dims, coords=coords, attrs={"posterior": attrs}, check_conventions=False
+            groups,
+            dims={_plain(name): list(map(_plain, axes)) for name, axes in dims.items()},
+            coords={_plain(name): values for name, values in coords.items()},
+            attrs={"posterior": attrs},
+            check_conventions=False,
         )
 
     def summary(self, var_names: list[str] | None = None) -> "pandas.DataFrame":
@@ -166,14 +173,19 @@ class Draws:
 
 
 def variables(samples: PyTree) -> dict[str, Any]:
-    """The leaves of a pytree by name: keys joined by dots; a bare array is called "x"."""
+    """The leaves of a pytree by name: keys joined by dots, slashes in them too; a bare array is called "x"."""
     leaves = jax.tree_util.tree_leaves_with_path(samples)
-    return {".".join(map(_key_name, path)) or "x": leaf for path, leaf in leaves}
+    return {_plain(".".join(map(_key_name, path))) or "x": leaf for path, leaf in leaves}
 
 
 def statistics(stats: dict[str, PyTree]) -> dict[str, Any]:
     """The leaves of the statistics by their names in ArviZ's schema."""
     return {_ARVIZ_STATS.get(name, name): leaf for name, leaf in variables(stats).items()}
+
+
+def _plain(name: str) -> str:
+    """A name without slashes, which stand for a path in xarray, netCDF and zarr."""
+    return name.replace("/", ".")
 
 
 def _key_name(entry: Any) -> str:

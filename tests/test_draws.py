@@ -1,12 +1,14 @@
 """Draws: names, ArviZ, disk."""
 
 import arviz_stats
+import h5netcdf
 import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import pytest
 import xarray
+from numpyro.handlers import scope
 
 import bayesinf as bi
 
@@ -85,6 +87,51 @@ def test_saved_and_loaded(draws, tmp_path):
     assert np.array_equal(loaded.stats["is_divergent"], draws.stats["is_divergent"])
     assert loaded.status == "complete"
     assert loaded.summary().equals(draws.summary())
+
+
+def test_file_is_as_arviz_0_23_reads_it(draws, tmp_path):
+    """It takes the groups below the root one by one, with axes chain, draw, ... and types of plain netCDF-4."""
+    draws.save(tmp_path / "run.nc")
+    with h5netcdf.File(tmp_path / "run.nc", "r") as file:
+        groups = list(file.groups)
+        assert set(groups) == {"posterior", "sample_stats", "observed_data", "log_likelihood"}
+        assert not file.variables
+        assert not any(group.groups for group in file.groups.values())
+    for name in groups:
+        with xarray.open_dataset(tmp_path / "run.nc", group=f"//{name}", engine="h5netcdf") as group:
+            for value in group.data_vars.values():
+                assert value.dims[:2] == ("chain", "draw") or name == "observed_data"
+                assert value.dtype.kind in "bif"
+            for label in {"chain", "draw"} & set(group.dims):
+                assert group[label].dtype == np.int64
+                assert np.array_equal(group[label], np.arange(group.sizes[label]))
+            for attribute in group.attrs.values():
+                assert isinstance(attribute, str | np.number) or attribute.dtype.kind in "if"
+
+
+def test_draws_on_disk_are_saved_with_their_log_likelihood(tmp_path):
+    target = bi.Target.from_numpyro(model, X, Y)
+    kernel = bi.kernels.MALA(target, step_size=0.01)
+    stored = bi.sample(0, kernel, target.init(1, 2), num_samples=5, progress=False, store=tmp_path / "run")
+    pointwise = stored.to_arviz()["log_likelihood"]["y"]
+    stored.save(tmp_path / "run.nc")
+    assert np.array_equal(bi.Draws.load(tmp_path / "run.nc")["slope"], stored["slope"][:])
+    expected = dist.Normal(stored["slope"][1, 3] * X, stored["scale"][1, 3]).log_prob(Y)
+    assert np.allclose(pointwise[1, 3], expected, rtol=1e-4)
+
+
+def test_slashes_of_a_scope_become_dots(tmp_path):
+    target = bi.Target.from_numpyro(scope(model, prefix="left"), X, Y)
+    kernel = bi.kernels.MALA(target, step_size=0.01)
+    draws = bi.sample(0, kernel, target.init(1, 2), num_samples=5, progress=False)
+    assert np.array_equal(draws["left.scale"], draws.samples["left/scale"])
+    assert draws["left/scale"] is draws["left.scale"]
+    draws.save(tmp_path / "run.nc")
+    assert np.array_equal(bi.Draws.load(tmp_path / "run.nc")["left/scale"], draws["left.scale"])
+    pointwise = draws.to_arviz()["log_likelihood"]["left.y"]
+    assert pointwise.dims == ("chain", "draw", "left.day")
+    expected = dist.Normal(draws["left.slope"][1, 3] * X, draws["left.scale"][1, 3]).log_prob(Y)
+    assert np.allclose(pointwise[1, 3], expected, rtol=1e-4)
 
 
 def test_repr_says_what_is_there(draws):
