@@ -24,7 +24,13 @@ _MAX_BATCHES = 128
 
 
 class MomentsState(NamedTuple):
-    """Count, mean and sum of squared deviations of what has been seen."""
+    """What `Moments` keeps of the values that it has seen.
+
+    Attributes:
+        count: their number, int32.
+        mean: a pytree like one value.
+        deviation: the sum of squared deviations from the mean, a pytree like one value.
+    """
 
     count: Int[Array, ""]  # type: ignore[assignment]
     mean: PyTree
@@ -33,6 +39,10 @@ class MomentsState(NamedTuple):
 
 class Moments(eqx.Module):
     """Running mean and variance of a function of the draws: a reducer for runs that keep none (Welford's recursion).
+
+        mean_n = mean_{n-1} + (x_n - mean_{n-1}) / n,   deviation_n = deviation_{n-1} + (x_n - mean_{n-1})(x_n - mean_n)
+
+    For `sample(..., reducers=[Moments()])`, which gives its result for each chain in `Draws.reduced`.
 
     Args:
         statistic: function of one collected draw, any pytree of arrays; the draw itself by default.
@@ -47,6 +57,9 @@ class Moments(eqx.Module):
         >>> mean, variance = moments.result(state)
         >>> float(mean), float(variance)
         (2.5, 3.25)
+
+    References:
+        Welford (1962), doi:10.1080/00401706.1962.10490022.
     """
 
     statistic: Callable[[PyTree], PyTree] = eqx.field(static=True, converter=captured, default=lambda draw: draw)
@@ -65,16 +78,34 @@ class Moments(eqx.Module):
         return MomentsState(count, mean, deviation)
 
     def result(self, state: MomentsState) -> tuple[PyTree, PyTree]:
-        """(mean, variance with n - 1)."""
+        """(mean, variance with n - 1), each a pytree like one value; the variance of a single value is NaN."""
         return state.mean, jax.tree.map(lambda s: s / (state.count - 1), state.deviation)
 
 
 class SplitRHat:
     """Split R-hat of all components, fed with batches of draws.
 
+        R-hat = sqrt( (n - 1) / n + (variance of the means of the half-chains) / (mean of their variances) )
+
+    with n draws in a half-chain. Near 1 the chains agree; it is NaN where a draw is not finite, and +inf where chains
+    are stuck at different points.
+
     Keeps mean and squared deviation of every component, chain and batch; of many batches neighbours are merged, so
     that memory and time do not grow with the run. The chains are split at the batch nearest to their middle, so a drift
     within the chains is seen as well as a difference between them. Runs on the host in float64.
+
+    Example:
+        >>> import numpy as np
+        >>> from bayesinf.diagnostics import SplitRHat
+        >>> rng = np.random.default_rng(0)
+        >>> r_hat = SplitRHat()
+        >>> for _ in range(2):  # of two chains, the second component does not mix
+        ...     r_hat.update(rng.normal([[[0.0, 0.0]], [[0.0, 3.0]]], size=(2, 500, 2)))
+        >>> (r_hat.value() < 1.01).tolist()
+        [True, False]
+
+    References:
+        Gelman et al. (2013), Bayesian Data Analysis, 3rd ed., section 11.4.
     """
 
     def __init__(self) -> None:
@@ -82,7 +113,7 @@ class SplitRHat:
         self._size = 0  # a batch of fewer draws takes in the next
 
     def update(self, draws: Float[np.ndarray, "c n d"]) -> None:
-        """Takes in a batch of n draws of d components from c chains."""
+        """Takes in a batch: draws of shape (chains, draws, components); the number of draws may change."""
         if draws.shape[1] == 0:
             return
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite makes R-hat NaN, which says so

@@ -29,14 +29,22 @@ K = TypeVar("K", bound="Kernel")
 
 
 class Evaluation(NamedTuple):
-    """A target's log density, and its gradient where one was asked for, at one position."""
+    """What a target says of one position.
+
+    Attributes:
+        logdensity: log pi(x) up to a constant; a scalar.
+        grad: its gradient, a pytree like the position; None where only the log density was asked for.
+    """
 
     logdensity: Float[Array, ""]
     grad: PyTree = None
 
 
 class Info(NamedTuple):
-    """What a diagnostic may want from one step.
+    """What a diagnostic may want from one step; `sample` keeps it of every draw as `Draws.stats`.
+
+    A kernel that has more to say returns a NamedTuple of its own, the first four of these among its fields. All are
+    scalars, in the types given here.
 
     Attributes:
         acceptance_rate: the probability with which the proposal is accepted; 1 for kernels that always move.
@@ -46,6 +54,14 @@ class Info(NamedTuple):
         log_work: log density of the reversed step minus that of the step, log r(x' -> x) - log q(x -> x'), where a
             path weight exists, else None. Along a path with targets pi_0, ..., pi_n the weight
             log pi_n(x_n) - log pi_0(x_0) + sum log_work has mean-exp Z_n / Z_0, for unadjusted kernels too.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> kernel = bi.kernels.LMC(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), step_size=0.1)
+        >>> _, info = kernel.step(jax.random.key(0), kernel.init(jnp.ones(3)))
+        >>> float(info.acceptance_rate), bool(info.is_divergent)
+        (1.0, False)
     """
 
     acceptance_rate: Float[Array, ""]
@@ -58,12 +74,40 @@ class Info(NamedTuple):
 class Kernel(eqx.Module):
     """Abstract transition kernel; concrete kernels are final.
 
+    To write one, declare what it samples and its parameters as fields, and give it `init` and `step`. Fields that are
+    converted to arrays are arguments of the compiled programs; the class attributes say what drivers may do with it.
+    Then it warms up, composes, and runs in `sample`, and `conformance.contract` tells whether it keeps the protocol.
+
     Class attributes:
         target_acceptance: the acceptance rate that warm-up tunes the step size to; None where there is none to tune.
         is_sequential: whether several chains run faster one by one (on threads) than vectorised on a CPU, as is the
             case for kernels that branch, loop or gather.
         is_self_reverse: whether `log_work` compares a step with one of this same kernel, backwards; such a kernel may
             be adjusted by `Metropolize`.
+
+    Example:
+        >>> import equinox as eqx, jax, jax.numpy as jnp
+        >>> from typing import ClassVar, NamedTuple
+        >>> import bayesinf as bi
+        >>> from bayesinf.kernel import Evaluation, accept
+        >>> class State(NamedTuple):
+        ...     position: jax.Array
+        ...     evaluation: Evaluation
+        >>> class RandomWalk(bi.Kernel):
+        ...     target_acceptance: ClassVar[float | None] = 0.234
+        ...     target: bi.Target
+        ...     step_size: jax.Array = eqx.field(converter=jnp.asarray)
+        ...     def init(self, position):
+        ...         return State(position, self.target.evaluate(position))
+        ...     def step(self, key, state):
+        ...         key_move, key_accept = jax.random.split(key)
+        ...         move = self.step_size * jax.random.normal(key_move, state.position.shape)
+        ...         proposed = self.init((state.position + move).astype(state.position.dtype))
+        ...         log_ratio = proposed.evaluation.logdensity - state.evaluation.logdensity
+        ...         return accept(key_accept, log_ratio, proposed, state, num_gradients=0)
+        >>> kernel = RandomWalk(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), step_size=1.0)
+        >>> bi.sample(0, kernel, jnp.zeros((4, 2)), num_samples=100, num_warmup=100, progress=False).num_chains
+        4
     """
 
     target_acceptance: ClassVar[float | None] = None
@@ -109,6 +153,9 @@ def accept(
         log_ratio: log of pi(y) q(y, x) / (pi(x) q(x, y)).
         proposed, current: states with `.evaluation`, of the same structure.
         num_gradients: what the proposal cost.
+
+    Returns:
+        The state that was decided for, and its `Info`; `log_work` is that of a reversible move.
     """
     old, new = current.evaluation.logdensity, proposed.evaluation.logdensity  # type: ignore[attr-defined]
     is_outside = jnp.isneginf(new)
@@ -140,6 +187,9 @@ def keep_finite(
         num_gradients: what the move cost.
         log_work: of the move; 0 if it is undone.
         evaluations: all that the move has made; by default `proposed.evaluation`.
+
+    Returns:
+        The state and its `Info`, with acceptance rate 1 or 0.
     """
     if evaluations is None:
         evaluations = [proposed.evaluation]  # type: ignore[attr-defined]

@@ -122,6 +122,10 @@ def draw_backward(
 ) -> Int[Array, "n m"]:
     """Draws `num_draws` independent backward indices for every particle at time t.
 
+        J_i^1, ..., J_i^m  ~  Cat( W_{t-1}^l m_t(X_{t-1}^l, X_t^i),  l = 1..N )
+
+    or, for "mcmc", one Metropolis-Hastings step towards that law; see `bayesinf.kernels.backward`.
+
     Args:
         key: PRNG key.
         model: its transition law is m_t.
@@ -137,6 +141,20 @@ def draw_backward(
 
     Returns:
         Indices in [0, N), int32, of shape (n, m).
+
+    Raises:
+        ValueError: `method` is unknown, or `num_draws` no whole number of at least 1.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> model = bi.models.StochasticVolatility(mean=0.0, persistence=0.9, scale=0.1)
+        >>> before = jnp.array([-1.0, 0.0, 1.0])  # from which 0.9 is reached with mean -0.9, 0, 0.9
+        >>> now, ancestors = jnp.array([0.9, 0.01]), jnp.array([2, 1])
+        >>> bi.kernels.draw_backward(
+        ...     jax.random.key(0), model, before, jnp.zeros(3), now, jnp.array(1), ancestors, num_draws=4
+        ... ).tolist()
+        [[2, 2, 2, 2], [1, 1, 1, 1]]
 
     References:
         Dau and Chopin (2023), doi:10.1214/23-EJS2173.

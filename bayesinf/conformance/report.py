@@ -82,12 +82,24 @@ class Report:
 def mean_p_value(samples: ArrayLike, truth: ArrayLike) -> float:
     """The two-sided p-value of a t-test that independent replicates have mean `truth`.
 
+        t = (mean - truth) / (sd / sqrt(n)),    compared with Student's t of n - 1 degrees of freedom
+
+    Exact for Gaussian replicates, and for others as n grows. Replicates that do not vary count as p = 0, equal to the
+    truth or not: nothing passes by being undefined.
+
     Args:
         samples: shape (n, ...), n independent replicates; every trailing component is tested.
         truth: the exact mean, of the trailing shape or broadcast to it.
 
     Returns:
         The smallest p-value over the components, times their number (Bonferroni), at most 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from bayesinf.conformance import FALSE_ALARM, mean_p_value
+        >>> samples = np.random.default_rng(0).exponential(size=(1_000, 2))
+        >>> mean_p_value(samples, [1.0, 1.0]) > FALSE_ALARM, mean_p_value(samples, [1.0, 1.3]) > FALSE_ALARM
+        (True, False)
     """
     values = np.asarray(samples, np.float64)
     p_values = np.atleast_1d(scipy.stats.ttest_1samp(values, np.asarray(truth, np.float64), axis=0).pvalue)  # pyright: ignore[reportAttributeAccessIssue]
