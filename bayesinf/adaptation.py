@@ -81,8 +81,8 @@ class StepSize(Warmup):
         target_acceptance: in (0, 1).
     """
 
-    num_warmup: Int[Array, ""] = eqx.field(converter=jnp.asarray)
-    target_acceptance: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    num_warmup: Int[Array, ""] = eqx.field(converter=errors.as_array("num_warmup"))
+    target_acceptance: Float[Array, ""] = eqx.field(converter=errors.as_array("target_acceptance"))
 
     def __check_init__(self):
         errors.check_fraction("target_acceptance", self.target_acceptance)

@@ -5,7 +5,7 @@ loop; inside compiled loops failures are counted and raised once, by the driver,
 Values are checked only when they are concrete: under `jit` or `vmap` a value is unknown and the check is skipped.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ __all__ = [
     "KeyLike",
     "SamplingError",
     "SamplingWarning",
+    "as_array",
     "as_arrays",
     "as_key",
     "check_choice",
@@ -97,6 +98,21 @@ def as_key(key: Any) -> Key[Array, ""]:
     if key.shape != ():
         raise ValueError(f"key must be a single key, got an array of keys of shape {key.shape}; pass one of them")
     return key
+
+
+def as_array(name: str, *, is_optional: bool = False, is_floating: bool = False) -> Callable[[Any], Any]:
+    """A converter for the field `name`: to an array, of floating point if asked, or None where it may be left out."""
+
+    def convert(value: Any) -> Any:
+        if value is None and is_optional:
+            return None
+        try:
+            array = jnp.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} must be a number or an array of numbers, got {value!r}") from error
+        return array.astype(jnp.result_type(array, 1.0)) if is_floating else array
+
+    return convert
 
 
 def as_arrays(name: str, tree: PyTree) -> PyTree:

@@ -119,9 +119,10 @@ def killing(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: 
 
     Needs num_samples = N.
     """
-    if num_samples != log_weights.shape[0]:
+    log_weights = errors.as_array("log_weights", is_floating=True)(log_weights)
+    if num_samples != log_weights.size:
         raise ValueError(
-            f"num_samples must be the number of particles {log_weights.shape[0]} for killing, which keeps "
+            f"num_samples must be the number of particles {log_weights.size} for killing, which keeps "
             f"each particle in its place, got {num_samples}; use systematic resampling to change their number"
         )
     return _draw(_killing, key, log_weights, num_samples)
@@ -164,6 +165,7 @@ def invert64(masses: Float[Array, " n"], points: Float[Array, "..."]) -> Int[Arr
 
 def _draw(scheme: Callable[..., Array], key, log_weights: Array, num_samples: int) -> Array:
     num_samples = errors.check_count("num_samples", num_samples)
+    log_weights = errors.as_array("log_weights", is_floating=True)(log_weights)
     if log_weights.ndim != 1 or log_weights.shape[0] == 0:
         raise ValueError(f"log_weights must have shape (N,) with N >= 1, got {log_weights.shape}; vmap for more axes")
     if errors.is_concrete(log_weights) and not np.any(np.isfinite(log_weights)):

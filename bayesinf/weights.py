@@ -5,27 +5,32 @@ are. Where no weight is left, `log_mean_exp` is -inf, `ess` is 0 and `normalize`
 gradients of these are zero there.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from bayesinf import errors
 
 __all__ = ["clean", "compensated_sum", "ess", "is_degenerate", "log_mean_exp", "normalize", "num_invalid", "pareto_k"]
 
 
 def clean(log_weights: Float[Array, "..."]) -> Float[Array, "..."]:
     """The log weights with NaN and +inf replaced by -inf."""
+    log_weights = _as_floating("log_weights")(log_weights)
     return jnp.where(_is_weight(log_weights), log_weights, -jnp.inf)
 
 
 def num_invalid(log_weights: Float[Array, "..."], axis: int = -1) -> Int[Array, "..."]:
     """How many log weights are NaN or +inf; -inf is an ordinary weight of zero."""
-    return jnp.sum(~_is_weight(log_weights), axis, dtype=jnp.int32)
+    return jnp.sum(~_is_weight(_as_floating("log_weights")(log_weights)), axis, dtype=jnp.int32)
 
 
 def is_degenerate(log_weights: Float[Array, "..."], axis: int = -1) -> Bool[Array, "..."]:
     """Whether no weight is positive."""
-    return ~jnp.any(jnp.isfinite(log_weights), axis)
+    return ~jnp.any(jnp.isfinite(_as_floating("log_weights")(log_weights)), axis)
 
 
 def log_mean_exp(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
@@ -37,7 +42,7 @@ def log_mean_exp(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
         >>> float(weights.log_mean_exp(jnp.array([1000.0, 1000.0])))
         1000.0
     """
-    scaled, shift = _scale(x, axis)
+    scaled, shift = _scale("x", x, axis)
     mean = jnp.mean(scaled, axis)
     is_positive = mean > 0
     return jnp.where(is_positive, jnp.log(jnp.where(is_positive, mean, 1.0)) + jnp.squeeze(shift, axis), -jnp.inf)
@@ -53,9 +58,10 @@ def normalize(log_weights: Float[Array, "..."], axis: int = -1) -> tuple[Float[A
     Returns:
         (log_normalized, log_mean), the second without the axis.
     """
+    log_weights = clean(log_weights)
     log_mean = log_mean_exp(log_weights, axis)
     log_total = jnp.where(jnp.isfinite(log_mean), log_mean, 0.0) + jnp.log(log_weights.shape[axis])
-    return clean(log_weights) - jnp.expand_dims(log_total, axis), log_mean
+    return log_weights - jnp.expand_dims(log_total, axis), log_mean
 
 
 def ess(log_weights: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
@@ -67,10 +73,10 @@ def ess(log_weights: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]
         >>> float(weights.ess(jnp.array([0.0, 0.0, -jnp.inf, jnp.nan])))
         2.0
     """
-    scaled, _ = _scale(log_weights, axis)
+    scaled, _ = _scale("log_weights", log_weights, axis)
     squares = jnp.sum(scaled**2, axis)  # at least 1, unless there is no weight
     ratio = jnp.sum(scaled, axis) ** 2 / jnp.where(squares > 0, squares, 1.0)
-    return jnp.minimum(ratio, log_weights.shape[axis])
+    return jnp.minimum(ratio, scaled.shape[axis])
 
 
 def compensated_sum(x: Float[Array, "t ..."]) -> Float[Array, "..."]:
@@ -117,13 +123,18 @@ def pareto_k(log_weights: Float[ArrayLike, " n"]) -> float:
         return float("-inf")
 
 
+_as_floating = partial(errors.as_array, is_floating=True)
+
+
 def _is_weight(log_weights: Array) -> Array:
     return log_weights < jnp.inf  # false for NaN too
 
 
-def _scale(log_weights: Array, axis: int) -> tuple[Array, Array]:
+def _scale(name: str, log_weights: Array, axis: int) -> tuple[Array, Array]:
     """The weights over the largest one, and the log of the largest one (0 if there is none)."""
-    log_weights = clean(log_weights)
+    log_weights = clean(_as_floating(name)(log_weights))
+    if 0 in log_weights.shape:
+        raise ValueError(f"{name} must hold at least one weight, got shape {log_weights.shape}")
     shift = jax.lax.stop_gradient(jnp.max(log_weights, axis, keepdims=True))
     shift = jnp.where(jnp.isfinite(shift), shift, 0.0)
     return jnp.exp(log_weights - shift), shift

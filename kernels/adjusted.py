@@ -159,9 +159,9 @@ class GHMC(Kernel):
     target_acceptance: ClassVar[float | None] = 0.95
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    friction: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
-    inverse_mass: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
+    friction: Float[Array, ""] = eqx.field(converter=errors.as_array("friction"), default=1.0)
+    inverse_mass: Float[Array, ""] = eqx.field(converter=errors.as_array("inverse_mass"), default=1.0)
 
     def __check_init__(self):
         check_parameters(self)
@@ -205,10 +205,10 @@ class MALT(Kernel):
     target_acceptance: ClassVar[float | None] = 0.651
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
     num_steps: int = eqx.field(static=True, default=10)
-    friction: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
-    inverse_mass: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
+    friction: Float[Array, ""] = eqx.field(converter=errors.as_array("friction"), default=1.0)
+    inverse_mass: Float[Array, ""] = eqx.field(converter=errors.as_array("inverse_mass"), default=1.0)
 
     def __check_init__(self):
         errors.check_count("num_steps", self.num_steps)

@@ -48,7 +48,7 @@ class Barker(Kernel):
     target_acceptance: ClassVar[float | None] = 0.574
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
 
     def __check_init__(self):
         errors.check_positive_scalar("step_size", self.step_size)

@@ -144,7 +144,9 @@ class Mixture(Kernel):
 
     def __init__(self, kernels: Sequence[Any], weights: Any = None, target: Target | None = None):
         self.kernels, self.target = gather_parts("kernels", kernels, target)
-        self.weights = jnp.ones(len(self.kernels)) if weights is None else jnp.asarray(weights, float)
+        self.weights = (
+            jnp.ones(len(self.kernels)) if weights is None else errors.as_array("weights", is_floating=True)(weights)
+        )
         if self.weights.shape != (len(self.kernels),):
             raise ValueError(
                 f"weights must be one number for each kernel, of shape ({len(self.kernels)},), "

@@ -36,7 +36,7 @@ class Guaranteed(Warmup):
         m, M: bounds of the Hessian of -log pi; None where they are measured at the starting positions.
     """
 
-    eps: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    eps: Float[Array, ""] = eqx.field(converter=errors.as_array("eps"))
     m: Float[Array, ""] | None = None
     M: Float[Array, ""] | None = None
 

@@ -93,9 +93,9 @@ class KineticLangevin(Kernel):
     is_self_reverse: ClassVar[bool] = True
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    friction: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
-    inverse_mass: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
+    friction: Float[Array, ""] = eqx.field(converter=errors.as_array("friction"), default=1.0)
+    inverse_mass: Float[Array, ""] = eqx.field(converter=errors.as_array("inverse_mass"), default=1.0)
 
     def __check_init__(self):
         check_parameters(self)
@@ -148,9 +148,9 @@ class Splitting(Kernel):
 
     word: str = eqx.field(static=True)
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    friction: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
-    inverse_mass: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
+    friction: Float[Array, ""] = eqx.field(converter=errors.as_array("friction"), default=1.0)
+    inverse_mass: Float[Array, ""] = eqx.field(converter=errors.as_array("inverse_mass"), default=1.0)
 
     def __check_init__(self):
         _check_word(self.word)

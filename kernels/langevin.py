@@ -57,7 +57,7 @@ class LMC(Kernel):
     is_self_reverse: ClassVar[bool] = True
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
 
     def __check_init__(self):
         errors.check_positive_scalar("step_size", self.step_size)
@@ -95,7 +95,7 @@ class MALA(Kernel):
     target_acceptance: ClassVar[float | None] = 0.574
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
 
     def __check_init__(self):
         errors.check_positive_scalar("step_size", self.step_size)

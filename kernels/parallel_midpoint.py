@@ -57,7 +57,7 @@ class ParallelMidpoint(Kernel):
     """
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
     num_nodes: int = eqx.field(static=True, default=4)
     num_sweeps: int = eqx.field(static=True, default=3)
 

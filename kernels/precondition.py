@@ -56,9 +56,7 @@ class Precondition(Kernel):
     """
 
     kernel: Any
-    scale: Float[Array, "..."] | None = eqx.field(
-        converter=lambda scale: None if scale is None else jnp.asarray(scale), default=None
-    )
+    scale: Float[Array, "..."] | None = eqx.field(converter=errors.as_array("scale", is_optional=True), default=None)
 
     def __check_init__(self):
         if getattr(self.kernel, "target", None) is None or not hasattr(self.kernel, "with_target"):

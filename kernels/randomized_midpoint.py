@@ -51,7 +51,7 @@ class RandomizedMidpoint(Kernel):
     """
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
 
     def __check_init__(self):
         errors.check_positive_scalar("step_size", self.step_size)
@@ -105,9 +105,9 @@ class RandomizedMidpointKinetic(Kernel):
     """
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    friction: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
-    inverse_mass: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
+    friction: Float[Array, ""] = eqx.field(converter=errors.as_array("friction"), default=1.0)
+    inverse_mass: Float[Array, ""] = eqx.field(converter=errors.as_array("inverse_mass"), default=1.0)
 
     def __check_init__(self):
         check_parameters(self)

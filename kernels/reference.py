@@ -30,10 +30,6 @@ from bayesinf.target import Target, as_target
 __all__ = ["HMC", "NUTS", "HMCInfo", "NUTSInfo"]
 
 
-def _as_diagonal(matrix: Any) -> Any:
-    return None if matrix is None else jnp.asarray(matrix)
-
-
 class HMCInfo(NamedTuple):
     """What one HMC step tells.
 
@@ -95,8 +91,10 @@ class HMC(Kernel):
     target_acceptance: ClassVar[float | None] = 0.8
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    inverse_mass_matrix: Float[Array, " d"] | None = eqx.field(converter=_as_diagonal, default=None)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
+    inverse_mass_matrix: Float[Array, " d"] | None = eqx.field(
+        converter=errors.as_array("inverse_mass_matrix", is_optional=True), default=None
+    )
     num_integration_steps: int = eqx.field(static=True, default=10)
 
     def __check_init__(self):
@@ -146,8 +144,10 @@ class NUTS(Kernel):
     is_sequential: ClassVar[bool] = True
 
     target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    inverse_mass_matrix: Float[Array, " d"] | None = eqx.field(converter=_as_diagonal, default=None)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
+    inverse_mass_matrix: Float[Array, " d"] | None = eqx.field(
+        converter=errors.as_array("inverse_mass_matrix", is_optional=True), default=None
+    )
     max_num_doublings: int = eqx.field(static=True, default=10)
 
     def __check_init__(self):

@@ -11,8 +11,9 @@ References:
     Frühwirth-Schnatter (1994), doi:10.1111/j.1467-9892.1994.tb00184.x (backward sampling).
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -28,8 +29,8 @@ from bayesinf.models.state_space import StateSpaceModel, check_series
 __all__ = ["KalmanResult", "LinearGaussian", "SmootherResult", "kalman_filter", "rts_smoother", "sample_posterior"]
 
 
-def _floating(x) -> Array:
-    return jnp.asarray(x, jnp.result_type(x, 1.0))
+def _floating(name: str) -> Callable[[Any], Any]:
+    return errors.as_array(name, is_floating=True)
 
 
 class LinearGaussian(StateSpaceModel):
@@ -57,14 +58,14 @@ class LinearGaussian(StateSpaceModel):
         (20, 1)
     """
 
-    initial_mean: Float[Array, " d"] = eqx.field(converter=_floating)
-    initial_tril: Float[Array, "d d"] = eqx.field(converter=_floating)
-    transition_matrix: Float[Array, "d d"] = eqx.field(converter=_floating)
-    transition_tril: Float[Array, "d d"] = eqx.field(converter=_floating)
-    observation_matrix: Float[Array, "k d"] = eqx.field(converter=_floating)
-    observation_tril: Float[Array, "k k"] = eqx.field(converter=_floating)
-    transition_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=_floating)
-    observation_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=_floating)
+    initial_mean: Float[Array, " d"] = eqx.field(converter=_floating("initial_mean"))
+    initial_tril: Float[Array, "d d"] = eqx.field(converter=_floating("initial_tril"))
+    transition_matrix: Float[Array, "d d"] = eqx.field(converter=_floating("transition_matrix"))
+    transition_tril: Float[Array, "d d"] = eqx.field(converter=_floating("transition_tril"))
+    observation_matrix: Float[Array, "k d"] = eqx.field(converter=_floating("observation_matrix"))
+    observation_tril: Float[Array, "k k"] = eqx.field(converter=_floating("observation_tril"))
+    transition_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=_floating("transition_offset"))
+    observation_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=_floating("observation_offset"))
 
     def __check_init__(self):
         d, k = self.initial_mean.shape[-1:], self.observation_matrix.shape[-2:-1]
@@ -116,22 +117,23 @@ class LinearGaussian(StateSpaceModel):
             initial_scale: standard deviation of x_0; by default the stationary one, q / sqrt(1 - a^2), for |a| < 1.
         """
         if initial_scale is None:
-            if errors.is_concrete(persistence) and not abs(float(persistence)) < 1:
+            a = _floating("persistence")(persistence)
+            if errors.is_concrete(a) and not abs(float(a)) < 1:
                 raise ValueError(
                     f"persistence must lie in (-1, 1) for a stationary start, got {persistence}; give initial_scale"
                 )
-            initial_scale = transition_scale / jnp.sqrt(1.0 - _floating(persistence) ** 2)
+            initial_scale = transition_scale / jnp.sqrt(1.0 - a**2)
 
-        def matrix(value):
-            return _floating(value).reshape(1, 1)
+        def matrix(name: str, value: Any) -> Array:
+            return _floating(name)(value).reshape(1, 1)
 
         return cls(
-            _floating(initial_mean).reshape(1),
-            matrix(initial_scale),
-            matrix(persistence),
-            matrix(transition_scale),
-            matrix(observation_factor),
-            matrix(observation_scale),
+            _floating("initial_mean")(initial_mean).reshape(1),
+            matrix("initial_scale", initial_scale),
+            matrix("persistence", persistence),
+            matrix("transition_scale", transition_scale),
+            matrix("observation_factor", observation_factor),
+            matrix("observation_scale", observation_scale),
         )
 
     def initial(self):
@@ -172,7 +174,16 @@ class LinearGaussian(StateSpaceModel):
 
 
 class KalmanResult(NamedTuple):
-    """Filtered laws N(m_t, P_t) of x_t given y_0..y_t, and predicted ones of x_t given y_0..y_{t-1}."""
+    """What `kalman_filter` finds: Gaussian laws of x_t, their covariances P as factors L with P = L L^T.
+
+    Attributes:
+        log_evidence: log p(y_0..y_{T-1}); a scalar.
+        log_evidence_increments: log p(y_t | y_0..y_{t-1}), shape (T,); 0 where y_t is missing.
+        filtered_means: of x_t given y_0..y_t, shape (T, d).
+        filtered_trils: their factors, shape (T, d, d).
+        predicted_means: of x_t given y_0..y_{t-1}, shape (T, d); at t = 0 that of x_0.
+        predicted_trils: their factors, shape (T, d, d).
+    """
 
     log_evidence: Float[Array, ""]
     log_evidence_increments: Float[Array, " t"]
@@ -183,7 +194,13 @@ class KalmanResult(NamedTuple):
 
 
 class SmootherResult(NamedTuple):
-    """Laws of x_t given all data: means, covariances, and Cov(x_t, x_{t+1}) for t = 0..T-2."""
+    """What `rts_smoother` finds: Gaussian laws of x_t, and of neighbours, given all data.
+
+    Attributes:
+        means: of x_t, shape (T, d).
+        covariances: of x_t, shape (T, d, d).
+        cross_covariances: Cov(x_t, x_{t+1}) for t = 0..T-2, shape (T - 1, d, d).
+    """
 
     means: Float[Array, "t d"]
     covariances: Float[Array, "t d d"]
@@ -191,29 +208,67 @@ class SmootherResult(NamedTuple):
 
 
 def kalman_filter(model: LinearGaussian, ys: Float[Array, "..."]) -> KalmanResult:
-    """The exact filter and log evidence.
+    """The exact law of x_t given y_0..y_t for every t, and the log evidence.
+
+        S_t = C P_{t|t-1} C^T + R,    K_t = P_{t|t-1} C^T S_t^{-1}
+        m_t = m_{t|t-1} + K_t (y_t - C m_{t|t-1} - d),    P_t = P_{t|t-1} - K_t S_t K_t^T
+        m_{t+1|t} = A m_t + b,    P_{t+1|t} = A P_t A^T + Q
+        log p(y_t | y_0..y_{t-1}) = log N(y_t; C m_{t|t-1} + d, S_t)
 
     Args:
         model: a linear Gaussian model.
         ys: observations, shape (T, k); NaN components are missing.
 
     Returns:
-        The filtered and predicted laws, and log p(y_0..y_t) by increments.
+        The filtered and predicted laws, and the log evidence with its increments.
 
     Raises:
-        ValueError: ys has the wrong shape, or infinite entries.
+        ValueError: model is no `LinearGaussian`, or ys has the wrong shape or infinite entries.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> model = bi.models.LinearGaussian.scalar(1.0, 1.0, observation_scale=1.0, initial_scale=1.0)
+        >>> filtered = bi.models.kalman_filter(model, jnp.array([[2.0], [jnp.nan]]))  # y_1 is missing
+        >>> [round(mean, 3) for mean in filtered.filtered_means[:, 0].tolist()]
+        [1.0, 1.0]
+        >>> [round(tril**2, 3) for tril in filtered.filtered_trils[:, 0, 0].tolist()]
+        [0.5, 1.5]
+
+    References:
+        Kalman (1960), doi:10.1115/1.3662552.
     """
     return _filter(model, _check(model, ys))
 
 
 def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."]) -> SmootherResult:
-    """The exact law of every x_t, and of every pair of neighbours, given all data.
+    """The exact law of every x_t, and of every pair of neighbours, given all data y.
 
-    Needs predicted covariances that are not singular.
+        G_t = P_t A^T P_{t+1|t}^{-1},    E[x_t | y] = m_t + G_t (E[x_{t+1} | y] - m_{t+1|t})
+        Cov(x_t | y) = P_t + G_t (Cov(x_{t+1} | y) - P_{t+1|t}) G_t^T,    Cov(x_t, x_{t+1} | y) = G_t Cov(x_{t+1} | y)
+
+    with the laws of `kalman_filter`. Needs predicted covariances P_{t+1|t} that are not singular.
 
     Args:
         model: a linear Gaussian model.
         ys: observations, shape (T, k); NaN components are missing.
+
+    Returns:
+        Means, covariances, and covariances of neighbours.
+
+    Raises:
+        ValueError: as of `kalman_filter`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> model = bi.models.LinearGaussian.scalar(1.0, 1.0, observation_scale=0.01, initial_scale=1.0)
+        >>> smoothed = bi.models.rts_smoother(model, jnp.array([[1.0], [jnp.nan], [2.0]]))
+        >>> [round(mean, 2) for mean in smoothed.means[:, 0].tolist()]  # what is missing lies in between
+        [1.0, 1.5, 2.0]
+
+    References:
+        Rauch, Tung and Striebel (1965), doi:10.2514/3.3166.
     """
     return _smooth(model, _check(model, ys))
 
@@ -223,14 +278,31 @@ def sample_posterior(
 ) -> Float[Array, "p t d"]:
     """Exact independent draws of x_0..x_{T-1} given all data, by filtering forward and sampling backward.
 
+        x_{T-1} ~ N(m_{T-1}, P_{T-1}),    x_t | x_{t+1} ~ N(m_t + G_t (x_{t+1} - m_{t+1|t}), P_t - G_t P_{t+1|t} G_t^T)
+
+    with m, P of `kalman_filter` and G of `rts_smoother`. Needs predicted covariances that are not singular.
+
     Args:
         key: PRNG key or seed.
         model: a linear Gaussian model.
         ys: observations, shape (T, k); NaN components are missing.
-        num_paths: how many.
+        num_paths: how many, at least 1.
 
     Returns:
         Paths of shape (num_paths, T, d).
+
+    Raises:
+        ValueError: `num_paths` is no whole number of at least 1; or as of `kalman_filter`.
+
+    Example:
+        >>> import bayesinf as bi
+        >>> model = bi.models.LinearGaussian.scalar(0.9, 0.5)
+        >>> _, ys = bi.models.simulate(0, model, num_steps=20)
+        >>> bi.models.sample_posterior(1, model, ys, num_paths=100).shape
+        (100, 20, 1)
+
+    References:
+        Frühwirth-Schnatter (1994), doi:10.1111/j.1467-9892.1994.tb00184.x.
     """
     errors.check_count("num_paths", num_paths)
     return _sample(errors.as_key(key), model, _check(model, ys), num_paths)

@@ -42,9 +42,9 @@ class StochasticVolatility(StateSpaceModel):
         (100,)
     """
 
-    mean: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    persistence: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    scale: Float[Array, ""] = eqx.field(converter=jnp.asarray)
+    mean: Float[Array, ""] = eqx.field(converter=errors.as_array("mean"))
+    persistence: Float[Array, ""] = eqx.field(converter=errors.as_array("persistence"))
+    scale: Float[Array, ""] = eqx.field(converter=errors.as_array("scale"))
 
     def __check_init__(self):
         errors.check_positive("scale", self.scale)

@@ -282,3 +282,11 @@ def test_bad_arguments_are_named():
         resampling.killing(0, LOG_W, 8)
     with pytest.raises(ValueError, match="integer seed"):
         resampling.systematic(-1, LOG_W, 4)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("method", resampling.SCHEMES)
+def test_lists_are_weights(method):
+    assert resampling.resample(0, [0, -np.inf], 2, method).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="log_weights must be a number or an array of numbers, got 'heavy'"):
+        resampling.resample(0, "heavy", 2, method)

@@ -109,3 +109,16 @@ def test_pareto_k_at_the_edges():
     assert weights.pareto_k(jnp.zeros(1000)) == -np.inf
     assert weights.pareto_k(jnp.where(jnp.arange(1000) < 10, 0.0, -jnp.inf)) == np.inf
     assert weights.pareto_k(jnp.array([])) == np.inf
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_lists_are_weights_and_nothing_is_none():
+    assert weights.ess([0, 0]) == 2
+    assert weights.num_invalid([0.0, jnp.nan]) == 1
+    assert not weights.is_degenerate([0.0, -jnp.inf])
+    np.testing.assert_allclose(weights.normalize([0.0, 0.0])[0], -jnp.log(2), rtol=1e-6)
+    for function in (weights.ess, weights.normalize, weights.log_mean_exp):
+        with pytest.raises(ValueError, match=r"must hold at least one weight, got shape \(0,\)"):
+            function(jnp.zeros(0))
+    with pytest.raises(ValueError, match="log_weights must be a number or an array of numbers, got 'heavy'"):
+        weights.ess("heavy")

@@ -1,0 +1,31 @@
+"""Conversions of arguments, which must name them."""
+
+import dataclasses
+import inspect
+
+import equinox as eqx
+import jax.numpy as jnp
+import pytest
+
+from bayesinf import errors, kernels, models
+
+
+def test_conversions_name_their_field():
+    classes = [value for room in (kernels, models) for value in vars(room).values() if inspect.isclass(value)]
+    num_tested = 0
+    for cls in classes:
+        for field in dataclasses.fields(cls) if issubclass(cls, eqx.Module) else ():
+            converter = field.metadata.get("converter")
+            if getattr(converter, "__qualname__", "").startswith("as_array."):
+                with pytest.raises(ValueError, match=f"^{field.name} must be a number or an array.*'large'"):
+                    converter("large")
+                num_tested += 1
+    assert num_tested > 20
+
+
+def test_arrays():
+    assert errors.as_array("step_size")(1).dtype == jnp.int32
+    assert errors.as_array("mean", is_floating=True)([1, 2]).dtype == jnp.result_type(float)
+    assert errors.as_array("metric", is_optional=True)(None) is None
+    with pytest.raises(ValueError, match=r"step_size must be a number.*got None"):
+        errors.as_array("step_size")(None)
