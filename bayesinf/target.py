@@ -35,6 +35,9 @@ class Target(eqx.Module):
             arrays that change between runs into `data`, not into the function: then they never recompile.
         data: any pytree of arrays.
 
+    Raises:
+        ValueError: `logdensity` is no function, or `data` holds what is no array of numbers.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> import bayesinf as bi
@@ -142,7 +145,11 @@ class Target(eqx.Module):
             radius: half the width of the box, in unconstrained space (Stan's default, 2).
             max_tries: draws per chain before giving up.
 
+        Returns:
+            A position whose leaves have a leading axis of chains, as `sample` takes it.
+
         Raises:
+            ValueError: an argument is out of range, or `template` is needed and missing or not of floating point.
             InitializationError: some chain found no finite point; names the sites whose log density or gradient is
                 not finite.
         """

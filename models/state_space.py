@@ -162,6 +162,10 @@ def simulate(key: errors.KeyLike, model: StateSpaceModel, num_steps: int) -> tup
     Returns:
         (xs, ys), each with leading axis T.
 
+    Raises:
+        ValueError: `num_steps` is no whole number of at least 1, or a method of `model` returns no law, or one without
+            a sampler, or laws of x_0 and x_t that differ in shape.
+
     Example:
         >>> import bayesinf as bi
         >>> xs, ys = bi.models.simulate(0, bi.models.StochasticVolatility(-1.0, 0.97, 0.2), num_steps=50)
