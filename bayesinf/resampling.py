@@ -75,49 +75,129 @@ def resample(
 
 
 def gather(tree: PyTree, indices: Int[Array, "..."]) -> PyTree:
-    """The rows `indices` of every leaf."""
+    """The rows `indices` of every leaf.
+
+    Args:
+        tree: a pytree of arrays with a leading axis of particles.
+        indices: any shape; clipped to the leading axis.
+
+    Returns:
+        The pytree with the axes of `indices` in place of the leading one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import resampling
+        >>> resampling.gather({"x": jnp.array([10.0, 20.0, 30.0])}, jnp.array([2, 2]))["x"].tolist()
+        [30.0, 30.0]
+    """
     return jax.tree.map(lambda leaf: jnp.take(leaf, indices, axis=0, mode="clip"), tree)
 
 
 def systematic(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
-    """Sorted indices at (j + u) / n for one uniform u; see `resample`."""
+    """Sorted indices: as many copies of i as points (j + u) / n, j = 0..n-1, fall on its part of the cumulative weights.
+
+    One uniform u serves all n points, so |copies - n W_i| < 1. Arguments, result and errors are those of `resample`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import resampling
+        >>> resampling.systematic(0, jnp.log(jnp.array([0.5, 0.0, 0.25, 0.25])), 4).tolist()
+        [0, 0, 2, 3]
+    """
     return _draw(_systematic, key, log_weights, num_samples)
 
 
 def stratified(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
-    """Sorted indices at (j + u_j) / n for independent uniforms; see `resample`."""
+    """Sorted indices, as `systematic` with points (j + u_j) / n and independent uniforms u_0..u_(n-1).
+
+    Arguments, result and errors are those of `resample`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import resampling
+        >>> resampling.stratified(0, jnp.log(jnp.array([0.5, 0.0, 0.25, 0.25])), 4).tolist()
+        [0, 0, 2, 3]
+    """
     return _draw(_stratified, key, log_weights, num_samples)
 
 
 def multinomial(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
-    """Independent indices in sorted order; see `resample`."""
+    """Independent indices, each i with probability W_i, in sorted order.
+
+    Arguments, result and errors are those of `resample`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import resampling
+        >>> indices = resampling.multinomial(0, jnp.log(jnp.array([0.5, 0.0, 0.25, 0.25])), 100).tolist()
+        >>> indices == sorted(indices), set(indices)
+        (True, {0, 2, 3})
+    """
     return _draw(_multinomial, key, log_weights, num_samples)
 
 
 def iid(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
-    """Independent indices in the order drawn, so that any of them may be singled out; see `resample`."""
+    """Independent indices, each i with probability W_i, in the order drawn, so that any of them may be singled out.
+
+    Arguments, result and errors are those of `resample`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import resampling
+        >>> indices = resampling.iid(0, jnp.log(jnp.array([0.5, 0.0, 0.25, 0.25])), 100).tolist()
+        >>> indices == sorted(indices), set(indices)
+        (False, {0, 2, 3})
+    """
     return _draw(_iid, key, log_weights, num_samples)
 
 
 def residual(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
-    """The whole copies, then independent indices with the remaining weights; see `resample`."""
+    """floor(n W_i) copies of each i, then independent indices with probabilities proportional to n W_i - floor(n W_i).
+
+    Arguments, result and errors are those of `resample`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import resampling
+        >>> resampling.residual(0, jnp.array([0.0, -jnp.inf, 0.0, 0.0]), 6).tolist()
+        [0, 0, 2, 2, 3, 3]
+    """
     return _draw(_residual, key, log_weights, num_samples)
 
 
 def ssp(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
-    """Srinivasan sampling process: the whole copies, then at most one more of each particle; see `resample`.
+    """Srinivasan sampling process: floor(n W_i) copies of each i, and one more with probability n W_i - floor(n W_i).
 
     The process settles the fractions of n W_i pair by pair along the particles. Its law is that of one draw from every
     unit interval of their cumulative sum, where a particle lying across two intervals is not taken twice (Chauvet):
-    that form needs no sequential loop.
+    that form needs no sequential loop. Arguments, result and errors are those of `resample`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import resampling
+        >>> resampling.ssp(0, jnp.log(jnp.array([0.5, 0.0, 0.25, 0.25])), 4).tolist()
+        [0, 0, 2, 3]
+
+    References:
+        Gerber, Chopin and Whiteley (2019), doi:10.1214/18-AOS1746.
+        Chauvet (2012), doi:10.1016/j.jspi.2011.12.003.
     """
     return _draw(_ssp, key, log_weights, num_samples)
 
 
 def killing(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
-    """Particle i stays in place i with probability w_i / max w, else an independent index comes; see `resample`.
+    """Particle i stays in place i with probability w_i / max w, else an index with probabilities W takes its place.
 
-    Needs num_samples = N.
+    Arguments, result and errors are those of `resample`.
+
+    Raises:
+        ValueError: num_samples is not N.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import resampling
+        >>> resampling.killing(0, jnp.array([0.0, 0.0, -jnp.inf, 0.0]), 4)[jnp.array([0, 1, 3])].tolist()
+        [0, 1, 3]
     """
     log_weights = errors.as_array("log_weights", is_floating=True)(log_weights)
     if num_samples != log_weights.size:

@@ -18,23 +18,76 @@ __all__ = ["clean", "compensated_sum", "ess", "is_degenerate", "log_mean_exp", "
 
 
 def clean(log_weights: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The log weights with NaN and +inf replaced by -inf."""
+    """The log weights with NaN and +inf replaced by -inf.
+
+    Args:
+        log_weights: any shape.
+
+    Returns:
+        Log weights of the same shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import weights
+        >>> weights.clean(jnp.array([-1.0, jnp.nan, jnp.inf])).tolist()
+        [-1.0, -inf, -inf]
+    """
     log_weights = _as_floating("log_weights")(log_weights)
     return jnp.where(_is_weight(log_weights), log_weights, -jnp.inf)
 
 
 def num_invalid(log_weights: Float[Array, "..."], axis: int = -1) -> Int[Array, "..."]:
-    """How many log weights are NaN or +inf; -inf is an ordinary weight of zero."""
+    """How many log weights are NaN or +inf; -inf is an ordinary weight of zero.
+
+    Args:
+        log_weights: any shape.
+        axis: the axis of particles.
+
+    Returns:
+        Counts, int32, without the axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import weights
+        >>> int(weights.num_invalid(jnp.array([0.0, -jnp.inf, jnp.nan, jnp.inf])))
+        2
+    """
     return jnp.sum(~_is_weight(_as_floating("log_weights")(log_weights)), axis, dtype=jnp.int32)
 
 
 def is_degenerate(log_weights: Float[Array, "..."], axis: int = -1) -> Bool[Array, "..."]:
-    """Whether no weight is positive."""
+    """Whether no weight is positive: every log weight is -inf, NaN or +inf.
+
+    Args:
+        log_weights: any shape.
+        axis: the axis of particles.
+
+    Returns:
+        Booleans, without the axis.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import weights
+        >>> weights.is_degenerate(jnp.array([[-jnp.inf, jnp.nan], [-jnp.inf, -1e30]])).tolist()
+        [True, False]
+    """
     return ~jnp.any(jnp.isfinite(_as_floating("log_weights")(log_weights)), axis)
 
 
 def log_mean_exp(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     """Log of the mean of exp(x); -inf where every x is -inf, NaN or +inf.
+
+        log( (1/n) sum_i exp(x_i) ) = max x + log( (1/n) sum_i exp(x_i - max x) )
+
+    Args:
+        x: any shape; NaN and +inf count as -inf, and in n.
+        axis: the axis of the mean.
+
+    Returns:
+        Log means, without the axis.
+
+    Raises:
+        ValueError: there are none to average.
 
     Example:
         >>> import jax.numpy as jnp
@@ -51,12 +104,24 @@ def log_mean_exp(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
 def normalize(log_weights: Float[Array, "..."], axis: int = -1) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """The log weights shifted so that the weights sum to one, and the log of their mean before.
 
+        log W_i = log w_i - log sum_j w_j,    log_mean = log( (1/n) sum_j w_j )
+
     Args:
         log_weights: any shape; unnormalised.
         axis: the axis of particles.
 
     Returns:
-        (log_normalized, log_mean), the second without the axis.
+        (log_normalized, log_mean), the second without the axis; -inf throughout where no weight is positive.
+
+    Raises:
+        ValueError: there are no weights.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import weights
+        >>> log_normalized, log_mean = weights.normalize(jnp.log(jnp.array([1.0, 3.0])))
+        >>> [round(weight, 3) for weight in jnp.exp(log_normalized).tolist()], round(float(jnp.exp(log_mean)), 3)
+        ([0.25, 0.75], 2.0)
     """
     log_weights = clean(log_weights)
     log_mean = log_mean_exp(log_weights, axis)
@@ -67,11 +132,24 @@ def normalize(log_weights: Float[Array, "..."], axis: int = -1) -> tuple[Float[A
 def ess(log_weights: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     """Effective sample size (sum w)^2 / sum w^2, between 1 and n; 0 where no weight is positive.
 
+    Args:
+        log_weights: any shape; unnormalised.
+        axis: the axis of particles.
+
+    Returns:
+        Effective sample sizes, without the axis.
+
+    Raises:
+        ValueError: there are no weights.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from bayesinf import weights
         >>> float(weights.ess(jnp.array([0.0, 0.0, -jnp.inf, jnp.nan])))
         2.0
+
+    References:
+        Kong, Liu and Wong (1994), doi:10.1080/01621459.1994.10476469.
     """
     scaled, _ = _scale("log_weights", log_weights, axis)
     squares = jnp.sum(scaled**2, axis)  # at least 1, unless there is no weight
@@ -84,6 +162,19 @@ def compensated_sum(x: Float[Array, "t ..."]) -> Float[Array, "..."]:
 
     What a series of 1e5 log-evidence increments in float32 needs: each partial sum would be rounded at the size of the
     whole.
+
+    Args:
+        x: shape (T, ...).
+
+    Returns:
+        Sums, without the leading axis, in the dtype of x.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import weights
+        >>> increments = jnp.concatenate([jnp.array([2.0**24]), jnp.ones(8)]).astype(jnp.float32)
+        >>> float(weights.compensated_sum(increments)) - 2.0**24
+        8.0
     """
     with jax.enable_x64(True):
         return jnp.sum(x.astype(jnp.float64), axis=0).astype(x.dtype)
