@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.infer import util
 
+from bayesinf import errors
 from bayesinf.captured import captured
 
 __all__ = ["NumPyroModel"]
@@ -38,13 +39,10 @@ class NumPyroModel:
         if not callable(model):
             raise ValueError(f"model must be a function of NumPyro primitives, got {type(model).__name__}")
         leaves, treedef = jax.tree.flatten((args, kwargs))
+        leaves = [_plain(leaf) for leaf in leaves]
         is_array = [isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves]
         static = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
-        try:
-            hash(static)
-        except TypeError as error:
-            raise ValueError(f"arguments of the model must be arrays or hashable, got {static}") from error
-        data = tuple(jnp.asarray(leaf) for leaf, array in zip(leaves, is_array, strict=True) if array)
+        data = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
         self = cls(captured(model), treedef, static)
         latent = self._latent(data)
         discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
@@ -179,6 +177,26 @@ def _shapes_of(model: NumPyroModel, data: tuple[tuple[tuple[int, ...], Any], ...
         return model.unconstrain({name: site["value"] for name, site in model._latent(data).items()}, data)
 
     return jax.eval_shape(position, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in data))
+
+
+def _plain(leaf: Any) -> Any:
+    """An argument of a model: an array if it is one, else as it is, to be hashed with the model."""
+    if hasattr(leaf, "columns"):
+        raise ValueError(
+            f"arguments of the model must be arrays or hashable, got a {type(leaf).__name__}; pass its columns as "
+            "arrays, such as table['column'].to_numpy()"
+        )
+    if not isinstance(leaf, np.ndarray | jax.Array):
+        try:
+            hash(leaf)
+            return leaf
+        except TypeError as error:
+            if not hasattr(leaf, "__array__"):
+                raise ValueError(
+                    f"arguments of the model must be arrays or hashable, got {type(leaf).__name__}"
+                ) from error
+            leaf = np.asarray(leaf)  # such as a column of a table
+    return errors.as_array("an argument of the model")(leaf)
 
 
 class _Array:

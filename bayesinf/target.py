@@ -7,6 +7,7 @@ compiles nothing.
 
 import dataclasses
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -54,8 +55,9 @@ class Target(eqx.Module):
     def __init__(self, logdensity: Callable[..., Any], data: PyTree = None):
         if not callable(logdensity):
             raise ValueError(f"logdensity must be a function of the position, got {type(logdensity).__name__}")
-        self.logdensity_fn = captured(logdensity)
         self.data = errors.as_arrays("data", data)
+        _check_arity(logdensity, "position" if data is None else "position, data")
+        self.logdensity_fn = captured(logdensity)
         self.model = None
         self._labels = ((), ())
 
@@ -91,14 +93,22 @@ class Target(eqx.Module):
     def logdensity(self, position: PyTree) -> Float[Array, ""]:
         """Log pi(position), up to a constant."""
         value = self.logdensity_fn(position) if self.data is None else self.logdensity_fn(position, self.data)
-        if jnp.shape(value) != ():
-            raise ValueError(f"logdensity must return a scalar, got shape {jnp.shape(value)}; sum over observations")
-        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-            raise ValueError(f"logdensity must return a floating-point number, got {jnp.result_type(value)}")
-        return jnp.asarray(value)
+        try:
+            value = jnp.asarray(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"logdensity must return a number, got {type(value).__name__}; is a return missing?"
+            ) from error
+        if value.shape != ():
+            raise ValueError(f"logdensity must return a scalar, got shape {value.shape}; sum over observations")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"logdensity must return a floating-point number, got {value.dtype}")
+        return value
 
     def evaluate(self, position: PyTree, order: int = 0) -> Evaluation:
         """The log density, and for order=1 its gradient, in one pass."""
+        if order not in (0, 1):
+            raise ValueError(f"order must be 0 or 1, got {order!r}; for more derivatives, jax.hessian of logdensity")
         if order == 0:
             return Evaluation(self.logdensity(position))
         return Evaluation(*jax.value_and_grad(self.logdensity)(position))
@@ -207,6 +217,19 @@ def as_target(target: Any) -> Any:
     if callable(target):
         return Target(target)
     raise ValueError(f"target must be a Target or a function of the position, got {type(target).__name__}")
+
+
+def _check_arity(function: Callable[..., Any], arguments: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built in, or of another language
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise ValueError(
+            f"logdensity must be called as logdensity({arguments}), but has {signature}: {error}"
+        ) from error
 
 
 def _with(target: Target, **fields: Any) -> Target:

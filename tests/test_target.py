@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro
 import numpyro.distributions as dist
+import pandas
 import pytest
 from numpyro import handlers
 from numpyro.infer import MCMC, NUTS
@@ -159,6 +160,42 @@ class TestBadInput:
     def test_not_floating(self):
         with pytest.raises(ValueError, match="must return a floating-point number, got int32"):
             bi.Target(lambda x: jnp.asarray(0, jnp.int32)).evaluate(jnp.zeros(2), order=1)
+
+    def test_nothing_returned(self):
+        with pytest.raises(ValueError, match=r"must return a number, got NoneType; is a return missing\?"):
+            bi.Target(lambda x: None).evaluate(jnp.zeros(2), order=1)
+
+    def test_order(self):
+        with pytest.raises(ValueError, match="order must be 0 or 1, got 2"):
+            bi.Target(lambda x: -jnp.sum(x**2)).evaluate(jnp.zeros(2), order=2)
+
+    @pytest.mark.parametrize(
+        ("function", "data", "message"),
+        [
+            (lambda: 0.0, None, r"called as logdensity\(position\), but has \(\)"),
+            (lambda x, y: 0.0, None, r"called as logdensity\(position\), but has \(x, y\)"),
+            (lambda x: 0.0, jnp.zeros(2), r"called as logdensity\(position, data\), but has \(x\)"),
+        ],
+    )
+    def test_arguments_of_the_function(self, function, data, message):
+        with pytest.raises(ValueError, match=message):
+            bi.Target(function, data)
+
+    def test_arguments_of_a_model(self):
+        def model(y):
+            numpyro.sample("y", dist.Normal(numpyro.sample("x", dist.Normal(0.0, 1.0)), 1.0), obs=y)
+
+        table = pandas.DataFrame({"y": [1.0, 2.0]})
+        with pytest.raises(ValueError, match=r"got a DataFrame; pass its columns as arrays"):
+            bi.Target.from_numpyro(model, table)
+        with pytest.raises(ValueError, match="must be arrays or hashable, got set"):
+            bi.Target.from_numpyro(model, {1.0, 2.0})
+        with pytest.raises(ValueError, match="must be a number or an array of numbers"):
+            bi.Target.from_numpyro(model, np.array(["a"]))
+        of_column = bi.Target.from_numpyro(model, table["y"])
+        of_array = bi.Target.from_numpyro(model, jnp.array([1.0, 2.0]))
+        position = {"x": jnp.asarray(0.3)}
+        assert of_column.logdensity(position) == of_array.logdensity(position)
 
     def test_data_are_not_numbers(self):
         with pytest.raises(ValueError, match=r"data\['a'\] must be an array of numbers"):
