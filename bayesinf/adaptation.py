@@ -30,12 +30,12 @@ __all__ = ["StepSize", "Tuned", "Warmup", "Window", "default_warmup", "has_metri
 
 
 class Tuned(NamedTuple):
-    """What a warm-up has found for one chain.
+    """What a warm-up has found for one chain; `Draws.tuned` holds it with a leading axis of chains.
 
     Attributes:
-        step_size: the step size to use next.
-        inverse_mass_matrix: the metric to use next, the covariance of the target or its diagonal; None where only the
-            step size is tuned.
+        step_size: the step size to use next; a scalar.
+        inverse_mass_matrix: the metric to use next, the covariance of the target, shape (p, p), or its diagonal, shape
+            (p,), for p coordinates; None where only the step size is tuned.
         averaging: state of the dual averaging.
         estimator: state of the running covariance.
     """
@@ -47,7 +47,7 @@ class Tuned(NamedTuple):
 
 
 class Warmup(eqx.Module):
-    """Abstract warm-up of `num_warmup` steps."""
+    """Abstract warm-up of `num_warmup` steps; concrete ones are final, pytrees, and pure but for `prepare`."""
 
     def prepare(self, kernel: Any, positions: PyTree, num_warmup: int) -> Any:
         """The kernel that the run begins with, given all starting positions; on the host, once. Here: as it is."""
@@ -73,12 +73,31 @@ class StepSize(Warmup):
     """Dual averaging of the step size towards a target acceptance rate.
 
         x_{t+1} = mu - sqrt(t) / gamma * sum_{i<=t} (target - alpha_i) / (t + t0),   log step = x
+        xbar_t = t^-kappa x_t + (1 - t^-kappa) xbar_{t-1},   at the end log step = xbar
 
-    and at the end the averaged iterate.
+    with alpha_t the acceptance rate of step t, mu = log(10 * step size of the kernel), gamma = 0.05, t0 = 10 and
+    kappa = 0.75.
 
     Args:
-        num_warmup: number of steps.
+        num_warmup: number of steps, at least 1; that of the run.
         target_acceptance: in (0, 1).
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> from bayesinf.adaptation import StepSize
+        >>> kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), step_size=0.01)
+        >>> draws = bi.sample(
+        ...     0, kernel, jnp.zeros((4, 2)), num_samples=10, num_warmup=500, warmup=StepSize(500, 0.7), progress=False
+        ... )
+        >>> bool(jnp.all(draws.tuned.step_size > 0.1))
+        True
+
+    References:
+        Hoffman and Gelman (2014), Journal of Machine Learning Research 15, arXiv:1111.4246, section 3.2.
     """
 
     num_warmup: Int[Array, ""] = eqx.field(converter=errors.as_array("num_warmup"))
@@ -103,10 +122,32 @@ class StepSize(Warmup):
 class Window(Warmup):
     """Stan's window adaptation: the step size always, the metric in windows that double in length.
 
+        metric = n / (n + 5) S + 5 / (n + 5) 10^-3 I
+
+    with S the covariance of the n positions of a window, or its diagonal. At the end of a window the metric is set, and
+    the averaging of the step size starts again. For kernels with a metric: HMC, NUTS, and `kernels.Precondition`.
+
     Args:
-        num_warmup: number of steps; at least 20, or no window fits.
+        num_warmup: number of steps, that of the run; of fewer than 20 no window fits, and only the step size is tuned.
         target_acceptance: in (0, 1).
         is_dense: learn the whole covariance rather than its diagonal. Static.
+
+    Attributes:
+        schedule: of every step, whether its position counts for the metric and whether a window ends; 0 or 1, shape
+            (num_warmup, 2).
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf.adaptation import Window
+        >>> warmup = Window(1_000, is_dense=True)  # for bi.sample(..., num_warmup=1_000, warmup=warmup)
+        >>> jnp.flatnonzero(warmup.schedule[:, 1]).tolist()
+        [99, 149, 249, 449, 949]
+
+    References:
+        Stan reference manual, "Adaptation".
     """
 
     schedule: Int[Array, "t 2"]
@@ -149,7 +190,25 @@ class Window(Warmup):
 
 
 def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
-    """The warm-up that suits a kernel; None where there is nothing to tune and the steps are only discarded."""
+    """The warm-up that suits a kernel; what `sample` uses unless told otherwise.
+
+    Args:
+        kernel: any kernel.
+        num_warmup: number of steps, at least 0.
+
+    Returns:
+        `Window` for a kernel with a metric and at least 20 steps, else `StepSize`; None where there is nothing to tune,
+        so that the steps are only discarded.
+
+    Example:
+        >>> import bayesinf as bi
+        >>> from bayesinf.adaptation import default_warmup
+        >>> target = bi.Target(lambda x: -0.5 * x @ x)
+        >>> type(default_warmup(bi.kernels.MALA(target, 0.1), 500)).__name__
+        'StepSize'
+        >>> default_warmup(bi.kernels.LMC(target, 0.1), 500) is None
+        True
+    """
     target = getattr(kernel, "target_acceptance", None)
     if num_warmup == 0 or target is None:
         return None

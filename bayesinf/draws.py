@@ -46,6 +46,10 @@ class Draws:
         >>> draws = bi.sample(0, kernel, jnp.zeros((4, 2)), num_samples=100, progress=False)
         >>> draws["x"].shape
         (4, 100, 2)
+        >>> list(draws.summary().index)
+        ['x[0]', 'x[1]']
+        >>> sorted(draws.to_arviz().children)
+        ['posterior', 'sample_stats']
     """
 
     samples: PyTree
@@ -137,6 +141,10 @@ class Draws:
         Args:
             var_names: which variables; all by default.
 
+        Returns:
+            A row for every component, with columns mean, sd, hdi_3%, hdi_97%, ess_bulk, ess_tail, r_hat, mcse_mean,
+            mcse_sd.
+
         Raises:
             ValueError: there are no draws.
         """
@@ -156,12 +164,23 @@ class Draws:
         ).rename(columns={"hdi94_lb": "hdi_3%", "hdi94_ub": "hdi_97%"})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything `to_arviz` gives as netCDF, which xarray and both lines of arviz read."""
+        """Writes everything `to_arviz` gives as netCDF, which xarray and both lines of arviz read.
+
+        Args:
+            path: the file; one that is there is replaced.
+        """
         self.to_arviz().to_netcdf(path, engine="h5netcdf")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> "Draws":
-        """Reads what `save` wrote; samples come back as a flat dict by name."""
+        """Reads what `save` wrote.
+
+        Args:
+            path: the file.
+
+        Returns:
+            Draws whose samples are a flat dict by name; without final state, target, and what else ArviZ does not hold.
+        """
         import xarray
 
         ours = {theirs: name for name, theirs in _ARVIZ_STATS.items()}

@@ -40,7 +40,11 @@ KeyLike = Key[Array, ""] | UInt32[Array, " words"] | int | np.integer
 
 
 class BayesinfError(RuntimeError):
-    """Base of the errors raised at run time; `result` is what had been computed before the failure, or None."""
+    """Base of the errors raised at run time.
+
+    Attributes:
+        result: what had been computed before the failure, or None.
+    """
 
     def __init__(self, message: str, result: Any = None):
         super().__init__(message)
@@ -48,7 +52,19 @@ class BayesinfError(RuntimeError):
 
 
 class SamplingError(BayesinfError):
-    """A run of `sample` failed; `draws` holds the partial `Draws`."""
+    """A run of `sample` failed; `draws` holds the partial `Draws`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), step_size=1e6)
+        >>> try:
+        ...     draws = bi.sample(0, kernel, jnp.zeros((1, 2)), num_samples=100, progress=False)
+        ... except bi.errors.SamplingError as error:
+        ...     draws = error.draws
+        >>> draws.status
+        'chains [0] never moved in 100 steps'
+    """
 
     @property
     def draws(self) -> Any:
@@ -56,15 +72,15 @@ class SamplingError(BayesinfError):
 
 
 class InitializationError(BayesinfError):
-    """No starting point with a finite log density and gradient was found."""
+    """No starting point with a finite log density and gradient: none was found, or the one given has none."""
 
 
 class DegenerateWeightsError(BayesinfError):
-    """All particle weights vanished; `result` holds the partial filter result."""
+    """All particle weights vanished; `result` holds the result until then, which `throw=False` returns."""
 
 
 class CheckpointError(BayesinfError):
-    """A checkpoint cannot be continued: damaged, or written by another run."""
+    """A checkpoint cannot be continued: damaged, written by another run, or of a longer one."""
 
 
 class SamplingWarning(UserWarning):
@@ -80,6 +96,21 @@ def as_key(key: Any) -> Key[Array, ""]:
     """A typed PRNG key from a typed key, a raw `PRNGKey` array, or an integer seed in [0, 2**32).
 
     Larger seeds are refused because without 64-bit mode JAX folds them onto small ones: key(2**40) is key(0).
+
+    Args:
+        key: one of the three.
+
+    Returns:
+        A typed key, scalar.
+
+    Raises:
+        ValueError: it is none of the three, or several keys.
+
+    Example:
+        >>> import jax
+        >>> from bayesinf import errors
+        >>> bool(errors.as_key(3) == jax.random.key(3))
+        True
     """
     if isinstance(key, bool | float | complex | str):
         raise ValueError(f"key must be a jax.random.key or an integer seed, got {key!r}; use jax.random.key(0)")

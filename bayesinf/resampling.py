@@ -94,7 +94,7 @@ def gather(tree: PyTree, indices: Int[Array, "..."]) -> PyTree:
 
 
 def systematic(key: errors.KeyLike, log_weights: Float[Array, "..."], num_samples: int) -> Int[Array, " n"]:
-    """Sorted indices: as many copies of i as points (j + u) / n, j = 0..n-1, fall on its part of the cumulative weights.
+    """Sorted indices: as many copies of i as points (j + u) / n, j = 0..n-1, lie in its part of the cumulative weights.
 
     One uniform u serves all n points, so |copies - n W_i| < 1. Arguments, result and errors are those of `resample`.
 

@@ -36,6 +36,8 @@ def _floating(name: str) -> Callable[[Any], Any]:
 class LinearGaussian(StateSpaceModel):
     """Linear dynamics and observations with Gaussian noise; d states, k observations a step.
 
+        x_0 ~ N(m0, P0),   x_t = A x_{t-1} + b + N(0, Q),   y_t = C x_t + d + N(0, R)
+
     The optional laws of a guided filter are the locally optimal ones: `proposal` is x_t | x_{t-1}, y_t, and `lookahead`
     is log p(y_t | x_{t-1}).
 
@@ -48,6 +50,10 @@ class LinearGaussian(StateSpaceModel):
         observation_tril: Cholesky factor of R, shape (k, k).
         transition_offset: b, shape (d,) or a scalar.
         observation_offset: d, shape (k,) or a scalar.
+
+    Raises:
+        ValueError: shapes do not fit together, values are not finite, or a factor is not lower triangular with a
+            diagonal that is not negative.
 
     Example:
         >>> import jax

@@ -25,6 +25,9 @@ __all__ = ["StochasticVolatility"]
 class StochasticVolatility(StateSpaceModel):
     """Returns y_t whose log-variance x_t is a stationary autoregression.
 
+        x_0 ~ N(mu, sigma^2 / (1 - phi^2)),   x_t | x_{t-1} ~ N(mu + phi (x_{t-1} - mu), sigma^2)
+        y_t | x_t ~ N(0, exp(x_t))
+
     For a guided filter, x_t is proposed from a Gaussian at the mode of its law given x_{t-1} and y_t, with the scale of
     the transition: as the observation density is log-concave in x, weights are then bounded.
 
@@ -33,6 +36,9 @@ class StochasticVolatility(StateSpaceModel):
         persistence: phi in (-1, 1).
         scale: sigma > 0.
 
+    Raises:
+        ValueError: a parameter is out of range.
+
     Example:
         >>> import jax
         >>> import bayesinf as bi
@@ -40,6 +46,10 @@ class StochasticVolatility(StateSpaceModel):
         >>> xs, ys = bi.models.simulate(jax.random.key(0), model, num_steps=100)
         >>> ys.shape
         (100,)
+
+    References:
+        Kim, Shephard and Chib (1998), doi:10.1111/1467-937X.00050.
+        Pitt and Shephard (1999), doi:10.1080/01621459.1999.10474153 (the guided proposal).
     """
 
     mean: Float[Array, ""] = eqx.field(converter=errors.as_array("mean"))
