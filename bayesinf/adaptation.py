@@ -218,7 +218,7 @@ def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
 
 
 def has_metric(kernel: Any) -> bool:
-    """Whether a kernel has a metric to tune."""
+    """Whether a kernel has a metric to tune: a field `inverse_mass_matrix`, or a `with_metric` of its own."""
     return isinstance(kernel, Kernel) and (
         hasattr(kernel, "inverse_mass_matrix") or type(kernel).with_metric is not Kernel.with_metric
     )

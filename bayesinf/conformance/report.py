@@ -98,7 +98,7 @@ def mean_p_value(samples: ArrayLike, truth: ArrayLike) -> float:
         >>> import numpy as np
         >>> from bayesinf.conformance import FALSE_ALARM, mean_p_value
         >>> samples = np.random.default_rng(0).exponential(size=(1_000, 2))
-        >>> mean_p_value(samples, [1.0, 1.0]) > FALSE_ALARM, mean_p_value(samples, [1.0, 1.3]) > FALSE_ALARM
+        >>> mean_p_value(samples, 1.0) > FALSE_ALARM, mean_p_value(samples, np.array([1.0, 1.3])) > FALSE_ALARM
         (True, False)
     """
     values = np.asarray(samples, np.float64)
