@@ -20,10 +20,12 @@ from bayesinf.kernels.guarantees import guarantee as guarantee
 from bayesinf.kernels.guarantees import wasserstein_bound as wasserstein_bound
 from bayesinf.kernels.ibis import IBISResult as IBISResult
 from bayesinf.kernels.ibis import ibis as ibis
+from bayesinf.kernels.ito_chain import ItoChain as ItoChain
 from bayesinf.kernels.kinetic import KineticLangevin as KineticLangevin
 from bayesinf.kernels.kinetic import Splitting as Splitting
 from bayesinf.kernels.langevin import LMC as LMC
 from bayesinf.kernels.langevin import MALA as MALA
+from bayesinf.kernels.minibatch import Minibatch as Minibatch
 from bayesinf.kernels.parallel_midpoint import ParallelMidpoint as ParallelMidpoint
 from bayesinf.kernels.paris import AdditiveFunctional as AdditiveFunctional
 from bayesinf.kernels.paris import paris as paris
@@ -40,3 +42,5 @@ from bayesinf.kernels.reference import HMC as HMC
 from bayesinf.kernels.reference import NUTS as NUTS
 from bayesinf.kernels.smc_sampler import SMCResult as SMCResult
 from bayesinf.kernels.smc_sampler import smc_sampler as smc_sampler
+from bayesinf.kernels.stochastic_gradient import SGHMC as SGHMC
+from bayesinf.kernels.stochastic_gradient import SGLD as SGLD

@@ -25,8 +25,28 @@ def logdensity(position, scale):
     return 3.0 * x - jnp.exp(x) - 0.5 * jnp.sum(jnp.exp(-x / 2) * (y - x**2 / 4) ** 2) - y.size * x / 4
 
 
+def log_prior(position):
+    return -0.1 * position["x"] ** 2
+
+
+def log_likelihood(position, row):
+    """A row has a scale and an observation for each of y_0, y_1, x; the terms are not quadratic."""
+    residuals = row["y"] - jnp.append(position["y"], position["x"])
+    return -jnp.sum(jnp.logaddexp(residuals, -residuals)) * row["scale"]
+
+
+def drift(position, data, *, key):
+    return jax.tree.map(lambda x: -data * x + 0.1 * jax.random.normal(key, x.shape, x.dtype), position)
+
+
+def diffusion(position, data):
+    return jax.tree.map(lambda x: jnp.sqrt(data + 0.1 * x**2), position)
+
+
 SCALE = jnp.asarray(1.2)
 TARGET = bi.Target(logdensity, SCALE)
+ROWS = {"scale": jnp.linspace(0.5, 1.5, 7), "y": jnp.linspace(-1.0, 2.0, 21).reshape(7, 3)}
+MINIBATCH = kernels.Minibatch(log_prior, log_likelihood, ROWS, batch_size=3)
 POSITION = {"x": jnp.asarray(1.0), "y": jnp.array([0.3, -0.4])}
 
 
@@ -63,6 +83,10 @@ UNADJUSTED = {
     "RandomizedMidpointKinetic": kernels.RandomizedMidpointKinetic(TARGET, 0.1, friction=2.0),
     "Splitting BAOAB": kernels.Splitting("BAOAB", TARGET, 0.2),
     "Splitting UBU": kernels.Splitting("UBU", TARGET, 0.2),
+    "SGLD": kernels.SGLD(MINIBATCH, 0.05, decay=0.3, delay=10.0),
+    "SGLD centred": kernels.SGLD(MINIBATCH.centred(POSITION), 0.05),
+    "SGHMC": kernels.SGHMC(MINIBATCH, 0.1, friction=2.0, gradient_variance=0.3),
+    "ItoChain": kernels.ItoChain(drift, diffusion, "rademacher", step_size=0.1, exponent=0.2, data=SCALE),
 }
 
 
