@@ -5,6 +5,7 @@ loop; inside compiled loops failures are counted and raised once, by the driver,
 Values are checked only when they are concrete: under `jit` or `vmap` a value is unknown and the check is skipped.
 """
 
+import inspect
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "as_array",
     "as_arrays",
     "as_key",
+    "check_arguments",
     "check_choice",
     "check_count",
     "check_floating",
@@ -157,6 +159,20 @@ def as_arrays(name: str, tree: PyTree) -> PyTree:
             raise ValueError(f"{where} must be an array of numbers, got {type(leaf).__name__}: {error}") from error
 
     return jax.tree_util.tree_map_with_path(convert, tree)
+
+
+def check_arguments(name: str, function: Callable[..., Any], arguments: str) -> None:
+    """A function that can be called with these arguments, named and separated by commas."""
+    if not callable(function):
+        raise ValueError(f"{name} must be a function {name}({arguments}), got {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # of another language: it does not tell
+        return
+    try:
+        signature.bind(*arguments.split(", "))
+    except TypeError as error:
+        raise ValueError(f"{name} must be called as {name}({arguments}), but it has {signature}: {error}") from error
 
 
 def check_count(name: str, value: Any, *, minimum: int = 1) -> int:

@@ -7,7 +7,6 @@ compiles nothing.
 
 import dataclasses
 import functools
-import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -53,10 +52,8 @@ class Target(eqx.Module):
     _labels: tuple[Any, ...] = eqx.field(static=True)
 
     def __init__(self, logdensity: Callable[..., Any], data: PyTree = None):
-        if not callable(logdensity):
-            raise ValueError(f"logdensity must be a function of the position, got {type(logdensity).__name__}")
         self.data = errors.as_arrays("data", data)
-        _check_arity(logdensity, "position" if data is None else "position, data")
+        errors.check_arguments("logdensity", logdensity, "position" if data is None else "position, data")
         self.logdensity_fn = captured(logdensity)
         self.model = None
         self._labels = ((), ())
@@ -217,19 +214,6 @@ def as_target(target: Any) -> Any:
     if callable(target):
         return Target(target)
     raise ValueError(f"target must be a Target or a function of the position, got {type(target).__name__}")
-
-
-def _check_arity(function: Callable[..., Any], arguments: str) -> None:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # built in, or of another language
-        return
-    try:
-        signature.bind(*arguments.split(", "))
-    except TypeError as error:
-        raise ValueError(
-            f"logdensity must be called as logdensity({arguments}), but has {signature}: {error}"
-        ) from error
 
 
 def _with(target: Target, **fields: Any) -> Target:

@@ -38,7 +38,7 @@ from bayesinf.kernels.particle_filter import (
     weigh,
     weigh_initial,
 )
-from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations
+from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, sample
 from bayesinf.resampling import SCHEMES, gather
 from bayesinf.weights import compensated_sum, ess, normalize
 
@@ -47,10 +47,8 @@ __all__ = ["AdditiveFunctional", "ParisResult", "paris"]
 
 def _as_pytree(function: Any) -> Any:
     """A function that may travel through jit as an argument: a pytree whose code is static."""
-    if not callable(function):
-        raise ValueError(f"the terms of an additive functional must be functions, got {type(function).__name__}")
     is_pytree = isinstance(function, eqx.Module | jax.tree_util.Partial)
-    return function if is_pytree else jax.tree_util.Partial(captured(function))
+    return function if is_pytree or not callable(function) else jax.tree_util.Partial(captured(function))
 
 
 class AdditiveFunctional(eqx.Module):
@@ -75,6 +73,10 @@ class AdditiveFunctional(eqx.Module):
 
     initial: Callable[..., Any] = eqx.field(converter=_as_pytree)
     increment: Callable[..., Any] = eqx.field(converter=_as_pytree)
+
+    def __check_init__(self):
+        errors.check_arguments("initial", self.initial, "x_0")
+        errors.check_arguments("increment", self.increment, "x_prev, x, t")
 
 
 class ParisResult(NamedTuple):
@@ -181,6 +183,7 @@ def _run(
     key, model, ys, functional, ess_threshold, num_particles, num_backward, method, proposal, resampling
 ) -> ParisResult:
     check_model(model)
+    check_terms(functional, model)
     key_start, key_steps = jax.random.split(key)
     y_0 = gather(ys, jnp.zeros((), jnp.int32))
     particles = propagate_initial(key_start, model, y_0, num_particles, proposal)
@@ -243,11 +246,30 @@ def weighted_mean(cloud: Cloud, tau: PyTree) -> PyTree:
 
 
 def check_functional(functional: Any) -> None:
-    """An AdditiveFunctional, said early."""
+    """An AdditiveFunctional."""
     if not isinstance(functional, AdditiveFunctional):
         raise ValueError(
             f"functional must be an AdditiveFunctional(initial, increment), got {type(functional).__name__}"
         )
+
+
+def check_terms(functional: AdditiveFunctional, model: StateSpaceModel) -> None:
+    """That both terms are real, of one structure and shape, for the states of the model; for tracing."""
+    x = jax.eval_shape(lambda key: sample(key, model.initial()), jax.random.key(0))
+    terms = {
+        "initial": jax.eval_shape(functional.initial, x),
+        "increment": jax.eval_shape(functional.increment, x, x, jnp.ones((), jnp.int32)),
+    }
+    shapes = {name: jax.tree.map(lambda leaf: leaf.shape, term) for name, term in terms.items()}
+    if shapes["initial"] != shapes["increment"]:
+        raise ValueError(
+            "functional.initial and functional.increment must return pytrees of one structure and shape, got the shapes "
+            f"{shapes['initial']} and {shapes['increment']}"
+        )
+    for name, term in terms.items():
+        leaves = jax.tree.leaves(term)
+        if not leaves or any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in leaves):
+            raise ValueError(f"functional.{name} must return real numbers, got {term}")
 
 
 def _as_statistics(values: PyTree, cloud: Cloud) -> PyTree:

@@ -36,6 +36,7 @@ from bayesinf.kernels.conditional_smc import ConditionalSMC, PathState, check_pa
 from bayesinf.kernels.paris import (
     AdditiveFunctional,
     check_functional,
+    check_terms,
     start_statistics,
     update_statistics,
     weighted_mean,
@@ -102,6 +103,7 @@ class ParisianGibbs(Kernel):
         check_observations(self.model, self.ys)
         check_model(self.model)
         check_functional(self.functional)
+        check_terms(self.functional, self.model)
 
     def init(self, position: PyTree) -> PathState:
         return PathState(check_path(self.model, self.ys, position))

@@ -164,8 +164,8 @@ def particle_filter(
     errors.check_choice("store", store, STORES)
     check_proposal(model, proposal)
     check_threshold(ess_threshold)
-    if functional is not None and not callable(functional):
-        raise ValueError(f"functional must be a function of one state, got {type(functional).__name__}")
+    if functional is not None:
+        errors.check_arguments("functional", functional, "x")
     result = _filter(key, model, ys, ess_threshold, num_particles, proposal, resampling, store, captured(functional))
     if throw and errors.is_concrete(result):
         _raise_if_degenerate(result, num_particles, proposal)
@@ -337,7 +337,10 @@ def _estimate(functional: Callable | None, particles: PyTree, log_weights: Array
         return jnp.tensordot(w, values.astype(jnp.result_type(values, w)), axes=1)
 
     if functional is not None:
-        return jax.tree.map(average, jax.tree.map(jnp.asarray, jax.vmap(functional)(particles)))
+        values = jax.vmap(functional)(particles)
+        if not jax.tree.leaves(values):
+            raise ValueError("functional must return at least one number, got None; is a return missing?")
+        return jax.tree.map(average, values)
     mean = jax.tree.map(average, particles)
     sd = jax.tree.map(lambda leaf, m: jnp.sqrt(average((leaf - m) ** 2)), particles, mean)
     return Moments(mean, sd)

@@ -172,9 +172,9 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("function", "data", "message"),
         [
-            (lambda: 0.0, None, r"called as logdensity\(position\), but has \(\)"),
-            (lambda x, y: 0.0, None, r"called as logdensity\(position\), but has \(x, y\)"),
-            (lambda x: 0.0, jnp.zeros(2), r"called as logdensity\(position, data\), but has \(x\)"),
+            (lambda: 0.0, None, r"called as logdensity\(position\), but it has \(\)"),
+            (lambda x, y: 0.0, None, r"called as logdensity\(position\), but it has \(x, y\)"),
+            (lambda x: 0.0, jnp.zeros(2), r"called as logdensity\(position, data\), but it has \(x\)"),
         ],
     )
     def test_arguments_of_the_function(self, function, data, message):

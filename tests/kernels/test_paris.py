@@ -133,10 +133,35 @@ def test_bad_input_is_refused_by_name(change, match):
 
 
 def test_terms_of_a_functional_must_be_functions():
-    with pytest.raises(ValueError, match="must be functions, got float"):
+    with pytest.raises(ValueError, match=r"initial must be a function initial\(x_0\), got float"):
         AdditiveFunctional(initial=0.0, increment=lambda x_prev, x, t: x)
     with pytest.raises(ValueError, match="functional must be an AdditiveFunctional"):
         check_functional(lambda x: x)
+
+
+@pytest.mark.parametrize(
+    ("initial", "increment", "match"),
+    [
+        (
+            lambda x: x,
+            lambda x_prev, x, t: {"sum": x},
+            r"one structure and shape, got the shapes \(\) and {'sum': \(\)}",
+        ),
+        (
+            lambda x: x,
+            lambda x_prev, x, t: jnp.stack([x, x]),
+            r"one structure and shape, got the shapes \(\) and \(2,\)",
+        ),
+        (lambda x: None, lambda x_prev, x, t: None, "functional.initial must return real numbers, got None"),
+        (lambda x: x, lambda x_prev, x, t: 1j * x, "functional.increment must return real numbers, got .*complex"),
+    ],
+)
+def test_terms_of_a_functional_must_agree(initial, increment, match):
+    model, ys, _ = problem("OW", 50)
+    with pytest.raises(ValueError, match=match):
+        paris(0, model, ys, AdditiveFunctional(initial, increment), num_particles=4)
+    with pytest.raises(ValueError, match=r"increment must be called as increment\(x_prev, x, t\), but it has \(x\)"):
+        AdditiveFunctional(initial, lambda x: x)
 
 
 def test_vanished_weights_raise_with_the_result():

@@ -318,6 +318,18 @@ def test_densities_that_are_not_finite_are_counted():
         particle_filter(0, Window(-1.0), ys, num_particles=50)
 
 
+def test_functionals_are_told_what_is_missing():
+    def run(functional):
+        return particle_filter(0, Window(), jnp.zeros(3), num_particles=4, functional=functional)
+
+    with pytest.raises(ValueError, match="functional must return at least one number, got None"):
+        run(lambda x: None)
+    with pytest.raises(ValueError, match=r"functional must be called as functional\(x\), but it has \(x, y\)"):
+        run(lambda x, y: x)
+    with pytest.raises(ValueError, match=r"functional must be a function functional\(x\), got float"):
+        run(1.0)
+
+
 class Restless(Counted):
     def transition(self, x_prev, t):
         return dist.Normal(x_prev * jnp.ones(2), 1.0)
