@@ -132,6 +132,7 @@ def test_bad_input_is_refused_by_name(change, match):
         paris(key, model, ys, functional, **arguments)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_terms_of_a_functional_must_be_functions():
     with pytest.raises(ValueError, match=r"initial must be a function initial\(x_0\), got float"):
         AdditiveFunctional(initial=0.0, increment=lambda x_prev, x, t: x)

@@ -318,6 +318,7 @@ def test_densities_that_are_not_finite_are_counted():
         particle_filter(0, Window(-1.0), ys, num_particles=50)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_functionals_are_told_what_is_missing():
     def run(functional):
         return particle_filter(0, Window(), jnp.zeros(3), num_particles=4, functional=functional)
