@@ -31,6 +31,7 @@ from bayesinf.kernels.particle_filter import (
     check_proposal,
     check_threshold,
     choose_ancestors,
+    cure_of_vanished,
     propagate,
     propagate_initial,
     reweigh,
@@ -169,8 +170,8 @@ def paris(
     if throw and errors.is_concrete(result) and not np.isfinite(result.log_evidence):
         step = int(np.argmax(np.asarray(result.ess) == 0))
         raise errors.DegenerateWeightsError(
-            f"all weights vanished at step {step}: no particle explains that observation; check it and the model, or "
-            f"take more than num_particles={num_particles}, or a guided proposal",
+            f"At time step {step} no particle of {num_particles} can explain the observation: all weights are zero. "
+            f"{cure_of_vanished(model, ys, proposal)}; throw=False returns what there is.",
             result,
         )
     if throw and errors.is_concrete(result):
@@ -263,8 +264,8 @@ def check_terms(functional: AdditiveFunctional, model: StateSpaceModel) -> None:
     shapes = {name: jax.tree.map(lambda leaf: leaf.shape, term) for name, term in terms.items()}
     if shapes["initial"] != shapes["increment"]:
         raise ValueError(
-            "functional.initial and functional.increment must return pytrees of one structure and shape, got the shapes "
-            f"{shapes['initial']} and {shapes['increment']}"
+            "functional.initial and functional.increment must return pytrees of one structure and shape, got the "
+            f"shapes {shapes['initial']} and {shapes['increment']}"
         )
     for name, term in terms.items():
         leaves = jax.tree.leaves(term)

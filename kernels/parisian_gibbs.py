@@ -41,7 +41,7 @@ from bayesinf.kernels.paris import (
     update_statistics,
     weighted_mean,
 )
-from bayesinf.kernels.particle_filter import check_proposal, warn_of_invalid
+from bayesinf.kernels.particle_filter import check_proposal, cure_of_vanished, warn_of_invalid
 from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, check_series
 from bayesinf.resampling import gather
 
@@ -234,8 +234,9 @@ def ppg(
     result, is_divergent = _roll_out(key_sweeps, kernel, state, num_sweeps, burn_in)
     if throw and errors.is_concrete(is_divergent) and np.any(is_divergent):
         raise errors.DegenerateWeightsError(
-            f"all weights vanished in {int(np.sum(is_divergent))} of {num_sweeps} sweeps: no particle explains some "
-            f"observation; check it and the model, or take more than num_particles={num_particles}",
+            f"In {int(np.sum(is_divergent))} of {num_sweeps} sweeps no particle of {num_particles} can explain some "
+            f"observation: all weights are zero. {cure_of_vanished(model, kernel.ys, proposal)}; throw=False returns "
+            "what there is.",
             result,
         )
     if throw and errors.is_concrete(result):

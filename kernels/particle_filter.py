@@ -33,6 +33,7 @@ from bayesinf.models.state_space import (
     check_observations,
     log_prob,
     observation_log_prob,
+    rows_outside_support,
     sample_each,
     sample_many,
 )
@@ -168,7 +169,7 @@ def particle_filter(
         errors.check_arguments("functional", functional, "x")
     result = _filter(key, model, ys, ess_threshold, num_particles, proposal, resampling, store, captured(functional))
     if throw and errors.is_concrete(result):
-        _raise_if_degenerate(result, num_particles, proposal)
+        _raise_if_degenerate(result, model, ys, num_particles, proposal)
     return result
 
 
@@ -346,7 +347,9 @@ def _estimate(functional: Callable | None, particles: PyTree, log_weights: Array
     return Moments(mean, sd)
 
 
-def _raise_if_degenerate(result: FilterResult, num_particles: int, proposal: str) -> None:
+def _raise_if_degenerate(
+    result: FilterResult, model: StateSpaceModel, ys: PyTree, num_particles: int, proposal: str
+) -> None:
     """Raises if no weight was left at some time, on the host; for a batch of filters, if any lost all its weights."""
     is_lost = np.isneginf(np.asarray(result.log_evidence_increments))
     num_invalid = np.asarray(result.num_invalid)
@@ -358,13 +361,21 @@ def _raise_if_degenerate(result: FilterResult, num_particles: int, proposal: str
                 "the model are not finite there; check its laws and parameters.",
                 result,
             )
-        cure = "more particles, proposal='guided'" if proposal == "bootstrap" else "more particles, a wider proposal"
         raise errors.DegenerateWeightsError(
-            f"At time step {t} no particle of {num_particles} can explain the observation: all weights are zero. Try "
-            f"{cure}, or an observation law with heavier tails; throw=False returns log_evidence = -inf.",
+            f"At time step {t} no particle of {num_particles} can explain the observation: all weights are zero. "
+            f"{cure_of_vanished(model, ys, proposal)}; throw=False returns log_evidence = -inf.",
             result,
         )
     warn_of_invalid(num_invalid, "time step")
+
+
+def cure_of_vanished(model: StateSpaceModel, ys: PyTree, proposal: str) -> str:
+    """What to do where all weights vanished."""
+    rows = rows_outside_support(model, ys) if errors.is_concrete((model, ys)) else []
+    if rows:
+        return f"Rows {rows[:5]} of ys lie outside the support of model.observation: check the data"
+    cure = "proposal='guided'" if proposal == "bootstrap" else "a wider proposal"
+    return f"Try more particles, {cure}, or an observation law with heavier tails"
 
 
 def warn_of_invalid(num_invalid: np.ndarray, what: str) -> None:

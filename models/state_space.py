@@ -31,6 +31,7 @@ __all__ = [
     "check_series",
     "log_prob",
     "observation_log_prob",
+    "rows_outside_support",
     "sample",
     "sample_each",
     "sample_many",
@@ -290,6 +291,22 @@ def check_observations(model: StateSpaceModel, ys: PyTree) -> PyTree:
             f"y, got rows {rows.tolist()}; use independent components (to_event), or a MultivariateNormal"
         )
     return ys
+
+
+def rows_outside_support(model: StateSpaceModel, ys: PyTree) -> list[int]:
+    """Rows of ys that no state explains, where the support of the observation law depends on no state; on the host."""
+    x = sample(jax.random.key(0), model.initial())
+    law = model.observation(x, jnp.zeros((), jnp.int32))
+    while isinstance(law, dist.Independent):
+        law = law.base_dist
+    if isinstance(law, tuple) or isinstance(getattr(type(law), "support", None), property):
+        return []
+
+    def is_outside(y: Array, t: Array) -> Array:
+        law = model.observation(x, t)
+        return ~jnp.all(jnp.isnan(y) | law.support(y.reshape(law.shape())))
+
+    return np.flatnonzero(jax.vmap(is_outside)(ys, jnp.arange(ys.shape[0]))).tolist()
 
 
 def _event_dim(model: StateSpaceModel) -> int | None:

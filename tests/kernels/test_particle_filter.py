@@ -15,9 +15,10 @@ from jaxtyping import Array
 import bayesinf as bi
 from bayesinf import errors, resampling
 from bayesinf.conformance import FALSE_ALARM, evidence_is_unbiased, mean_p_value
-from bayesinf.kernels import particle_filter
+from bayesinf.kernels import AdditiveFunctional, paris, particle_filter, ppg
 from bayesinf.kernels.particle_filter import Moments
 from bayesinf.models import LinearGaussian, StateSpaceModel, kalman_filter
+from bayesinf.models.state_space import rows_outside_support
 
 MODEL = LinearGaussian.scalar(0.8, 0.7, 1.0, 0.9, initial_mean=0.5)
 YS = jnp.array([[1.0], [-0.4], [jnp.nan], [1.3]])
@@ -329,6 +330,26 @@ def test_functionals_are_told_what_is_missing():
         run(lambda x, y: x)
     with pytest.raises(ValueError, match=r"functional must be a function functional\(x\), got float"):
         run(1.0)
+
+
+class Counting(Window):
+    def observation(self, x, t):
+        return dist.Poisson(jnp.exp(x))
+
+
+@pytest.mark.filterwarnings("ignore:Out-of-support")
+def test_rows_outside_the_support_are_named():
+    ys = jnp.array([1.0, jnp.nan, -2.0, 0.0, 2.5])
+    model, total = Counting(), AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x)
+    runs = [
+        lambda: particle_filter(0, model, ys, num_particles=8),
+        lambda: paris(0, model, ys, total, num_particles=8),
+        lambda: ppg(0, model, ys, total, num_particles=8, num_sweeps=2, burn_in=1, initial_path=jnp.zeros(5)),
+    ]
+    for run in runs:
+        with pytest.raises(errors.DegenerateWeightsError, match=r"Rows \[2, 4\] of ys lie outside the support"):
+            run()
+    assert rows_outside_support(Window(), ys) == []  # a pair tells nothing of its support
 
 
 class Restless(Counted):
