@@ -101,9 +101,8 @@ class Minibatch(eqx.Module):
         batch_size: int,
         centre: PyTree = None,
     ):
-        for name, function in (("log_prior", log_prior), ("log_likelihood", log_likelihood)):
-            if not callable(function):
-                raise ValueError(f"{name} must be a function of the position, got {type(function).__name__}")
+        errors.check_arguments("log_prior", log_prior, "position")
+        errors.check_arguments("log_likelihood", log_likelihood, "position, row")
         self.log_prior, self.log_likelihood = captured(log_prior), captured(log_likelihood)
         self.data = errors.as_arrays("data", data)
         shapes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(self.data)}
