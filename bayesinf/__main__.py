@@ -73,6 +73,8 @@ def demo(options: argparse.Namespace) -> None:
         innovation_kernel=lambda target: kernels.HMC(target, step_size=0.01, num_integration_steps=10),
     )
     checkpoint = out / "checkpoint"
+    if options.resume and not (checkpoint / "state.npz").exists():
+        print(f"nothing to continue in {checkpoint}: a new run")
     if not options.resume:
         for file in [*checkpoint.glob("draws-*.npz"), *checkpoint.glob("state.npz")]:
             file.unlink()

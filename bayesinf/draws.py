@@ -37,6 +37,7 @@ class Draws:
         status: "complete", "interrupted", or why the run failed.
         seconds: wall time of "compile", "warmup" and "sampling".
         target: the target, where the kernel has one; it gives names, observed data and pointwise log likelihood.
+        observed: data by name, of kernels that hold them without such a target, such as the series of a filter.
         attrs: what else is known of the run: key, counts, versions.
 
     Example:
@@ -60,6 +61,7 @@ class Draws:
     status: str = "complete"
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     target: Target | None = None
+    observed: PyTree = None
     attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -114,19 +116,21 @@ class Draws:
         if self.tuned is not None:
             step_size = np.broadcast_to(np.asarray(self.tuned.step_size)[:, None], self.stats["is_accepted"].shape)
             groups["sample_stats"] = {**groups["sample_stats"], "step_size": step_size}
+        observed = {name: np.asarray(value) for name, value in variables(self.observed).items()}
         model = self.target.model if self.target is not None else None
         if model is not None and self.target is not None:
-            observed = model.observed(self.target.data)
-            if observed:
-                groups["observed_data"] = variables(observed)
+            observed = variables(model.observed(self.target.data))
             sites = model.template(self.target.data)
             has_sites = set(map(_plain, sites)) <= set(posterior)
             if observed and log_likelihood and has_sites:
                 pointwise = _log_likelihood(self.target, {site: posterior[_plain(site)] for site in sites})
                 groups["log_likelihood"] = jax.tree.map(np.asarray, variables(pointwise))
+        if observed:
+            groups["observed_data"] = observed
         dims = self.target.dims if self.target is not None else {}
         coords = self.target.coords if self.target is not None else {}
-        attrs = {"inference_library": "bayesinf", "status": self.status, **self.attrs}
+        times = {f"{phase}_time": seconds for phase, seconds in self.seconds.items()}
+        attrs = {"inference_library": "bayesinf", "status": self.status, **times, **self.attrs}
         return arviz_base.from_dict(
             groups,
             dims={_plain(name): list(map(_plain, axes)) for name, axes in dims.items()},
@@ -180,6 +184,7 @@ class Draws:
 
         Returns:
             Draws whose samples are a flat dict by name; without final state, target, and what else ArviZ does not hold.
+            Tuned step sizes are the statistic "step_size".
         """
         import xarray
 
@@ -188,13 +193,23 @@ class Draws:
             posterior = {str(name): value.to_numpy() for name, value in tree["posterior"].data_vars.items()}
             stats = {ours.get(str(name), str(name)): v.to_numpy() for name, v in tree["sample_stats"].data_vars.items()}
             attrs = {str(name): value for name, value in tree["posterior"].attrs.items()}
-        return Draws(posterior, stats, attrs=attrs, status=attrs.get("status", "complete"))
+            groups = tree["observed_data"].data_vars if "observed_data" in tree.children else {}
+            observed = {str(name): value.to_numpy() for name, value in groups.items()}
+        times = [name for name in attrs if name.endswith("_time")]
+        seconds = {name.removesuffix("_time"): float(attrs.pop(name)) for name in times}
+        status = attrs.pop("status", "complete")
+        return Draws(posterior, stats, status=status, seconds=seconds, observed=observed or None, attrs=attrs)
 
 
 def variables(samples: PyTree) -> dict[str, Any]:
     """The leaves of a pytree by name: keys joined by dots, slashes in them too; a bare array is called "x"."""
-    leaves = jax.tree_util.tree_leaves_with_path(samples)
-    return {_plain(".".join(map(_key_name, path))) or "x": leaf for path, leaf in leaves}
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(samples):
+        name = _plain(".".join(map(_key_name, path))) or "x"
+        if name in named:
+            raise ValueError(f"two values are called {name!r} once their keys are joined by dots; rename one of them")
+        named[name] = leaf
+    return named
 
 
 def statistics(stats: dict[str, PyTree]) -> dict[str, Any]:

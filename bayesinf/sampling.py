@@ -131,17 +131,19 @@ def sample(
     chains, shapes = start(plan, key, initial)
     if throw:
         _check_start(kernel, chains.state)
+    variables(shapes[0])  # names that collide are told before the run
     if mesh is not None:
+        _check_mesh(mesh, chains.key.shape[0])
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
         chains = jax.device_put(chains, sharding)
 
     capacity = _capacity(shapes, chains.key.shape[0], chunk_size)
     runner = Runner(plan, shapes, capacity, _resolve(chain_method, kernel), jnp.asarray(num_warmup, jnp.int32))
-    run = _Run(chains, Progress(num_warmup + num_samples * thin, is_shown=progress))
+    run = _Run(chains, Progress(num_warmup + num_samples * thin, is_shown=progress), _known(kernel))
     saved = None
     if checkpoint is not None:
         saved = Checkpoint(checkpoint, fingerprint(program(plan, chains), plan, initial, key, num_warmup, thin))
-    run.begin(saved, store, shapes, num_samples, _target(kernel))
+    run.begin(saved, store, shapes, num_samples)
 
     try:
         runner.advance(run.chains, 0, 0, 1)
@@ -167,9 +169,10 @@ def sample(
 class _Run:
     """Where a run stands, on the host."""
 
-    def __init__(self, chains: Chain, progress: Progress):
+    def __init__(self, chains: Chain, progress: Progress, known: dict[str, Any]):
         self.chains = chains
         self.progress = progress
+        self.known = known
         self.step = 0
         self.num_draws = 0
         self.failure: str | None = None
@@ -178,7 +181,7 @@ class _Run:
         self._r_hat = SplitRHat()
         self._speed = 0.0  # steps a second
 
-    def begin(self, saved: Checkpoint | None, store: Any, shapes: Any, num_samples: int, target: Target | None) -> None:
+    def begin(self, saved: Checkpoint | None, store: Any, shapes: Any, num_samples: int) -> None:
         """Makes room for the draws, and continues from a checkpoint if there is one."""
         found = None if saved is None else saved.load(self.chains)
         chunks: list[dict[str, np.ndarray]] = []
@@ -194,7 +197,7 @@ class _Run:
         if store is None:
             self._draws = Memory(shapes, num_chains, num_samples)
         else:
-            self._draws = Zarr(store, shapes, num_chains, target, self.num_draws if found is not None else None)
+            self._draws = Zarr(store, shapes, num_chains, self.known, self.num_draws if found is not None else None)
         treedef: Any = jax.tree.structure(shapes)
         start = 0
         for arrays in chunks:
@@ -255,8 +258,8 @@ class _Run:
             reduced=reduced,
             status=self.failure or "complete",
             seconds=self.seconds,
-            target=_target(plan.kernel),
             attrs=attrs,
+            **self.known,
         )
 
 
@@ -343,6 +346,13 @@ def _judge(draws: Draws, *, thin: int, throw: bool) -> Draws:
             errors.SamplingWarning,
             stacklevel=3,
         )
+    is_stuck = ~np.any(draws.stats["is_accepted"], axis=1)
+    if num_steps >= 20 and np.any(is_stuck):  # of a hundred steps it is a failure
+        warnings.warn(
+            f"chains {np.flatnonzero(is_stuck).tolist()} never moved in {num_steps} steps; try a smaller step_size",
+            errors.SamplingWarning,
+            stacklevel=3,
+        )
     num_divergent = int(np.sum(draws.stats["is_divergent"]))
     if num_divergent:
         warnings.warn(
@@ -363,6 +373,23 @@ def _failure(draws: Draws, num_steps: int) -> str | None:
     if num_steps >= 100 and np.any(is_stuck):
         return f"chains {np.flatnonzero(is_stuck).tolist()} never moved in {num_steps} steps"
     return None
+
+
+def _check_mesh(mesh: Any, num_chains: int) -> None:
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise ValueError(f"mesh must be a jax.sharding.Mesh, such as jax.make_mesh((2,), ('chains',)), got {mesh!r}")
+    name = mesh.axis_names[0]
+    if num_chains % mesh.shape[name]:
+        raise ValueError(
+            f"mesh must share the chains of initial evenly: {num_chains} chains are not a multiple of the "
+            f"{mesh.shape[name]} devices along its axis {name!r}"
+        )
+
+
+def _known(kernel: Any) -> dict[str, Any]:
+    """The fields of the draws that are known before the run."""
+    ys = getattr(kernel, "ys", None)
+    return {"target": _target(kernel), "observed": None if ys is None else {"ys": ys}}
 
 
 def _target(kernel: Any) -> Target | None:

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from bayesinf.draws import Draws, statistics, variables
-from bayesinf.target import Target
 
 __all__ = ["Memory", "Zarr"]
 
@@ -59,7 +58,7 @@ class Zarr:
         folder: refused if it exists, unless `num_draws` says that it is to be continued.
         shapes: shapes and dtypes of one draw of one chain.
         num_chains: the leading axis.
-        target: gives names of dimensions, coordinates and observed data.
+        known: fields of `Draws` that are known beforehand; they give dimensions, coordinates and observed data.
         num_draws: what of the folder is kept; None for a new folder.
     """
 
@@ -68,7 +67,7 @@ class Zarr:
         folder: str | os.PathLike[str],
         shapes: PyTree,
         num_chains: int,
-        target: Target | None,
+        known: dict[str, Any],
         num_draws: int | None,
     ):
         try:
@@ -84,7 +83,7 @@ class Zarr:
                 f"store must be the folder of the run that the checkpoint continues; {folder} is not there"
             )
         if num_draws is None:
-            _lay_out(self._folder, shapes, num_chains, target)
+            _lay_out(self._folder, shapes, num_chains, known)
         self._group: Any = zarr.open_group(self._folder, mode="r+")
         self._treedef = jax.tree.structure(shapes)
         self._names = _names(shapes)
@@ -124,7 +123,7 @@ def _names(shapes: PyTree) -> list[str]:
     return [f"posterior/{name}" for name in variables(samples)] + [f"sample_stats/{name}" for name in statistics(stats)]
 
 
-def _lay_out(folder: Path, shapes: PyTree, num_chains: int, target: Target | None) -> None:
+def _lay_out(folder: Path, shapes: PyTree, num_chains: int, known: dict[str, Any]) -> None:
     """Groups, dimensions and coordinates as `Draws.to_arviz` makes them, for one draw that says nothing yet."""
     samples, stats = jax.tree.map(lambda s: np.zeros((num_chains, 1, *s.shape), s.dtype), shapes)
     encoding: dict[str, Any] = {"/posterior": {}, "/sample_stats": {}}
@@ -132,7 +131,7 @@ def _lay_out(folder: Path, shapes: PyTree, num_chains: int, target: Target | Non
         group, name = path.split("/", 1)
         per_file = max(1, _CHUNK_BYTES // max(leaf.nbytes, 1))
         encoding[f"/{group}"][name] = {"chunks": (num_chains, min(per_file, _MAX_DRAWS), *leaf.shape[2:])}
-    tree = Draws(samples, stats, target=target).to_arviz(log_likelihood=False)
+    tree = Draws(samples, stats, **known).to_arviz(log_likelihood=False)
     for name, group in encoding.items():
         if "draw" in tree[name].coords:  # not in a group without variables
             group["draw"] = {"chunks": (_MAX_DRAWS,)}

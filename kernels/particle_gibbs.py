@@ -131,10 +131,10 @@ class ParticleGibbs(Kernel):
         self.build = captured(build)
         self.prior = log_prior if isinstance(log_prior, Target) else Target(log_prior)
         self.ys = check_series(ys)
-        kernels = [_as_part("parameter_kernel", parameter_kernel, Target(_GivenPath(build)))]
+        kernels = [_as_part("parameter_kernel", parameter_kernel, Target(_GivenPath(build), ()))]
         if interweave:
             second = parameter_kernel if innovation_kernel is None else innovation_kernel
-            kernels.append(_as_part("innovation_kernel", second, Target(_GivenInnovations(build))))
+            kernels.append(_as_part("innovation_kernel", second, Target(_GivenInnovations(build), ())))
         self.parts = tuple(kernels)
         self.num_particles = errors.check_count("num_particles", num_particles, minimum=2)
         self.refresh, self.proposal = refresh, proposal

@@ -1,5 +1,7 @@
 """Draws: names, ArviZ, disk."""
 
+import functools
+
 import arviz_stats
 import h5netcdf
 import jax.numpy as jnp
@@ -86,6 +88,11 @@ def test_saved_and_loaded(draws, tmp_path):
     assert np.array_equal(loaded["slope"], draws["slope"])
     assert np.array_equal(loaded.stats["is_divergent"], draws.stats["is_divergent"])
     assert loaded.status == "complete"
+    assert loaded.seconds == draws.seconds
+    assert loaded.stats["step_size"].shape == draws.stats["is_divergent"].shape
+    assert np.array_equal(loaded.observed["y"], draws.to_arviz()["observed_data"]["y"])
+    loaded.save(tmp_path / "again.nc")
+    assert bi.Draws.load(tmp_path / "again.nc").seconds == draws.seconds
     assert loaded.summary().equals(draws.summary())
 
 
@@ -144,3 +151,14 @@ def test_no_draws_are_said_to_be_none():
     assert repr(draws) == "Draws(2 chains x 0 draws of x[3]; complete)"
     with pytest.raises(ValueError, match="there are no draws to summarise"):
         draws.summary()
+
+
+def test_series_of_kernels_on_paths_are_observed_data(tmp_path):
+    model = bi.models.StochasticVolatility(-1.0, 0.9, 0.3)
+    _, ys = bi.models.simulate(0, model, 6)
+    kernel = bi.kernels.ConditionalSMC(model, ys, 8)
+    run = functools.partial(bi.sample, 1, kernel, kernel.initial(2, 2), num_samples=5, progress=False)
+    for draws in (run(), run(store=tmp_path / "zarr")):
+        assert np.array_equal(draws.to_arviz()["observed_data"]["ys"], ys)
+    on_disk = xarray.open_datatree(tmp_path / "zarr", engine="zarr", consolidated=False)
+    assert np.array_equal(on_disk["observed_data"]["ys"], ys)

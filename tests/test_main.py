@@ -32,11 +32,12 @@ def test_says_what_it_found(demo, capsys):
         assert text in said
 
 
-def test_resume_extends_the_run_bitwise(demo, tmp_path):
+def test_resume_extends_the_run_bitwise(demo, tmp_path, capsys):
     first = bi.Draws.load(demo / "draws.nc")
     longer = [*SMALL, "--output", str(tmp_path)]
     longer[1] = "20"
-    main(longer)
+    main([*longer, "--resume"])
+    assert "nothing to continue" in capsys.readouterr().out
     whole = bi.Draws.load(tmp_path / "draws.nc")
     assert np.array_equal(whole["path"][:, :12], first["path"])
     longer[-1] = str(demo)

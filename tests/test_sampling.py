@@ -233,6 +233,27 @@ def test_mesh_gives_the_same_draws(whole):
     assert same(whole.samples, run(mesh=mesh).samples)
 
 
+def test_chains_are_spread_over_devices():
+    """On two of them, made of one processor: the same draws, bit for bit, and no talk between the devices."""
+    script = (
+        "import jax, jax.numpy as jnp, numpy as np, bayesinf as bi\n"
+        "mesh = jax.make_mesh((2,), ('chains',), axis_types=(jax.sharding.AxisType.Auto,))\n"
+        "kernel = bi.kernels.MALA(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), 0.5)\n"
+        "run = lambda c, mesh: bi.sample(\n"
+        "    0, kernel, jnp.ones((c, 3)), num_samples=20, num_warmup=20, progress=False, mesh=mesh)\n"
+        "spread, whole = run(4, mesh), run(4, None)\n"
+        "print(len(spread.final_state.position.sharding.device_set), np.array_equal(spread['x'], whole['x']))\n"
+        "try:\n"
+        "    run(3, mesh)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    output = subprocess.run([sys.executable, "-c", script], env=os.environ | flags, capture_output=True, text=True)
+    assert output.stdout.startswith("2 True"), output.stderr
+    assert "3 chains are not a multiple of the 2 devices along its axis 'chains'" in output.stdout
+
+
 def test_blackjax_kernels_run_here():
     algorithm = blackjax.rmh(lambda x: -0.5 * jnp.sum(x**2), blackjax.mcmc.random_walk.normal(jnp.ones(2)))
     draws = bi.sample(0, algorithm, jnp.zeros((2, 2)), num_samples=200, progress=False)
@@ -330,6 +351,18 @@ def test_a_stuck_chain_raises():
         bi.sample(0, bi.kernels.MALA(target, 0.01), jnp.array([[50.0]]), num_samples=200, progress=False)
 
 
+def test_a_chain_that_stood_still_in_a_short_run_is_warned_of():
+    target = bi.Target(lambda x: jnp.where(x[0] == 50.0, 0.0, -jnp.inf))
+    with pytest.warns(SamplingWarning, match=r"chains \[0\] never moved in 30 steps"):
+        bi.sample(0, bi.kernels.MALA(target, 0.01), jnp.array([[50.0]]), num_samples=30, progress=False)
+
+
+def test_names_that_collide_are_told():
+    kernel = bi.kernels.MALA(bi.Target(lambda x: -(x["a"]["b"] ** 2) - x["a.b"] ** 2), 0.1)
+    with pytest.raises(ValueError, match=r"two values are called 'a\.b'"):
+        bi.sample(0, kernel, {"a": {"b": jnp.zeros(2)}, "a.b": jnp.zeros(2)}, num_samples=5, progress=False)
+
+
 def test_no_samples_is_an_answer():
     draws = run(num_samples=0)
     assert draws["b"].shape == (3, 0, 2)
@@ -372,6 +405,7 @@ def test_the_identity_of_a_run_is_the_same_in_every_process(tmp_path):
         ({"reducers": Moments()}, "reducers must be a list"),
         ({"constrain": 3}, "constrain must be a function"),
         ({"kernel": bi.kernels.MALA}, "got MALA"),
+        ({"mesh": 2}, "mesh must be a jax.sharding.Mesh"),
     ],
 )
 def test_bad_options_are_named(options, match):
