@@ -33,14 +33,14 @@ class Tuned(NamedTuple):
     """What a warm-up has found for one chain; `Draws.tuned` holds it with a leading axis of chains.
 
     Attributes:
-        step_size: the step size to use next; a scalar.
+        step_size: the step size to use next; a scalar, or one for each of several replicas.
         inverse_mass_matrix: the metric to use next, the covariance of the target, shape (p, p), or its diagonal, shape
             (p,), for p coordinates; None where only the step size is tuned.
         averaging: state of the dual averaging.
         estimator: state of the running covariance.
     """
 
-    step_size: Float[Array, ""]
+    step_size: Float[Array, "..."]
     inverse_mass_matrix: Float[Array, "..."] | None = None
     averaging: PyTree = None
     estimator: PyTree = None
@@ -76,7 +76,7 @@ class StepSize(Warmup):
         xbar_t = t^-kappa x_t + (1 - t^-kappa) xbar_{t-1},   at the end log step = xbar
 
     with alpha_t the acceptance rate of step t, mu = log(10 * step size of the kernel), gamma = 0.05, t0 = 10 and
-    kappa = 0.75.
+    kappa = 0.75. Where a kernel has several step sizes, each follows its own of the `acceptance_rates` of the info.
 
     Args:
         num_warmup: number of steps, at least 1; that of the run.
@@ -109,14 +109,13 @@ class StepSize(Warmup):
             raise ValueError(f"num_warmup must be at least 1, got {int(self.num_warmup)}")
 
     def init(self, kernel: Any, position: PyTree) -> Tuned:
-        init, _, _ = _dual_averaging(self.target_acceptance)
         dtype = ravel_pytree(position)[0].dtype
         step_size = jnp.asarray(kernel.step_size, dtype)
-        return Tuned(step_size, averaging=_strong(init(step_size)))
+        return Tuned(step_size, averaging=_start_averaging(self.target_acceptance, step_size))
 
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
         is_last = step == self.num_warmup - 1
-        return _average(self.target_acceptance, state, info.acceptance_rate, is_last)
+        return _average(self.target_acceptance, state, info, is_last)
 
 
 class Window(Warmup):
@@ -169,23 +168,22 @@ class Window(Warmup):
 
     def init(self, kernel: Any, position: PyTree) -> Tuned:
         flat, _ = ravel_pytree(position)
-        init, _, _ = _dual_averaging(self.target_acceptance)
         init_metric, _, _ = _welford(self.is_dense)
         step_size = jnp.asarray(kernel.step_size, flat.dtype)
         estimator = _strong(init_metric(flat.size))
         metric = jnp.eye(flat.size, dtype=flat.dtype) if self.is_dense else jnp.ones_like(flat)
-        return Tuned(step_size, metric, _strong(init(step_size)), estimator)
+        return Tuned(step_size, metric, _start_averaging(self.target_acceptance, step_size), estimator)
 
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
-        init, _, _ = _dual_averaging(self.target_acceptance)
         _, update_metric, end_window = _welford(self.is_dense)
         is_slow, is_window_end = self.schedule[jnp.minimum(step, self.num_warmup - 1)]
 
-        averaged = _average(self.target_acceptance, state, info.acceptance_rate, step == self.num_warmup - 1)
+        averaged = _average(self.target_acceptance, state, info, step == self.num_warmup - 1)
         estimator = select(is_slow == 1, update_metric(state.estimator, position), state.estimator)
         ended = end_window(estimator)
         # a new metric asks for a new step size: the averaging starts again from the present one
-        restarted = Tuned(averaged.step_size, ended.inverse_mass_matrix, init(averaged.step_size), ended)
+        averaging = _start_averaging(self.target_acceptance, averaged.step_size)
+        restarted = Tuned(averaged.step_size, ended.inverse_mass_matrix, averaging, ended)
         return select(is_window_end == 1, restarted, averaged._replace(estimator=estimator))
 
 
@@ -218,15 +216,21 @@ def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
 
 
 def has_metric(kernel: Any) -> bool:
-    """Whether a kernel has a metric to tune: a field `inverse_mass_matrix`, or a `with_metric` of its own."""
-    return isinstance(kernel, Kernel) and (
-        hasattr(kernel, "inverse_mass_matrix") or type(kernel).with_metric is not Kernel.with_metric
-    )
+    """Whether a kernel has a metric to tune."""
+    return isinstance(kernel, Kernel) and kernel.has_metric
 
 
-def _average(target: Float[Array, ""], state: Tuned, acceptance_rate: Float[Array, ""], is_last: Array) -> Tuned:
+def _start_averaging(target: Float[Array, ""], step_size: Float[Array, "..."]) -> PyTree:
+    init, _, _ = _dual_averaging(target)
+    return _strong(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, step_size.shape), init(step_size)))
+
+
+def _average(target: Float[Array, ""], state: Tuned, info: Any, is_last: Array) -> Tuned:
     _, update, final = _dual_averaging(target)
-    averaging = update(state.averaging, acceptance_rate)
+    rate = (
+        info.acceptance_rate if state.step_size.ndim == 0 else getattr(info, "acceptance_rates", info.acceptance_rate)
+    )
+    averaging = update(state.averaging, rate)
     step_size = jnp.where(is_last, final(averaging), jnp.exp(averaging.log_step_size))
     moved = Tuned(step_size, state.inverse_mass_matrix, averaging, state.estimator)
     return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), moved, state)

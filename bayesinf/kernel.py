@@ -84,6 +84,8 @@ class Kernel(eqx.Module):
             case for kernels that branch, loop or gather.
         is_self_reverse: whether `log_work` compares a step with one of this same kernel, backwards; such a kernel may
             be adjusted by `Metropolize`.
+        is_tied_to_target: whether its state holds draws of the target besides the position, as of replicas; such a
+            kernel is no block of `Gibbs`, whose target changes from step to step.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp
@@ -113,6 +115,7 @@ class Kernel(eqx.Module):
     target_acceptance: ClassVar[float | None] = None
     is_sequential: ClassVar[bool] = False
     is_self_reverse: ClassVar[bool] = False
+    is_tied_to_target: ClassVar[bool] = False
 
     @abc.abstractmethod
     def init(self, position: PyTree) -> Any:
@@ -133,6 +136,11 @@ class Kernel(eqx.Module):
     def with_metric(self: K, covariance: Any) -> K:
         """The same kernel with a metric for this covariance of the target, or its diagonal; what warm-up calls."""
         return dataclasses.replace(self, inverse_mass_matrix=covariance)  # type: ignore[call-arg]
+
+    @property
+    def has_metric(self) -> bool:
+        """Whether `with_metric` has something to set: a field `inverse_mass_matrix`, or it is the kernel's own."""
+        return hasattr(self, "inverse_mass_matrix") or type(self).with_metric is not Kernel.with_metric
 
 
 def is_finite(evaluation: Evaluation) -> Bool[Array, ""]:

@@ -32,6 +32,7 @@ from bayesinf.kernels.kinetic import KineticState, Splitting, check_parameters, 
 from bayesinf.kernels.langevin import MALA, LangevinState
 from bayesinf.kernels.parts import attach, detach
 from bayesinf.kernels.vectors import as_position, dot
+from bayesinf.kernels.wrapping import Wrapping
 from bayesinf.target import Target, as_target
 
 __all__ = ["GHMC", "MALT", "AdjustedState", "Metropolize"]
@@ -45,7 +46,7 @@ class AdjustedState(NamedTuple):
     memory: Any
 
 
-class Metropolize(Kernel):
+class Metropolize(Wrapping):
     """A kernel with its steps accepted or rejected, so that it leaves the target invariant at every step size.
 
     The kernel must say that it is its own reverse (`is_self_reverse`), as LMC, the exponential integrator and every
@@ -104,31 +105,9 @@ class Metropolize(Kernel):
             log_velocity = (dot(before.velocity, before.velocity) - dot(after.velocity, after.velocity)) / (2 * u)
         return _decide(key_accept, told, proposed, stayed, log_velocity, told.num_gradients + num_starting)
 
-    def with_target(self, target: Any) -> "Metropolize":
-        return Metropolize(self.kernel.with_target(target))
-
-    def with_step_size(self, step_size: Any) -> "Metropolize":
-        return Metropolize(self.kernel.with_step_size(step_size))
-
-    @property
-    def target(self) -> Any:
-        return self.kernel.target
-
-    @property
-    def step_size(self) -> Array:
-        return self.kernel.step_size
-
-    @property
-    def inverse_mass(self) -> Array:
-        return _innermost(self.kernel).inverse_mass
-
     @property
     def target_acceptance(self) -> float | None:  # type: ignore[override]
-        return GHMC.target_acceptance if hasattr(_innermost(self.kernel), "inverse_mass") else MALA.target_acceptance
-
-    @property
-    def is_sequential(self) -> bool:  # type: ignore[override]
-        return getattr(self.kernel, "is_sequential", False)
+        return GHMC.target_acceptance if hasattr(self.kernel, "inverse_mass") else MALA.target_acceptance
 
 
 class GHMC(Kernel):
@@ -249,10 +228,6 @@ def _decide(
         is_divergent=info.is_divergent | told.is_divergent,
         log_work=jnp.where(info.is_accepted, -change, jnp.zeros_like(change)),
     )
-
-
-def _innermost(kernel: Any) -> Any:
-    return _innermost(kernel.kernel) if isinstance(kernel, Repeat) else kernel
 
 
 def _describe(kernel: Any) -> str:

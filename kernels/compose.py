@@ -48,6 +48,7 @@ from bayesinf.kernels.parts import (
     start,
     step_part,
 )
+from bayesinf.kernels.wrapping import Wrapping
 from bayesinf.target import Target
 
 __all__ = ["Cycle", "Mixture", "Repeat"]
@@ -105,6 +106,10 @@ class Cycle(Kernel):
     @property
     def is_sequential(self) -> bool:  # type: ignore[override]
         return any(getattr(part, "is_sequential", False) for part in self.kernels)
+
+    @property
+    def is_tied_to_target(self) -> bool:  # type: ignore[override]
+        return any(getattr(part, "is_tied_to_target", False) for part in self.kernels)
 
 
 class Mixture(Kernel):
@@ -202,8 +207,12 @@ class Mixture(Kernel):
     def is_sequential(self) -> bool:  # type: ignore[override]
         return True
 
+    @property
+    def is_tied_to_target(self) -> bool:  # type: ignore[override]
+        return any(getattr(part, "is_tied_to_target", False) for part in self.kernels)
 
-class Repeat(Kernel):
+
+class Repeat(Wrapping):
     """Several steps of one kernel as one step; its state, target and step size are the kernel's.
 
     Attributes:
@@ -243,28 +252,6 @@ class Repeat(Kernel):
             None if infos.log_work is None else jnp.sum(infos.log_work),
         )
         return state, info
-
-    def with_target(self, target: Any) -> "Repeat":
-        return Repeat(self.kernel.with_target(target), self.num_steps)
-
-    def with_step_size(self, step_size: Any) -> "Repeat":
-        return Repeat(self.kernel.with_step_size(step_size), self.num_steps)
-
-    @property
-    def target(self) -> Any:
-        return self.kernel.target
-
-    @property
-    def step_size(self) -> Array:
-        return self.kernel.step_size
-
-    @property
-    def target_acceptance(self) -> float | None:  # type: ignore[override]
-        return getattr(self.kernel, "target_acceptance", None)
-
-    @property
-    def is_sequential(self) -> bool:  # type: ignore[override]
-        return getattr(self.kernel, "is_sequential", False)
 
     @property
     def is_self_reverse(self) -> bool:  # type: ignore[override]

@@ -27,6 +27,7 @@ from bayesinf.kernels.parts import (
     PartsState,
     attach,
     bind,
+    check_untied,
     common_target_acceptance,
     detach,
     first_step_size,
@@ -83,6 +84,8 @@ class Gibbs(Kernel):
         paths = [path if isinstance(path, tuple) else (path,) for path in blocks]
         if () in paths:
             raise ValueError("blocks must have paths of at least one key; for the whole position use the kernel itself")
+        for path, part in zip(paths, blocks.values(), strict=True):
+            check_untied(f"the block {path}", part)
         parts = [_as_block(path, part) for path, part in zip(paths, blocks.values(), strict=True)]
         parts, self.target = _gather(parts, target)
         self.blocks = OrderedDict(zip(paths, parts, strict=True))
@@ -131,7 +134,11 @@ class Gibbs(Kernel):
         """The kernel of a block, on its conditional target."""
         target = conditional(self.target, path, position)  # type: ignore[arg-type]
         part = self.blocks[path]
-        return as_kernel(part.function(target)) if isinstance(part, Build) else part.with_target(target)
+        if not isinstance(part, Build):
+            return part.with_target(target)
+        kernel = as_kernel(part.function(target))
+        check_untied(f"the block {path}", kernel)
+        return kernel
 
 
 def conditional(target: Target, path: Path, position: PyTree) -> Target:

@@ -34,6 +34,7 @@ from bayesinf.captured import captured
 from bayesinf.kernel import Kernel
 from bayesinf.kernels.foreign import as_kernel
 from bayesinf.kernels.lineage import Lineage, descend
+from bayesinf.kernels.parts import check_untied
 from bayesinf.resampling import SCHEMES, gather, resample
 from bayesinf.target import Target
 
@@ -238,6 +239,7 @@ def as_mutation(
             "mutation must be a function of a target that returns a kernel, such as "
             f"functools.partial(MALA, step_size=0.1), or a kernel with a target; got {mutation!r}"
         )
+    check_untied("mutation", kernel)
     can_rebind = isinstance(kernel, Kernel) and hasattr(kernel, "target")
     if not can_rebind and mutation is kernel:
         raise ValueError(

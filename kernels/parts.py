@@ -24,6 +24,8 @@ __all__ = [
     "SharedState",
     "attach",
     "bind",
+    "check_target",
+    "check_untied",
     "common_target_acceptance",
     "complete",
     "detach",
@@ -80,6 +82,21 @@ def gather_parts(name: str, kernels: Sequence[Any], target: Target | None) -> tu
 def bind(parts: Sequence[Any], target: Target | None) -> list[Any]:
     """The parts, each with the target again."""
     return [part.with_target(target) if target is not None and hasattr(part, "target") else part for part in parts]
+
+
+def check_target(kernel: Any) -> None:
+    """A kernel with a target that can be exchanged."""
+    if getattr(kernel, "target", None) is None or not hasattr(kernel, "with_target"):
+        raise ValueError(f"kernel must be a kernel with a target that can be exchanged, got {type(kernel).__name__}")
+
+
+def check_untied(name: str, kernel: Any) -> None:
+    """A kernel whose target may be another one in every step."""
+    if getattr(kernel, "is_tied_to_target", False):
+        raise ValueError(
+            f"{name} must be a kernel whose target may change between its steps, got {type(kernel).__name__}, whose "
+            "state holds draws of the target besides its position; put it outside, around the others"
+        )
 
 
 def _without_target(part: Any) -> Any:
@@ -200,7 +217,8 @@ def common_target_acceptance(parts: Sequence[Any]) -> float | None:
 def first_step_size(parts: Sequence[Any]) -> Array:
     """The step size of the first tunable part."""
     for part in _tunable(parts):
-        return part.step_size
+        # of several replicas, that of the first
+        return part.step_size if jnp.ndim(part.step_size) == 0 else part.step_size[0]
     raise AttributeError("no part has a step size that is tuned by its acceptance rate")
 
 

@@ -28,7 +28,7 @@ from bayesinf import errors
 from bayesinf.captured import captured
 from bayesinf.target import Target, as_target
 
-__all__ = ["Posterior", "as_posterior", "powered"]
+__all__ = ["Posterior", "as_posterior", "as_prior", "powered"]
 
 
 class Laws(eqx.Module):
@@ -146,7 +146,7 @@ def as_posterior(prior: Any, log_likelihood: Callable[..., Any] | None, data: Py
         ValueError: the prior is none of the three kinds, has discrete parts, or the likelihood is missing, given twice,
             or not a scalar or vector of floating point.
     """
-    checked = _as_prior(prior)
+    checked = as_prior(prior)
     has_observed = isinstance(checked, Model) and bool(checked.observed)
     if has_observed and log_likelihood is not None:
         raise ValueError(
@@ -170,7 +170,14 @@ def as_posterior(prior: Any, log_likelihood: Callable[..., Any] | None, data: Py
     return posterior
 
 
-def _as_prior(prior: Any) -> Laws | Pair | Model:
+def as_prior(prior: Any) -> Laws | Pair | Model:
+    """What draws from a prior and knows its density, from what the user gave.
+
+    Raises:
+        ValueError: the prior is none of the three kinds, or has discrete parts.
+    """
+    if isinstance(prior, Laws | Pair | Model):
+        return prior
     laws = jax.tree.leaves(prior, is_leaf=_is_law)
     if laws and all(map(_is_law, laws)):
         discrete = [type(law).__name__ for law in laws if law.support.is_discrete]

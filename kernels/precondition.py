@@ -21,15 +21,16 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.kernel import Evaluation, Kernel, select
-from bayesinf.kernels.parts import PartsState, SharedState, attach, detach
+from bayesinf.kernel import Evaluation, select
+from bayesinf.kernels.parts import PartsState, SharedState, attach, check_target, check_untied, detach
 from bayesinf.kernels.vectors import as_position, combine
+from bayesinf.kernels.wrapping import Wrapping
 from bayesinf.target import Target
 
 __all__ = ["Precondition"]
 
 
-class Precondition(Kernel):
+class Precondition(Wrapping):
     """A kernel in coordinates z = L^-1 (x - x_0); its step size is in units of z.
 
     Warm-up learns L from the chain, with the step size, where the kernel has a target acceptance rate: the standard
@@ -59,10 +60,8 @@ class Precondition(Kernel):
     scale: Float[Array, "..."] | None = eqx.field(converter=errors.as_array("scale", is_optional=True), default=None)
 
     def __check_init__(self):
-        if getattr(self.kernel, "target", None) is None or not hasattr(self.kernel, "with_target"):
-            raise ValueError(
-                f"kernel must be a kernel with a target that can be exchanged, got {type(self.kernel).__name__}"
-            )
+        check_target(self.kernel)
+        check_untied("kernel", self.kernel)
         if self.scale is None:
             return
         shape = jnp.shape(self.scale)
@@ -103,35 +102,13 @@ class Precondition(Kernel):
             evaluation = select(has_moved, evaluation, known)
         return SharedState(position, evaluation, memory), info
 
-    def with_target(self, target: Any) -> "Precondition":
-        return Precondition(self.kernel.with_target(target), self.scale)
-
-    def with_step_size(self, step_size: Any) -> "Precondition":
-        return Precondition(self.kernel.with_step_size(step_size), self.scale)
-
     def with_metric(self, covariance: Float[Array, "..."]) -> "Precondition":
         scale = jnp.sqrt(covariance) if covariance.ndim == 1 else jnp.linalg.cholesky(covariance)
         return Precondition(self.kernel, scale)
 
     @property
-    def target(self) -> Any:
-        return self.kernel.target
-
-    @property
-    def step_size(self) -> Array:
-        return self.kernel.step_size
-
-    @property
-    def inverse_mass(self) -> Array:
-        return self.kernel.inverse_mass
-
-    @property
-    def target_acceptance(self) -> float | None:  # type: ignore[override]
-        return getattr(self.kernel, "target_acceptance", None)
-
-    @property
-    def is_sequential(self) -> bool:  # type: ignore[override]
-        return getattr(self.kernel, "is_sequential", False)
+    def has_metric(self) -> bool:
+        return True
 
     def _at(self, position: PyTree) -> Any:
         """The kernel on the target seen from `position`."""

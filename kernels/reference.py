@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
@@ -24,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from bayesinf import errors
 from bayesinf.kernel import Evaluation, Kernel, is_finite, select
 from bayesinf.kernels.langevin import LangevinState
-from bayesinf.kernels.vectors import as_position
+from bayesinf.kernels.vectors import as_position, differ
 from bayesinf.target import Target, as_target
 
 __all__ = ["HMC", "NUTS", "HMCInfo", "NUTSInfo"]
@@ -166,7 +165,7 @@ class NUTS(Kernel):
         moved, is_ok, log_work = _settle(end, state)
         info = NUTSInfo(
             acceptance_rate=jnp.clip(told.acceptance_rate, 0.0, 1.0),
-            is_accepted=_differ(moved.position, state.position),
+            is_accepted=differ(moved.position, state.position),
             is_divergent=told.is_divergent | ~is_ok,
             num_gradients=jnp.asarray(told.num_integration_steps, jnp.int32),
             log_work=log_work,
@@ -225,7 +224,3 @@ def _settle(end: Any, state: LangevinState) -> tuple[LangevinState, Bool[Array, 
     is_ok = is_finite(proposed.evaluation)
     settled = select(is_ok, proposed, state)
     return settled, is_ok, state.evaluation.logdensity - settled.evaluation.logdensity
-
-
-def _differ(left: PyTree, right: PyTree) -> Bool[Array, ""]:
-    return jnp.any(jnp.stack([jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (left, right)), strict=True)]))

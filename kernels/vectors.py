@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from bayesinf import errors
 
-__all__ = ["as_position", "combine", "dot", "normals", "strong"]
+__all__ = ["as_position", "combine", "differ", "dot", "normals", "strong"]
 
 Term = tuple[Any, PyTree]  # a scalar, and what it multiplies
 
@@ -45,6 +45,11 @@ def combine(*terms: Term) -> PyTree:
         return sum(jnp.asarray(a, dtype) * jnp.asarray(leaf, dtype) for a, leaf in zip(scalars, leaves, strict=True))  # type: ignore[return-value]
 
     return jax.tree.map(add, *trees)
+
+
+def differ(left: PyTree, right: PyTree) -> Bool[Array, ""]:
+    """Whether two pytrees of one structure differ in any number."""
+    return jnp.any(jnp.stack([jnp.any(a != b) for a, b in zip(*map(jax.tree.leaves, (left, right)), strict=True)]))
 
 
 def dot(left: PyTree, right: PyTree) -> Float[Array, ""]:
