@@ -21,6 +21,7 @@ from bayesinf.kernels.guarantees import wasserstein_bound as wasserstein_bound
 from bayesinf.kernels.ibis import IBISResult as IBISResult
 from bayesinf.kernels.ibis import ibis as ibis
 from bayesinf.kernels.ito_chain import ItoChain as ItoChain
+from bayesinf.kernels.jitter import Jitter as Jitter
 from bayesinf.kernels.kinetic import KineticLangevin as KineticLangevin
 from bayesinf.kernels.kinetic import Splitting as Splitting
 from bayesinf.kernels.langevin import LMC as LMC
@@ -44,3 +45,4 @@ from bayesinf.kernels.smc_sampler import SMCResult as SMCResult
 from bayesinf.kernels.smc_sampler import smc_sampler as smc_sampler
 from bayesinf.kernels.stochastic_gradient import SGHMC as SGHMC
 from bayesinf.kernels.stochastic_gradient import SGLD as SGLD
+from bayesinf.kernels.temper import Temper as Temper

@@ -25,6 +25,10 @@ def logdensity(position, scale):
     return 3.0 * x - jnp.exp(x) - 0.5 * jnp.sum(jnp.exp(-x / 2) * (y - x**2 / 4) ** 2) - y.size * x / 4
 
 
+def sharpened(position, scale):
+    return 2.0 * logdensity(position, scale)
+
+
 def log_prior(position):
     return -0.1 * position["x"] ** 2
 
@@ -71,6 +75,8 @@ INVARIANT = {
     "Cycle": kernels.Cycle([MALA, kernels.MALA(TARGET, 0.05), kernels.HMC(TARGET, 0.3, num_integration_steps=2)]),
     "Mixture": kernels.Mixture([MALA, kernels.HMC(TARGET, 0.3, num_integration_steps=2)], [0.3, 0.7]),
     "Repeat": kernels.Repeat(MALA, 2),
+    "Jitter": kernels.Jitter(kernels.HMC(TARGET, 0.4, num_integration_steps=3)),
+    "Temper": kernels.Temper(kernels.MALA(bi.Target(sharpened, SCALE), 0.3), 0.5),
     "Gibbs": kernels.Gibbs({"x": MALA, "y": kernels.Repeat(kernels.MALA(TARGET, 0.6), 2)}),
 }
 
