@@ -176,8 +176,15 @@ MODEL = LinearGaussian.scalar(0.8, 0.7, 1.0, 0.9, initial_mean=0.5)
 YS = jnp.array([[1.0], [-0.4], [jnp.nan], [1.3], [2.0]])
 
 
-@pytest.mark.parametrize("method", ["exact", "mcmc"])
-@pytest.mark.parametrize("proposal", ["bootstrap", "guided"])
+@pytest.mark.parametrize(
+    ("method", "proposal"),
+    [
+        ("exact", "guided"),
+        ("mcmc", "bootstrap"),
+        pytest.param("exact", "bootstrap", marks=pytest.mark.slow),
+        pytest.param("mcmc", "guided", marks=pytest.mark.slow),
+    ],
+)
 def test_smoothing_is_unbiased_for_few_particles(method, proposal):
     """Zhat f(path) has mean Z E[f(x) | y], for every N, where the filter draws its ancestors independently."""
     exact, log_evidence = rts_smoother(MODEL, YS), kalman_filter(MODEL, YS).log_evidence

@@ -174,7 +174,13 @@ def _moments_after(kernel, num, num_steps):
     return min(p_mean, conformance.mean_p_value(values**2, np.diag(smoothed.cov))), info
 
 
-@pytest.mark.parametrize("options", [{"refresh": "ancestor"}, {"refresh": "backward", "proposal": "guided"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"refresh": "ancestor"}, marks=pytest.mark.slow),
+        {"refresh": "backward", "proposal": "guided"},
+    ],
+)
 def test_the_smoothing_law_is_invariant(options):
     model, ys, _ = problem("OW", 50)
     p_value, info = _moments_after(ConditionalSMC(model, ys, 4, **options), 20_000, 3)

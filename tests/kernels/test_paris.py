@@ -27,7 +27,10 @@ def _replicates(name, num, last=50, **options):
     "options",
     [
         {"method": "mcmc"},
-        {"method": "exact", "proposal": "guided", "resampling": "systematic", "ess_threshold": 0.5},
+        pytest.param(
+            {"method": "exact", "proposal": "guided", "resampling": "systematic", "ess_threshold": 0.5},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_bias_vanishes_with_the_number_of_particles(options):

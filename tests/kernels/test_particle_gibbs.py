@@ -221,6 +221,7 @@ def test_the_posterior_of_the_parameters_is_that_of_quadrature():
     assert mean_p_value(means, _with_means_off_by(0.1)) < FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_interwoven_moves_leave_the_posterior_of_the_parameters():
     means = _posterior_means(
         50,
@@ -234,6 +235,7 @@ def test_interwoven_moves_leave_the_posterior_of_the_parameters():
     assert mean_p_value(means, _with_means_off_by(0.25)) < FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_the_genealogy_alone_does_not_find_the_posterior():
     # of paths of 101 states and 20 particles it never refreshes the early ones
     assert mean_p_value(_posterior_means(50, 500, 150, refresh="none"), _quadrature()) < FALSE_ALARM
