@@ -74,8 +74,8 @@ class ItoChain(Kernel):
     drift: Callable[..., Any] = eqx.field(static=True, converter=captured)
     diffusion: Callable[..., Any] = eqx.field(static=True, converter=captured)
     noise: str | Callable[..., Any] = eqx.field(static=True, converter=captured, default="gaussian")
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray, kw_only=True)
-    exponent: Float[Array, ""] = eqx.field(converter=jnp.asarray, kw_only=True, default=0.0)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"), kw_only=True)
+    exponent: Float[Array, ""] = eqx.field(converter=errors.as_array("exponent"), kw_only=True, default=0.0)
     data: PyTree = eqx.field(converter=lambda data: errors.as_arrays("data", data), kw_only=True, default=None)
 
     def __check_init__(self):

@@ -88,9 +88,9 @@ class SGLD(Kernel):
     """
 
     target: Minibatch = eqx.field(converter=_as_minibatch)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    decay: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=0.0)
-    delay: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
+    decay: Float[Array, ""] = eqx.field(converter=errors.as_array("decay"), default=0.0)
+    delay: Float[Array, ""] = eqx.field(converter=errors.as_array("delay"), default=1.0)
 
     def __check_init__(self):
         errors.check_positive_scalar("step_size", self.step_size)
@@ -154,9 +154,9 @@ class SGHMC(Kernel):
     """
 
     target: Minibatch = eqx.field(converter=_as_minibatch)
-    step_size: Float[Array, ""] = eqx.field(converter=jnp.asarray)
-    friction: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
-    inverse_mass: Float[Array, ""] = eqx.field(converter=jnp.asarray, default=1.0)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
+    friction: Float[Array, ""] = eqx.field(converter=errors.as_array("friction"), default=1.0)
+    inverse_mass: Float[Array, ""] = eqx.field(converter=errors.as_array("inverse_mass"), default=1.0)
     gradient_variance: PyTree = eqx.field(
         converter=lambda variance: errors.as_arrays("gradient_variance", variance), default=0.0
     )
