@@ -24,5 +24,5 @@ def bench_import(compare):
     compare(
         "import, in a fresh interpreter",
         {"import bayesinf, beyond import jax, numpyro": import_beyond},
-        note=lambda _: f"{max(backends)} JAX backends started",
+        note=lambda name, medians: f"{max(backends)} JAX backends started",
     )

@@ -30,8 +30,8 @@ def ys(model):
     return models.simulate(jax.random.key(0), model, NUM_STEPS)[1]
 
 
-def per_step(median):
-    return f"{1e6 * median / NUM_STEPS:.3g} us a step"
+def per_step(name, medians):
+    return f"{1e6 * medians[name] / NUM_STEPS:.3g} us a step"
 
 
 @jax.jit

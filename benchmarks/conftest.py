@@ -31,7 +31,8 @@ def compare(benchmark):
         calls: by name, what does the work and returns the arrays to wait for. A call may also return a float: seconds
             that it measured itself, of work done in another process.
         prepare: makes the arguments of one call, outside the clock.
-        note: says from the median, in seconds, what the row shows beside it.
+        note: `note(name, medians)` says what the row of that name shows beside its time, given the medians of all
+            rows in seconds.
     """
 
     def run(
@@ -40,7 +41,7 @@ def compare(benchmark):
         *,
         rounds: int = 9,
         prepare: Callable[[], tuple] = lambda: (),
-        note: Callable[[float], str] = lambda median: "",
+        note: Callable[[str, dict[str, float]], str] = lambda name, medians: "",
     ) -> None:
         first = {name: _seconds(call, prepare()) for name, call in calls.items()}
         warm: dict[str, list[float]] = {name: [] for name in calls}
@@ -52,7 +53,7 @@ def compare(benchmark):
         benchmark.pedantic(take_turns, rounds=rounds)
         medians = {name: statistics.median(seconds) for name, seconds in warm.items()}
         benchmark.extra_info.update(first_call_s=first, median_s=medians)
-        TABLES[title] = [(name, first[name], medians[name], note(medians[name])) for name in calls]
+        TABLES[title] = [(name, first[name], medians[name], note(name, medians)) for name in calls]
 
     return run
 
