@@ -311,14 +311,18 @@ def _check_start(kernel: Any, state: Any) -> None:
     if hasattr(state, "evaluation"):
         is_ok = np.asarray(jax.vmap(is_finite)(state.evaluation))
     else:
-        finite = [jnp.all(jnp.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in _leaves(state.position)]
+        known = (state.position, [getattr(state, name, None) for name in ("logdensity", "log_likelihood")])
+        finite = [jnp.all(jnp.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in _leaves(known)]
         is_ok = np.all(np.asarray(finite), axis=0)
     if np.all(is_ok):
         return
     chain = int(np.flatnonzero(~is_ok)[0])
     position = jax.tree.map(lambda leaf: leaf[chain], state.position)
     target = _target(kernel)
-    why = "The position is not finite." if target is None else target.explain(position)
+    value = getattr(state, "log_likelihood", None)
+    why = "The position, or what the kernel knows of it, is not finite." if target is None else target.explain(position)
+    if value is not None:
+        why = f"The log likelihood is {float(value[chain])}."
     raise errors.InitializationError(
         f"initial: chain {chain} starts where the log density or its gradient is not finite. {why} "
         "Start elsewhere, for example at target.init(key, num_chains)."

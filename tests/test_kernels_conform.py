@@ -51,7 +51,14 @@ SCALE = jnp.asarray(1.2)
 TARGET = bi.Target(logdensity, SCALE)
 ROWS = {"scale": jnp.linspace(0.5, 1.5, 7), "y": jnp.linspace(-1.0, 2.0, 21).reshape(7, 3)}
 MINIBATCH = kernels.Minibatch(log_prior, log_likelihood, ROWS, batch_size=3)
+PRIOR_TRIL = jnp.array([[1.0, 0, 0], [0.3, 1.2, 0], [-0.5, 0.2, 1.0]])
 POSITION = {"x": jnp.asarray(1.0), "y": jnp.array([0.3, -0.4])}
+
+
+def relative(position, scale):
+    """The density of the target over that of the prior N(m, L L^T) of elliptical slice sampling."""
+    noise = jax.scipy.linalg.solve_triangular(PRIOR_TRIL, jnp.append(position["x"], position["y"]) - 0.5, lower=True)
+    return logdensity(position, scale) + 0.5 * noise @ noise
 
 
 def exact_sampler(key):
@@ -72,6 +79,7 @@ INVARIANT = {
     "Precondition": kernels.Precondition(MALA, jnp.array([[1.0, 0, 0], [0.3, 1.2, 0], [-0.5, 0.2, 0.6]])),
     "HMC": kernels.HMC(TARGET, 0.4, num_integration_steps=3),
     "NUTS": NUTS,
+    "EllipticalSlice": kernels.EllipticalSlice(relative, 0.5, PRIOR_TRIL, SCALE),
     "Cycle": kernels.Cycle([MALA, kernels.MALA(TARGET, 0.05), kernels.HMC(TARGET, 0.3, num_integration_steps=2)]),
     "Mixture": kernels.Mixture([MALA, kernels.HMC(TARGET, 0.3, num_integration_steps=2)], [0.3, 0.7]),
     "Repeat": kernels.Repeat(MALA, 2),
@@ -137,7 +145,7 @@ def test_contract_on_parameters_and_paths(name):
 
 @pytest.mark.parametrize("name", [but_slow(name, "Metropolize", "Precondition") for name in INVARIANT])
 def test_law_is_invariant(name):
-    kernel, num_chains = INVARIANT[name], 20_000 if name == "NUTS" else 50_000
+    kernel, num_chains = INVARIANT[name], 20_000 if name in ("NUTS", "EllipticalSlice") else 50_000
     prepare = getattr(kernel, "refresh", None)  # a velocity from its law
     report = exact_start_invariance(1, kernel, exact_sampler, num_chains=num_chains, num_steps=10, prepare=prepare)
     assert report.raise_if_rejected().notes["moved"] > 0.9
