@@ -114,7 +114,8 @@ class Draws:
             "sample_stats": statistics(self.stats),
         }
         if self.tuned is not None:
-            step_size = np.broadcast_to(np.asarray(self.tuned.step_size)[:, None], self.stats["is_accepted"].shape)
+            tuned = np.asarray(self.tuned.step_size)[:, None]  # (chain, 1), or (chain, 1, replica)
+            step_size = np.broadcast_to(tuned, (*self.stats["is_accepted"].shape, *tuned.shape[2:]))
             groups["sample_stats"] = {**groups["sample_stats"], "step_size": step_size}
         observed = {name: np.asarray(value) for name, value in variables(self.observed).items()}
         model = self.target.model if self.target is not None else None

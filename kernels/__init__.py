@@ -25,6 +25,8 @@ from bayesinf.kernels.ito_chain import ItoChain as ItoChain
 from bayesinf.kernels.jitter import Jitter as Jitter
 from bayesinf.kernels.kinetic import KineticLangevin as KineticLangevin
 from bayesinf.kernels.kinetic import Splitting as Splitting
+from bayesinf.kernels.ladder import stepping_stone as stepping_stone
+from bayesinf.kernels.ladder import suggest_betas as suggest_betas
 from bayesinf.kernels.langevin import LMC as LMC
 from bayesinf.kernels.langevin import MALA as MALA
 from bayesinf.kernels.minibatch import Minibatch as Minibatch
@@ -42,8 +44,10 @@ from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint as Randomize
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpointKinetic as RandomizedMidpointKinetic
 from bayesinf.kernels.reference import HMC as HMC
 from bayesinf.kernels.reference import NUTS as NUTS
+from bayesinf.kernels.replica_exchange import ReplicaExchange as ReplicaExchange
 from bayesinf.kernels.smc_sampler import SMCResult as SMCResult
 from bayesinf.kernels.smc_sampler import smc_sampler as smc_sampler
 from bayesinf.kernels.stochastic_gradient import SGHMC as SGHMC
 from bayesinf.kernels.stochastic_gradient import SGLD as SGLD
 from bayesinf.kernels.temper import Temper as Temper
+from bayesinf.kernels.transformed import Transformed as Transformed

@@ -35,12 +35,11 @@ from bayesinf.kernels.parts import (
     merge_infos,
     scale_steps,
 )
+from bayesinf.kernels.paths import Path, as_path, get, put
 from bayesinf.kernels.vectors import strong
 from bayesinf.target import Target, as_target
 
 __all__ = ["Build", "Gibbs", "conditional"]
-
-Path = tuple[Any, ...]
 
 
 class Build(eqx.Module):
@@ -81,7 +80,7 @@ class Gibbs(Kernel):
     def __init__(self, blocks: Mapping[Any, Any], target: Target | None = None):
         if not isinstance(blocks, Mapping) or not blocks:
             raise ValueError(f"blocks must be a dict from path to kernel with at least one entry, got {blocks!r}")
-        paths = [path if isinstance(path, tuple) else (path,) for path in blocks]
+        paths = [as_path(path) for path in blocks]
         if () in paths:
             raise ValueError("blocks must have paths of at least one key; for the whole position use the kernel itself")
         for path, part in zip(paths, blocks.values(), strict=True):
@@ -97,7 +96,7 @@ class Gibbs(Kernel):
         memory = []
         for path in self.blocks:
             kernel = self._kernel(path, position)
-            memory.append(detach(kernel.init(_get(position, path))))
+            memory.append(detach(kernel.init(get(position, path))))
         return PartsState(position, tuple(memory))
 
     def step(self, key: Key[Array, ""], state: PartsState) -> tuple[PartsState, Info]:
@@ -105,9 +104,9 @@ class Gibbs(Kernel):
         keys = jax.random.split(key, len(self.blocks))
         for path, own, key_block in zip(self.blocks, state.memory, keys, strict=True):
             kernel = self._kernel(path, position)
-            before, cost = attach(kernel, own, _get(position, path), None)
+            before, cost = attach(kernel, own, get(position, path), None)
             after, info = kernel.step(key_block, before)
-            position = _put(position, path, after.position)
+            position = put(position, path, after.position)
             memory.append(detach(after))
             kernels.append(kernel)
             infos.append(info)
@@ -143,8 +142,8 @@ class Gibbs(Kernel):
 
 def conditional(target: Target, path: Path, position: PyTree) -> Target:
     """The target of the block at `path` given the rest of `position`; its data are (joint target, rest)."""
-    _get(position, path)
-    return Target(_Conditional(path), (target, _put(position, path, None)))
+    get(position, path)
+    return Target(_Conditional(path), (target, put(position, path, None)))
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ class _Conditional:
 
     def __call__(self, block: PyTree, data: tuple[Target, PyTree]) -> Array:
         target, rest = data
-        return target.logdensity(_put(rest, self.path, block))
+        return target.logdensity(put(rest, self.path, block))
 
 
 def _as_block(path: Path, part: Any) -> Any:
@@ -181,26 +180,3 @@ def _gather(parts: list[Any], target: Target | None) -> tuple[list[Any], Target 
     stripped, target = gather_parts("blocks", kernels, target)
     remaining = iter(stripped)
     return [part if isinstance(part, Build) else next(remaining) for part in parts], target
-
-
-def _get(tree: PyTree, path: Path) -> PyTree:
-    for depth, key in enumerate(path):
-        try:
-            tree = tree[key]
-        except (KeyError, IndexError, TypeError) as error:
-            keys = list(tree) if isinstance(tree, Mapping) else type(tree).__name__
-            raise ValueError(
-                f"path {path} leads nowhere: no {key!r} at {path[:depth] or 'the top'} of the position, there is {keys}"
-            ) from error
-    return tree
-
-
-def _put(tree: PyTree, path: Path, block: PyTree) -> PyTree:
-    """A copy of the tree with the block at `path`."""
-    if not path:
-        return block
-    key, *rest = path
-    if isinstance(tree, Mapping):
-        return type(tree)({**tree, key: _put(tree[key], tuple(rest), block)})  # type: ignore[call-arg]
-    items = [_put(item, tuple(rest), block) if i == key % len(tree) else item for i, item in enumerate(tree)]
-    return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)

@@ -45,13 +45,13 @@ HMC = kernels.HMC(laws.BANANA, 0.5, num_integration_steps=2)
 POWERS = {
     "MALA": (kernels.MALA(laws.BANANA, 0.6), 0.2),
     "sharper": (kernels.MALA(laws.BANANA, 0.1), 3.0),
-    "velocities": (kernels.GHMC(laws.BANANA, 0.5), 0.3),
+    "velocities": (kernels.GHMC(laws.BANANA, 0.5), 0.6),
     "nest": (kernels.Temper(kernels.Gibbs({"x": kernels.MALA(laws.BANANA, 0.8), "y": HMC}), 0.5), 0.4),
-    "coordinates": (kernels.Precondition(kernels.MALA(laws.BANANA, 0.5), jnp.array([1.0, 1.5, 1.5])), 0.3),
+    "coordinates": (kernels.Precondition(kernels.MALA(laws.BANANA, 0.5), jnp.array([1.0, 1.5, 1.5])), 0.2),
 }
 
 
-@pytest.mark.parametrize("name", but_slow(POWERS, "sharper", "velocities", "coordinates"))
+@pytest.mark.parametrize("name", but_slow(POWERS, "MALA", "sharper", "velocities", "nest"))
 def test_the_power_is_left_invariant(name):
     inner, beta = POWERS[name]
     kernel = kernels.Temper(inner, beta)
@@ -62,16 +62,17 @@ def test_the_power_is_left_invariant(name):
 
 @pytest.mark.parametrize("name", but_slow(REFERENCES, "prior", "pair"))
 def test_prior_times_a_power_of_the_likelihood_is_left_invariant(name):
-    kernel = kernels.Temper(kernels.MALA(laws.RATE, 0.3), 0.3, REFERENCES[name])
-    report = exact_start_invariance(0, kernel, partial(laws.draw_log_rate, beta=0.3), num_chains=50_000, num_steps=5)
+    kernel = kernels.Temper(kernels.MALA(laws.RATE, 0.3), 0.25, REFERENCES[name])
+    report = exact_start_invariance(0, kernel, partial(laws.draw_log_rate, beta=0.25), num_chains=50_000, num_steps=5)
     assert report.raise_if_rejected().notes["moved"] > 0.9
 
 
+@pytest.mark.slow
 def test_the_prior_of_a_model_is_a_reference():
     target = bi.Target.from_numpyro(observed_counts, laws.COUNTS)
-    kernel = kernels.Temper(kernels.MALA(target, 0.3), 0.3, target)
+    kernel = kernels.Temper(kernels.MALA(target, 0.3), 0.25, target)
     report = exact_start_invariance(
-        0, kernel, lambda key: {"rate": laws.draw_log_rate(key, 0.3)}, num_chains=50_000, num_steps=5
+        0, kernel, lambda key: {"rate": laws.draw_log_rate(key, 0.25)}, num_chains=50_000, num_steps=5
     )
     assert report.raise_if_rejected().notes["moved"] > 0.9
 
