@@ -92,7 +92,7 @@ class SplitRHat:
 
     Keeps mean and squared deviation of every component, chain and batch; of many batches neighbours are merged, so
     that memory and time do not grow with the run. The chains are split at the batch nearest to their middle, so a drift
-    within the chains is seen as well as a difference between them. Runs on the host in float64.
+    within the chains is seen as well as a difference between them. Runs on the host; batches are added up in float64.
 
     Example:
         >>> import numpy as np
@@ -118,7 +118,8 @@ class SplitRHat:
             return
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite makes R-hat NaN, which says so
             mean = draws.mean(axis=1, dtype=np.float64)
-            deviation = np.square(draws - mean[:, None]).sum(axis=1, dtype=np.float64)
+            centred = draws - mean[:, None].astype(np.result_type(draws, np.float32))
+            deviation = np.einsum("cnd,cnd->cd", centred, centred).astype(np.float64)
         self._batches.append((draws.shape[1], mean, deviation))
         if len(self._batches) > 1 and self._batches[-2][0] < self._size:
             self._batches[-2:] = [_merge(self._batches[-2:])]

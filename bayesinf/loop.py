@@ -2,12 +2,13 @@
 
 One function advances one chain by `num_draws` draws that are `thin` steps apart, beginning at an absolute step; all
 three are arguments, so warm-up, sampling and the last short chunk share one executable. It is vmapped over the chains,
-or called for each of them on a thread of its own.
+or carried out for one after the other: on a CPU every thread takes chains in turn, so that none waits for the slowest.
 """
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -18,6 +19,8 @@ from jaxtyping import Array, Int, Key, PyTree
 
 from bayesinf import adaptation
 from bayesinf.kernel import Kernel, select
+
+_MAX_CALLS = 32  # of one chain each; of more chains every thread takes one share
 
 __all__ = ["Chain", "Collect", "Plan", "Runner", "program", "start"]
 
@@ -103,17 +106,19 @@ def _zeros(shapes: Any, *leading: int) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros((*leading, *leaf.shape), leaf.dtype), shapes)
 
 
-_advance_one = eqx.filter_jit(_advance)
-
-
 @eqx.filter_jit
 def _advance_all(plan: Plan, shapes: Any, capacity: int, chains: Chain, *numbers: Array) -> tuple[Chain, Any]:
     return jax.vmap(lambda chain: _advance(plan, shapes, capacity, chain, *numbers))(chains)
 
 
-@jax.jit
-def _chain(chains: Chain, index: Int[Array, ""]) -> Chain:
-    return jax.tree.map(lambda leaf: leaf[index], chains)
+@eqx.filter_jit
+def _advance_in_turn(plan: Plan, shapes: Any, capacity: int, chains: Chain, *numbers: Array) -> tuple[Chain, Any]:
+    return jax.lax.map(lambda chain: _advance(plan, shapes, capacity, chain, *numbers), chains)
+
+
+@partial(jax.jit, static_argnums=2)
+def _share(chains: Chain, first: Int[Array, ""], size: int) -> Chain:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, first, size), chains)
 
 
 @eqx.filter_jit
@@ -192,16 +197,19 @@ class Runner(NamedTuple):
                 lambda leaf: np.asarray(leaf)[:, :num_draws].copy(), chunk
             )
 
-        def one(chain):
-            return jax.block_until_ready(_advance_one(self.plan, self.shapes, self.capacity, chain, *numbers))  # pyright: ignore[reportCallIssue]
-
         num_chains = chains.key.shape[0]
-        each = [_chain(chains, jnp.asarray(c)) for c in range(num_chains)]
-        num_threads = min(num_chains, os.cpu_count() or 1) if self.method == "parallel" and num_draws else 1
-        with ThreadPoolExecutor(num_threads) as pool:
-            done = list(pool.map(one, each))
-        chains = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[chain for chain, _ in done])
+        num_threads = min(num_chains, os.cpu_count() or 1) if self.method == "parallel" else 1
+        num_shares = num_chains if num_chains <= _MAX_CALLS else num_threads
+        bounds = np.linspace(0, num_chains, num_shares + 1).astype(int)
+
+        def run(first: int, end: int) -> tuple[Chain, Any]:
+            share = _share(chains, jnp.asarray(first), end - first)
+            return jax.block_until_ready(_advance_in_turn(self.plan, self.shapes, self.capacity, share, *numbers))
+
+        with ThreadPoolExecutor(num_threads if num_draws else 1) as pool:  # the first call, which compiles, alone
+            done = list(pool.map(run, bounds[:-1].tolist(), bounds[1:].tolist()))
+        chains = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *[share for share, _ in done])
         chunk = jax.tree.map(
-            lambda *leaves: np.stack([np.asarray(leaf)[:num_draws] for leaf in leaves]), *[c for _, c in done]
+            lambda *leaves: np.concatenate([np.asarray(leaf)[:, :num_draws] for leaf in leaves]), *[c for _, c in done]
         )
         return chains, chunk

@@ -11,6 +11,7 @@ class Progress:
     """A tqdm bar over steps that shows phase, acceptance rate, divergences and the worst R-hat; silent if not shown."""
 
     def __init__(self, total: int, *, is_shown: bool):
+        self.is_shown = is_shown
         if is_shown:
             from tqdm.auto import tqdm  # in a notebook without widgets it warns when it is imported
         else:

@@ -230,16 +230,16 @@ class _Run:
         """Looks at a chunk of draws: R-hat, and what ends the run."""
         samples, stats = chunk
         leaves = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(samples)]
-        if leaves:
+        if leaves and self.progress.is_shown:
             self._r_hat.update(np.concatenate(leaves, axis=2))
         for name, leaf in variables(samples).items():
             is_bad = ~np.all(np.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1)
             if np.any(is_bad):
-                self.failure = f"draws of {name!r} of chains {np.flatnonzero(is_bad).tolist()} are not finite"
+                self.failure = f"draws of {name!r} of chains {_listed(is_bad)} are not finite"
         num = stats["is_divergent"].shape[1]
         is_lost = np.all(stats["is_divergent"], axis=1)
         if num >= 100 and np.any(is_lost):
-            self.failure = f"chains {np.flatnonzero(is_lost).tolist()} diverged at every one of {num} draws in a row"
+            self.failure = f"chains {_listed(is_lost)} diverged at every one of {num} draws in a row"
 
     def standing(self) -> dict[str, int]:
         return {"step": self.step, "num_draws": self.num_draws}
@@ -353,7 +353,7 @@ def _judge(draws: Draws, *, thin: int, throw: bool) -> Draws:
     is_stuck = ~np.any(draws.stats["is_accepted"], axis=1)
     if num_steps >= 20 and np.any(is_stuck):  # of a hundred steps it is a failure
         warnings.warn(
-            f"chains {np.flatnonzero(is_stuck).tolist()} never moved in {num_steps} steps; try a smaller step_size",
+            f"chains {_listed(is_stuck)} never moved in {num_steps} steps; try a smaller step_size",
             errors.SamplingWarning,
             stacklevel=3,
         )
@@ -372,10 +372,10 @@ def _judge(draws: Draws, *, thin: int, throw: bool) -> Draws:
 def _failure(draws: Draws, num_steps: int) -> str | None:
     share = np.mean(draws.stats["is_divergent"], axis=1)
     if num_steps >= 100 and np.any(share > 0.5):
-        return f"chains {np.flatnonzero(share > 0.5).tolist()} diverged at more than half of their {num_steps} steps"
+        return f"chains {_listed(share > 0.5)} diverged at more than half of their {num_steps} steps"
     is_stuck = ~np.any(draws.stats["is_accepted"], axis=1)
     if num_steps >= 100 and np.any(is_stuck):
-        return f"chains {np.flatnonzero(is_stuck).tolist()} never moved in {num_steps} steps"
+        return f"chains {_listed(is_stuck)} never moved in {num_steps} steps"
     return None
 
 
@@ -394,6 +394,12 @@ def _known(kernel: Any) -> dict[str, Any]:
     """The fields of the draws that are known before the run."""
     ys = getattr(kernel, "ys", None)
     return {"target": _target(kernel), "observed": None if ys is None else {"ys": ys}}
+
+
+def _listed(is_named: np.ndarray) -> str:
+    """The indices, at most ten of them."""
+    indices = np.flatnonzero(is_named).tolist()
+    return str(indices) if len(indices) <= 10 else f"{indices[:10]} and {len(indices) - 10} more"
 
 
 def _target(kernel: Any) -> Target | None:

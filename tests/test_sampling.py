@@ -75,6 +75,14 @@ def test_chain_methods_agree_to_rounding(whole, chain_method):
     assert np.allclose(draws["b"], run(num_warmup=0, num_samples=5)["b"], atol=1e-5)
 
 
+@pytest.mark.parametrize("chain_method", ["parallel", "sequential"])
+def test_many_chains_in_shares_agree_to_rounding(chain_method):
+    initial = jax.tree.map(lambda leaf: jnp.repeat(leaf, 13, axis=0), INITIAL)  # 39 chains: no multiple of the threads
+    options = {"initial": initial, "num_warmup": 0, "num_samples": 5}
+    shared = run(chain_method=chain_method, **options)
+    assert np.allclose(shared["b"], run(**options)["b"], atol=1e-5)
+
+
 def test_chains_do_not_depend_on_how_many_there_are():
     one = run(initial=jax.tree.map(lambda leaf: leaf[:1], INITIAL), num_warmup=0, num_samples=5)
     assert np.allclose(one["b"][0], run(num_warmup=0, num_samples=5)["b"][0], atol=1e-5)
