@@ -81,7 +81,7 @@ def test_blocks_whose_target_changes():
     mala = kernels.MALA(laws.BANANA, 0.4)
     inner = kernels.Transformed(mala, AffineTransform(0.3, 1.4))
     kernel = kernels.Gibbs({"x": inner, "y": kernels.Transformed(mala, LowerCholeskyAffine(jnp.zeros(2), TRIL))})
-    report = exact_start_invariance(0, kernel, laws.draw_banana, num_chains=30_000, num_steps=6)
+    report = exact_start_invariance(0, kernel, laws.draw_banana, num_chains=60_000, num_steps=6)
     assert report.raise_if_rejected().notes["moved"] > 0.9
 
 
@@ -167,6 +167,18 @@ def test_where_the_chain_was_moved_by_another_z_follows():
     # on log x the density is that of x times x
     np.testing.assert_allclose(state.memory.inner.evaluation.logdensity, 3 * np.log(5.0) - 5.0, rtol=0.02)
     np.testing.assert_allclose(state.memory.inner.evaluation.grad, 3 - 5.0, rtol=0.02)
+
+
+def test_where_the_target_has_changed_its_evaluation_follows():
+    """As for a block, whose chain is where it was left, on another conditional target."""
+    kernel = kernels.Transformed(kernels.MALA(GAMMA, 1e-6), ExpTransform())
+    state, _ = kernel.step(KEY, kernel.init(jnp.asarray(2.0)))
+    other = bi.Target(lambda x: -4.0 * (x - 1.0) ** 2)
+    kernel = kernel.with_target(other).with_step_size(1e4)
+    state, info = kernel.step(KEY, state._replace(evaluation=other.evaluate(state.position, order=1)))
+    assert not bool(info.is_accepted)
+    np.testing.assert_allclose(state.memory.inner.evaluation.logdensity, -4.0 + np.log(2.0), rtol=0.02)
+    np.testing.assert_allclose(state.memory.inner.evaluation.grad, -8.0 * 2.0 + 1.0, rtol=0.02)
 
 
 def test_warm_up_and_new_parameters():
