@@ -195,8 +195,8 @@ def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
         num_warmup: number of steps, at least 0.
 
     Returns:
-        `Window` for a kernel with a metric and at least 20 steps, else `StepSize`; None where there is nothing to tune,
-        so that the steps are only discarded.
+        The kernel's own (`suited_warmup`); `Window` for a kernel with a metric and at least 20 steps, else `StepSize`;
+        None where there is nothing to tune, so that the steps are only discarded.
 
     Example:
         >>> import bayesinf as bi
@@ -208,8 +208,9 @@ def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
         True
     """
     target = getattr(kernel, "target_acceptance", None)
-    if num_warmup == 0 or target is None:
-        return None
+    own = kernel.suited_warmup(num_warmup) if isinstance(kernel, Kernel) and num_warmup else None
+    if num_warmup == 0 or own is not None or target is None:
+        return own
     if has_metric(kernel) and num_warmup >= 20:
         return Window(num_warmup, target)
     return StepSize(num_warmup, target)

@@ -137,6 +137,10 @@ class Kernel(eqx.Module):
         """The same kernel with a metric for this covariance of the target, or its diagonal; what warm-up calls."""
         return dataclasses.replace(self, inverse_mass_matrix=covariance)  # type: ignore[call-arg]
 
+    def suited_warmup(self, num_warmup: int) -> Any:
+        """The kernel's own warm-up, which `sample` uses unless told otherwise; None where it has none."""
+        return None
+
     @property
     def has_metric(self) -> bool:
         """Whether `with_metric` has something to set: a field `inverse_mass_matrix`, or it is the kernel's own."""

@@ -29,6 +29,8 @@ from bayesinf.kernels.ladder import stepping_stone as stepping_stone
 from bayesinf.kernels.ladder import suggest_betas as suggest_betas
 from bayesinf.kernels.langevin import LMC as LMC
 from bayesinf.kernels.langevin import MALA as MALA
+from bayesinf.kernels.mclmc import MCLMC as MCLMC
+from bayesinf.kernels.mclmc_warmup import MCLMCWarmup as MCLMCWarmup
 from bayesinf.kernels.minibatch import Minibatch as Minibatch
 from bayesinf.kernels.parallel_midpoint import ParallelMidpoint as ParallelMidpoint
 from bayesinf.kernels.paris import AdditiveFunctional as AdditiveFunctional

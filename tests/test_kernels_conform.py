@@ -117,6 +117,7 @@ UNADJUSTED = {
     "RandomizedMidpointKinetic": kernels.RandomizedMidpointKinetic(TARGET, 0.1, friction=2.0),
     "Splitting BAOAB": kernels.Splitting("BAOAB", TARGET, 0.2),
     "Splitting UBU": kernels.Splitting("UBU", TARGET, 0.2),
+    "MCLMC": kernels.MCLMC(TARGET, 0.3, 1.5),
     "SGLD": kernels.SGLD(MINIBATCH, 0.05, decay=0.3, delay=10.0),
     "SGLD centred": kernels.SGLD(MINIBATCH.centred(POSITION), 0.05),
     "SGHMC": kernels.SGHMC(MINIBATCH, 0.1, friction=2.0, gradient_variance=0.3),
