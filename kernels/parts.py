@@ -45,19 +45,19 @@ class SharedState(NamedTuple):
     Attributes:
         position: where the chain is.
         evaluation: of the target, there.
-        memory: what is each part's own.
+        memory: what is each part's own, a tuple of as many; or of one part whatever it keeps.
     """
 
     position: PyTree
     evaluation: Evaluation
-    memory: tuple[Any, ...]
+    memory: Any
 
 
 class PartsState(NamedTuple):
     """The state of a composition that keeps no evaluation: the position, and what is each part's own."""
 
     position: PyTree
-    memory: tuple[Any, ...]
+    memory: Any
 
 
 # parts and their target

@@ -140,10 +140,10 @@ class ReplicaExchange(Wrapping):
         own = self._each(lambda kernel: detach(kernel.init(position)))
         needs_grad = getattr(getattr(own, "evaluation", None), "grad", None) is not None
         evaluation = self.target.evaluate(position, order=int(needs_grad))
-        hot = jax.tree.map(
+        positions, evaluations = jax.tree.map(
             lambda leaf: jnp.broadcast_to(leaf, (self._moving.size - 1, *leaf.shape)), (position, evaluation)
         )
-        return SharedState(position, evaluation, Replicas(*hot, own, jnp.ones((), bool)))
+        return SharedState(position, evaluation, Replicas(positions, evaluations, own, jnp.ones((), bool)))
 
     def refresh(self, key: Key[Array, ""], state: SharedState) -> SharedState:
         """The state with fresh velocities, where the kernel has them; positions stay."""
@@ -174,9 +174,8 @@ class ReplicaExchange(Wrapping):
         is_swapped = is_turn & (jnp.log(jax.random.uniform(key_swap, log_rates.shape, log_rates.dtype)) < log_rates)
         positions, evaluations = self._swap(is_swapped, *replicas)
 
-        num = self._moving.size
-        first = jax.tree.map(lambda leaf: leaf[0], (positions, evaluations))
-        hot = jax.tree.map(lambda leaf: leaf[1:num], (positions, evaluations))
+        position, evaluation = jax.tree.map(lambda leaf: leaf[0], (positions, evaluations))
+        hot = jax.tree.map(lambda leaf: leaf[1 : self._moving.size], (positions, evaluations))
         info = ReplicaInfo(
             acceptance_rate=jnp.mean(infos.acceptance_rate),
             is_accepted=infos.is_accepted[0] | is_swapped[0],
@@ -187,7 +186,7 @@ class ReplicaExchange(Wrapping):
             is_swapped=is_swapped,
             log_ratios=log_ratios,
         )
-        return SharedState(*first, Replicas(*hot, own, ~state.memory.is_odd)), info
+        return SharedState(position, evaluation, Replicas(hot[0], hot[1], own, ~state.memory.is_odd)), info
 
     def with_step_size(self, step_size: Any) -> "ReplicaExchange":
         """With these step sizes, or with those in the present ratios of which the first is a given number."""

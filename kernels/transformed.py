@@ -123,7 +123,7 @@ class Transformed(Wrapping):
         after, info = self._pulled().step(key, before)
         has_moved = differ(after.position, before.position)
         x = select(has_moved, _apply(self.transform, after.position)[0], state.position)
-        if not hasattr(state, "evaluation"):
+        if isinstance(state, PartsState):
             return PartsState(x, Latent(after, (x, None))), info
         evaluation = select(has_moved, self._push(after, x), state.evaluation)
         return SharedState(x, evaluation, Latent(after, (x, evaluation))), info

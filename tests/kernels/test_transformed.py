@@ -132,7 +132,7 @@ def test_z_is_kept_where_x_has_lost_its_digits():
         state, _ = kernel.step(key, state)
         return state, (state.memory.inner.position, state.position)
 
-    start = kernel.init(jnp.asarray(0.999))
+    start = kernel.init(jnp.asarray(0.999, jnp.float32))
     _, (z, x) = jax.lax.scan(step, start, jax.random.split(KEY, 5_000))
     is_far = np.asarray(z) > 16.5
     assert len(np.unique(np.asarray(x)[is_far])) == 1
@@ -158,15 +158,15 @@ def test_paths_lead_into_the_position():
 
 
 def test_where_the_chain_was_moved_by_another_z_follows():
-    kernel = kernels.Transformed(kernels.MALA(GAMMA, 1e-6), ExpTransform())
+    kernel = kernels.Transformed(kernels.MALA(GAMMA, 1e-10), ExpTransform())
     state, _ = kernel.step(KEY, kernel.init(jnp.asarray(2.0)))
     moved = jnp.asarray(5.0)
     state, _ = kernel.step(KEY, state._replace(position=moved, evaluation=GAMMA.evaluate(moved, order=1)))
-    np.testing.assert_allclose(state.position, 5.0, rtol=0.02)
-    np.testing.assert_allclose(state.memory.inner.position, np.log(5.0), rtol=0.02)
+    np.testing.assert_allclose(state.position, 5.0, atol=1e-3)
+    np.testing.assert_allclose(state.memory.inner.position, np.log(5.0), atol=1e-3)
     # on log x the density is that of x times x
-    np.testing.assert_allclose(state.memory.inner.evaluation.logdensity, 3 * np.log(5.0) - 5.0, rtol=0.02)
-    np.testing.assert_allclose(state.memory.inner.evaluation.grad, 3 - 5.0, rtol=0.02)
+    np.testing.assert_allclose(state.memory.inner.evaluation.logdensity, 3 * np.log(5.0) - 5.0, atol=1e-3)
+    np.testing.assert_allclose(state.memory.inner.evaluation.grad, 3 - 5.0, atol=1e-3)
 
 
 def test_where_the_target_has_changed_its_evaluation_follows():
