@@ -4,7 +4,8 @@ A warm-up is three pure functions that the driver calls inside its compiled loop
 
     init(kernel, position) -> state,   update(state, step, position, info) -> state,   apply(kernel, state) -> kernel,
 
-so it is resumed, checkpointed and vmapped like the chain; `prepare` is called once before, on the host. `StepSize`
+so it is resumed, checkpointed and vmapped like the chain; `prepare` is called once before, on the host, and `observe`
+is there for warm-ups that need more of a step than its info. `StepSize`
 serves every kernel that names a `target_acceptance`; `Window` is Stan's schedule for kernels with a metric as well.
 Both are assembled from BlackJAX's dual averaging, Welford estimator and window schedule.
 
@@ -56,6 +57,10 @@ class Warmup(eqx.Module):
     @abc.abstractmethod
     def init(self, kernel: Any, position: PyTree) -> Tuned:
         """The state before the first step."""
+
+    def observe(self, kernel: Any, before: Any, after: Any, info: Any) -> Any:
+        """What `update` is told of a step of `kernel` between two of its states. Here: its info."""
+        return info
 
     @abc.abstractmethod
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:

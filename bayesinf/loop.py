@@ -60,7 +60,8 @@ def _step(plan: Plan, chain: Chain, t: Int[Array, ""], num_warmup: Int[Array, ""
     state, info = kernel.step(jax.random.fold_in(chain.key, t), chain.state)
     tuned = chain.tuned
     if plan.warmup is not None:
-        tuned = select(t < num_warmup, plan.warmup.update(tuned, t, state.position, info), tuned)
+        told = plan.warmup.observe(kernel, chain.state, state, info)
+        tuned = select(t < num_warmup, plan.warmup.update(tuned, t, state.position, told), tuned)
     return chain._replace(state=state, tuned=tuned), _statistics(kernel, state, info)
 
 

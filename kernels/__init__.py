@@ -15,6 +15,7 @@ from bayesinf.kernels.compose import Repeat as Repeat
 from bayesinf.kernels.conditional_smc import ConditionalSMC as ConditionalSMC
 from bayesinf.kernels.curvature import estimate_curvature as estimate_curvature
 from bayesinf.kernels.elliptical_slice import EllipticalSlice as EllipticalSlice
+from bayesinf.kernels.energy_error import EnergyError as EnergyError
 from bayesinf.kernels.gaussian_error import gaussian_error as gaussian_error
 from bayesinf.kernels.gibbs import Gibbs as Gibbs
 from bayesinf.kernels.guarantees import guarantee as guarantee

@@ -1,0 +1,208 @@
+"""Warm-up for kernels without a Metropolis test: the step size whose energy error tells of a bias that is allowed.
+
+After every step from x to x', whatever the scheme, the energy error of a Verlet step between the two is known,
+
+    e = -log pi(x') + log pi(x) + (g + g').(x' - x) / 2 + tau (|g'|^2 - |g|^2) / 4,     g = grad log pi,
+
+with tau = h for overdamped kernels and h^2 u / 2 for kinetic ones; exp(-e) is the Metropolis ratio of LMC and of OBABO.
+On N(0, 1/lam) it is tau lam^2 (x'^2 - x^2) / 4, of variance (tau lam)^2 (lam s)^2 (1 - rho^2) / 4, with s the variance
+of the chain and rho the correlation of a step. So a bias b = lam s - 1 has its energy variance V(b):
+
+    LMC                        4 b^3 / (1 + b)^2                                                       exact
+    Splitting OBABO            4 b^3 / (1 + b)^2                                                       exact
+    Splitting BUB              4 (3b)^3 phi
+    Splitting BAOAB            y^3 (1 + eta) (2 - y (1 + eta)),  y = b / (1 + b)                       exact
+    KineticLangevin            (gamma h b)^3 phi / (2 (1 + b))
+    RandomizedMidpoint         z^2 (1 - e^(-2z)) / 4,  b = z^3 / 3 / (2 - 2z + z^2 - z^3 / 3)
+    RandomizedMidpointKinetic  (24 gamma h b)^(3/2) phi / 16
+
+to leading order in the step, where eta = e^(-gamma h) and phi = 2 (gamma h - 1 + eta) / (gamma h)^2. BAOAB has no bias
+in x on Gaussians; there b is the bias of OBABO at the same step. The step size is then moved until the mean of
+e^2 / d is V(b),
+
+    log h_{t+1} = log h_t - log(1 + a_t (e_t^2 / (d V(b)) - 1)) / q,    a_t = 0.2, from a quarter on 3 / (t - t_0 + 15)
+
+with q the power of h that e^2 / V grows with: h is the root for a mean of e^2 / h^q over the last part of the warm-up.
+
+Far from the bulk, as after a start with an unstable step, e is larger by about
+
+    R = |g|^2 (-(g' - g).(x' - x)) / (d |g' - g|^2),
+
+which in the bulk is at most about 1; there e / R is taken, or the step size would be too small ever to return.
+
+With several directions, V is a mean over them, and convex in b: the mean bias is at most b, that of one direction at
+most b d^(1/p), where V is of the order b^p; again to leading order in the step. Off Gaussians the energy error sees
+anharmonicity too, but it is no bound.
+
+References:
+    Roberts and Rosenthal (1998), doi:10.1111/1467-9868.00123 (the variance of the log ratio).
+    Leimkuhler and Matthews (2013), doi:10.1093/amrx/abs010 (BAOAB).
+    Robnik, De Luca, Silverstein, Seljak (2023), arXiv:2212.08549 (the energy variance as a target).
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
+
+from bayesinf import errors
+from bayesinf.adaptation import Tuned, Warmup
+from bayesinf.kernel import Evaluation
+from bayesinf.kernels.kinetic import KineticLangevin, Splitting
+from bayesinf.kernels.langevin import LMC
+from bayesinf.kernels.precondition import Precondition
+from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint, RandomizedMidpointKinetic
+from bayesinf.kernels.vectors import combine, dot
+
+__all__ = ["EnergyError"]
+
+RATE = 0.2
+FAR = 100.0  # R, where a chain is taken to be out of the bulk
+
+
+class Scheme(NamedTuple):
+    """What a kernel's energy error is measured by.
+
+    Attributes:
+        tau: of the Verlet step.
+        variance: V(b).
+        order: q.
+    """
+
+    tau: Float[Array, ""]
+    variance: Float[Array, ""]
+    order: float
+
+
+class Observed(NamedTuple):
+    """Of one step: e^2 / (d V(b)), q, and whether the step was undone or e is not finite."""
+
+    ratio: Float[Array, ""]
+    order: Float[Array, ""]
+    is_lost: Bool[Array, ""]
+
+
+class EnergyError(Warmup):
+    """Tunes the step size of an unadjusted kernel so that variances are biased by a small share.
+
+    For LMC, RandomizedMidpoint, KineticLangevin, RandomizedMidpointKinetic, Splitting with the words BAOAB, OBABO and
+    BUB, and `Precondition` of these.
+
+    Args:
+        num_warmup: number of steps, that of the run; some hundreds.
+        bias: b in (0, 1), the relative bias of the variances that is allowed, in the mean over the directions of a
+            Gaussian.
+
+    Raises:
+        ValueError: an argument is out of range, or the kernel is none of these.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> target = bi.Target(lambda x: -0.5 * jnp.sum(x**2))
+        >>> kernel = bi.kernels.Splitting("OBABO", target, step_size=0.01)
+        >>> draws = bi.sample(
+        ...     0, kernel, jnp.ones((4, 50)), num_samples=10, num_warmup=1_000, progress=False,
+        ...     warmup=bi.kernels.EnergyError(1_000, bias=0.05),
+        ... )
+        >>> abs(float(draws.tuned.step_size.mean()) - 2 * (0.05 / 1.05) ** 0.5) < 0.02  # where 1 / (1 - h^2 / 4) = 1.05
+        True
+    """
+
+    num_warmup: Int[Array, ""] = eqx.field(converter=errors.as_array("num_warmup"))
+    bias: Float[Array, ""] = eqx.field(converter=errors.as_array("bias"), default=0.01)
+
+    def __check_init__(self):
+        errors.check_positive_scalar("num_warmup", self.num_warmup)
+        errors.check_fraction("bias", self.bias)
+
+    def prepare(self, kernel: Any, positions: PyTree, num_warmup: int) -> Any:
+        _scheme(kernel, self.bias)  # speaks of a kernel that it does not know
+        return kernel
+
+    def init(self, kernel: Any, position: PyTree) -> Tuned:
+        return Tuned(jnp.asarray(kernel.step_size, ravel_pytree(position)[0].dtype))
+
+    def observe(self, kernel: Any, before: Any, after: Any, info: Any) -> Observed:
+        scheme = _scheme(kernel, self.bias)
+        e, size = _energy_error(kernel, scheme.tau, before, after)
+        ratio = e**2 / (size * scheme.variance)
+        is_lost = info.is_divergent | ~jnp.isfinite(ratio)
+        return Observed(jnp.where(is_lost, 0.0, ratio), jnp.asarray(scheme.order), is_lost)
+
+    def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Observed) -> Tuned:
+        late = jnp.maximum(step - self.num_warmup // 4, 0)
+        rate = 3 / (late + 3 / RATE)
+        # a step that was lost counts like one far too long; none changes the step size by more than half
+        ratio = jnp.where(info.is_lost, 10 * 2**info.order, info.ratio)
+        factor = jnp.minimum(1 + rate * (ratio - 1), 2**info.order) ** (-1 / info.order)
+        return state._replace(step_size=state.step_size * factor.astype(state.step_size.dtype))
+
+
+def _energy_error(kernel: Any, tau: Array, before: Any, after: Any) -> tuple[Float[Array, ""], int]:
+    """e, and the number of coordinates; e is divided by R far from the bulk."""
+    old, new = before.evaluation, after.evaluation
+    moved = combine((1, after.position), (-1, before.position))
+    change = dot(combine((0.5, old.grad), (0.5, new.grad)), moved)
+    g, g_new = _gradient(kernel, old), _gradient(kernel, new)
+    e = old.logdensity - new.logdensity + change + tau / 4 * (g_new @ g_new - g @ g)
+
+    bent = g - g_new
+    distance = (g @ g) * dot(combine((1, old.grad), (-1, new.grad)), moved) / (g.size * (bent @ bent))
+    return e / jnp.where(distance > FAR, distance, 1.0), g.size
+
+
+def _gradient(kernel: Any, evaluation: Evaluation) -> Float[Array, " d"]:
+    """The gradient in the coordinates that the kernel moves in."""
+    flat, _ = ravel_pytree(evaluation.grad)
+    while isinstance(kernel, Precondition):
+        if kernel.scale is not None:
+            scale = kernel.scale.astype(flat.dtype)
+            flat = scale * flat if scale.ndim == 1 else scale.T @ flat
+        kernel = kernel.kernel
+    return flat
+
+
+def _scheme(kernel: Any, bias: ArrayLike) -> Scheme:
+    b = jnp.asarray(bias)
+    while isinstance(kernel, Precondition):
+        kernel = kernel.kernel
+    match kernel:
+        case LMC():
+            return Scheme(kernel.step_size, 4 * b**3 / (1 + b) ** 2, 3)
+        case RandomizedMidpoint():
+            z = (6 * b) ** (1 / 3)
+            for _ in range(10):  # b = 0.1 is met to a millionth
+                z = (3 * b * (2 - 2 * z + z**2 - z**3 / 3)) ** (1 / 3)
+            return Scheme(kernel.step_size, -(z**2) * jnp.expm1(-2 * z) / 4, 3)
+        case KineticLangevin():
+            tau, a, _, phi = _kinetic(kernel)
+            return Scheme(tau, (a * b) ** 3 * phi / (2 * (1 + b)), 3)
+        case RandomizedMidpointKinetic():
+            tau, a, _, phi = _kinetic(kernel)
+            return Scheme(tau, (24 * a * b) ** 1.5 * phi / 16, 4.5)
+        case Splitting(word="OBABO"):
+            return Scheme(_kinetic(kernel)[0], 4 * b**3 / (1 + b) ** 2, 6)
+        case Splitting(word="BUB"):
+            tau, _, _, phi = _kinetic(kernel)
+            return Scheme(tau, 4 * (3 * b) ** 3 * phi, 6)
+        case Splitting(word="BAOAB"):
+            tau, _, eta, _ = _kinetic(kernel)
+            y = b / (1 + b)
+            return Scheme(tau, y**3 * (1 + eta) * (2 - y * (1 + eta)), 6)
+    word = f"({kernel.word!r})" if isinstance(kernel, Splitting) else ""
+    raise ValueError(
+        "warmup=EnergyError(...) knows LMC, RandomizedMidpoint, KineticLangevin, RandomizedMidpointKinetic and "
+        f"Splitting with the words BAOAB, OBABO and BUB, got {type(kernel).__name__}{word}"
+    )
+
+
+def _kinetic(kernel: Any) -> tuple[Array, Array, Array, Array]:
+    """tau, gamma h, eta and phi."""
+    h, a = kernel.step_size, kernel.friction * kernel.step_size
+    # the series where the closed form cancels
+    series = 1 - a / 3 + a**2 / 12 - a**3 / 60 + a**4 / 360
+    closed = 2 * (a + jnp.expm1(-a)) / jnp.where(a > 0.1, a, 1.0) ** 2
+    return h**2 * kernel.inverse_mass / 2, a, jnp.exp(-a), jnp.where(a > 0.1, closed, series)

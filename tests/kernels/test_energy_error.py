@@ -1,0 +1,157 @@
+"""Warm-up by the energy error: the step size that it finds has the bias that was allowed, by closed forms."""
+
+import dataclasses
+
+import closed_forms
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import brentq
+
+import bayesinf as bi
+from bayesinf import kernels
+from bayesinf.conformance import FALSE_ALARM, mean_p_value
+from bayesinf.kernels.energy_error import _scheme
+
+SPECTRUM = np.array([0.5, 1.0, 1.0, 2.0, 3.0, 4.0])
+TARGET = bi.Target(lambda x, spectrum: -0.5 * jnp.sum(spectrum * x**2), jnp.asarray(SPECTRUM))
+FRICTION = 1.5
+
+KERNELS = {
+    "LMC": (kernels.LMC(TARGET, 0.1), 0.05),
+    "RandomizedMidpoint": (kernels.RandomizedMidpoint(TARGET, 0.1), 0.002),
+    "KineticLangevin": (kernels.KineticLangevin(TARGET, 0.1, FRICTION), 0.05),
+    "RandomizedMidpointKinetic": (kernels.RandomizedMidpointKinetic(TARGET, 0.1, FRICTION), 0.0002),
+    "OBABO": (kernels.Splitting("OBABO", TARGET, 0.1, FRICTION), 0.02),
+    "BUB": (kernels.Splitting("BUB", TARGET, 0.1, FRICTION), 0.02),
+    "BAOAB": (kernels.Splitting("BAOAB", TARGET, 0.1, FRICTION), 0.02),
+}
+
+
+def at(name, h):
+    return dataclasses.replace(KERNELS[name][0], step_size=h)
+
+
+def scheme(name, h, lam):
+    match name:
+        case "LMC":
+            return closed_forms.lmc(h, lam)
+        case "RandomizedMidpoint":
+            return closed_forms.randomized_midpoint(h, lam)
+        case "KineticLangevin":
+            return closed_forms.kinetic(h, lam, FRICTION, 1.0)
+        case "RandomizedMidpointKinetic":
+            return closed_forms.randomized_midpoint_kinetic(h, lam, FRICTION, 1.0)
+    return closed_forms.splitting(name, h, lam, FRICTION, 1.0)
+
+
+def energy_variance(name, h, spectrum):
+    """The mean over the directions of the exact variance of tau lam^2 (x'^2 - x^2) / 4 in the chain's own law."""
+    tau = h**2 / 2 if hasattr(KERNELS[name][0], "friction") else h
+    variances = []
+    for lam in spectrum:
+        linear = scheme(name, h, lam)
+        covariance = closed_forms.stationary(linear)
+        s = covariance[0, 0]
+        rho = sum(w * A @ covariance for w, A, _ in linear)[0, 0] / s
+        variances.append((tau * lam) ** 2 / 4 * (lam * s) ** 2 * (1 - rho**2))
+    return np.mean(variances)
+
+
+def root(name, spectrum):
+    """The step size at which the exact energy variance is what the warm-up aims at."""
+
+    def excess(h):
+        return energy_variance(name, h, spectrum) / float(_scheme(at(name, h), KERNELS[name][1]).variance) - 1
+
+    largest = 0.01
+    while excess(largest) < 0:
+        largest *= 1.1
+    return brentq(excess, 0.9 * largest, largest)
+
+
+def mean_bias(name, h, spectrum):
+    return np.mean(kernels.gaussian_error(at(name, h), spectrum).variance_bias)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_aim_is_the_bias_on_a_round_gaussian(name):
+    """By closed forms alone: exact for three, to leading order in the step for the others."""
+    bias = KERNELS[name][1]
+    found = mean_bias(name, root(name, [1.0]), [1.0])
+    if name == "BAOAB":
+        assert abs(found) < 1e-9
+        found = mean_bias("OBABO", root(name, [1.0]), [1.0])
+    if name in ("LMC", "OBABO", "BAOAB"):
+        np.testing.assert_allclose(found, bias, rtol=1e-4)
+    else:
+        # the next order: of the step size, which is largest for the randomized midpoint, b = z^3 / 6
+        assert bias / (1 + root(name, [1.0])) < found < bias * (1 + root(name, [1.0]) / 4)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_mean_bias_over_directions_is_at_most_the_one_allowed(name):
+    h = root(name, SPECTRUM)
+    next_order = h * SPECTRUM.max() if name == "RandomizedMidpoint" else 0.0  # of b = z^3 / 6 (1 + z + ...)
+    assert mean_bias(name, h, SPECTRUM) <= KERNELS[name][1] * (1 + next_order)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_warmup_finds_it(name):
+    """The mean over chains of what each has found, in units of the energy variance, is the exact one."""
+    kernel, bias = KERNELS[name]
+    num_warmup = 2_000
+    draws = bi.sample(
+        1, kernel, jnp.ones((64, SPECTRUM.size)), num_samples=1, num_warmup=num_warmup, progress=False,
+        warmup=kernels.EnergyError(num_warmup, bias),
+    )  # fmt: skip
+    found = np.asarray(draws.tuned.step_size, np.float64)
+    ratios = (found / root(name, SPECTRUM)) ** _scheme(kernel, bias).order
+    assert np.std(ratios) < 0.5
+    assert mean_p_value(ratios[:, None], np.ones(1)) > FALSE_ALARM
+
+
+@pytest.mark.parametrize(("name", "step_size"), [("OBABO", 1e-3), ("OBABO", 3.0), ("LMC", 30.0)])
+def test_start_may_be_far_off(name, step_size):
+    """Also where the kernel is unstable at first, which throws the chain far out of the bulk."""
+    kernel = at(name, jnp.asarray(step_size))
+    warmup = kernels.EnergyError(1_000, KERNELS[name][1])
+    draws = bi.sample(
+        0, kernel, jnp.ones((16, SPECTRUM.size)), num_samples=1, num_warmup=1_000, warmup=warmup, progress=False
+    )
+    assert np.all(np.abs(np.log(np.asarray(draws.tuned.step_size) / root(name, SPECTRUM))) < 0.2)
+
+
+@pytest.mark.parametrize("factor", [[0.1, 1.0, 7.0], [[0.1, 0.0, 0.0], [0.5, 1.0, 0.0], [2.0, -3.0, 7.0]]])
+def test_precondition_moves_in_other_coordinates(factor):
+    """With the scale of the target a warm-up of the preconditioned kernel is that of the round one, step by step."""
+    factor = jnp.asarray(factor)
+    tril = jnp.diag(factor) if factor.ndim == 1 else factor
+
+    def logdensity(x, tril):
+        z = jax.scipy.linalg.solve_triangular(tril, x, lower=True)
+        return -0.5 * z @ z
+
+    def run(kernel, start):
+        warmup = kernels.EnergyError(50, 0.05)
+        return bi.sample(0, kernel, start, num_samples=1, num_warmup=50, warmup=warmup, progress=False).tuned.step_size
+
+    plain = run(kernels.LMC(bi.Target(logdensity, jnp.eye(3)), 0.1), jnp.ones((2, 3)))
+    kernel = kernels.Precondition(kernels.LMC(bi.Target(logdensity, tril), 0.1), factor)
+    scaled = run(kernel, jnp.ones((2, 3)) @ tril.T)
+    np.testing.assert_allclose(scaled, plain, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_arguments_are_named():
+    for bias in (0.0, 1.0, jnp.nan):
+        with pytest.raises(ValueError, match="bias must lie in"):
+            kernels.EnergyError(100, bias)
+    with pytest.raises(ValueError, match="num_warmup"):
+        kernels.EnergyError(0)
+    for kernel, name in [(kernels.MALA(TARGET, 0.1), "MALA"), (kernels.Splitting("UBU", TARGET, 0.1), "UBU")]:
+        with pytest.raises(ValueError, match=f"knows LMC.*{name}"):
+            bi.sample(
+                0, kernel, jnp.ones((2, 6)), num_samples=1, num_warmup=9, warmup=kernels.EnergyError(9), progress=False
+            )
