@@ -1,16 +1,22 @@
-"""Functions that are told apart by what they have captured.
+"""Functions that are told apart by what they read.
 
-A compiled program keeps the values that its functions found in closures and globals while it was traced. JAX knows a
-function by its identity alone: one that reads `y` from its module goes on using the old `y` after it has been assigned
-anew, and the posterior is silently that of other data. `captured` makes the values a part of the function's identity.
+A compiled program keeps what its functions found in closures, globals and objects while it was traced. JAX knows a
+function by its identity alone: one that reads `y` from its module, or calls a helper that was since written anew, goes
+on with the old one, and the posterior is silently another. `captured` makes what is read a part of the identity.
+
+Everything that the user's own functions can reach is looked at: values in closures, defaults and globals, functions and
+classes that they call, attributes of objects and of the user's modules. Of an installed library only closures are; the
+rest is known by its identity. What a helper under `jax.jit` reads is compared, but JAX answers from the helper's cache.
 """
 
 import dataclasses
 import functools
 import hashlib
+import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Hashable, Iterable
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -23,32 +29,38 @@ __all__ = ["captured"]
 
 @dataclasses.dataclass(frozen=True)
 class _Captured:
-    """A function, and the values that it would read now; equal only if both are."""
+    """A callable or a plain object, and what it would read now; equal only if both are."""
 
-    function: Callable[..., Any]
-    values: tuple[Any, ...] = dataclasses.field(repr=False)
+    function: Any
+    values: Hashable = dataclasses.field(repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "function" or name.startswith("__"):  # asked for by copies, before the fields are there
+            raise AttributeError(name)
+        return getattr(self.function, name)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Same:
-    """An array that never changes: known by its identity, and kept, so that no other one can take that over."""
+    """An object known by its identity, and kept, so that no other one can take that over."""
 
-    array: jax.Array
+    value: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.array is self.array
+        return isinstance(other, _Same) and other.value is self.value
 
     def __hash__(self) -> int:
-        return id(self.array)
+        return id(self.value)
 
 
 def captured(function: Any) -> Any:
-    """The function, equal to itself only while the numbers and arrays that it reads from outside are the same.
+    """The function, equal to itself only while all that it reads from outside is the same.
 
-    Closures and globals of the function are looked at, and those of functions of its own module that it calls.
+    Callable pytrees and their methods are left alone, being arguments with all that they hold, and so is what is not of
+    the user's making.
 
     Raises:
         ValueError: it reads a numpy array that was changed in place.
@@ -66,51 +78,109 @@ def captured(function: Any) -> Any:
     """
     if isinstance(function, _Captured):
         return captured(function.function)
-    if not isinstance(function, types.FunctionType | functools.partial):
-        return function  # methods of pytrees and callable pytrees are arguments, with all that they hold
-    values = tuple(_values(function, set(), getattr(_plain(function), "__globals__", None)))
-    return _Captured(function, values) if values else function
+    if function is None or isinstance(function, type | str | eqx.Module | jax.tree_util.Partial):
+        return function
+    if isinstance(getattr(function, "__self__", None), eqx.Module | types.ModuleType):
+        return function
+    values = _Reader(_globals_of(function)).read(function)
+    return function if values == _Same(function) else _Captured(function, values)
 
 
-def _values(value: Any, seen: set[int], module: dict[str, Any] | None) -> Iterator[Any]:
-    """Hashable stand-ins for the numbers and arrays within a value, or read by a function."""
-    if id(value) in seen:
-        return
-    if isinstance(value, bool | int | float | complex | str | np.generic):
-        yield (type(value), value)
-        return
-    if isinstance(value, Tracer):
-        return
-    if isinstance(value, jax.Array):
-        yield _Same(value)
-        return
-    if isinstance(value, np.ndarray):
-        yield (value.dtype.str, value.shape, _digest(value))
-        return
-    seen.add(id(value))
-    if isinstance(value, functools.partial):
-        inner: Any = (value.func, value.args, value.keywords)
-    elif isinstance(value, types.FunctionType):
-        if module is None or value.__globals__ is not module:
-            return
-        inner = [cell.cell_contents for cell in value.__closure__ or () if _is_set(cell)]
-        inner += [module[name] for name in sorted(_names(value.__code__)) if name in module]
-    elif isinstance(value, dict | list | tuple):
-        inner = list(value.values()) if isinstance(value, dict) else value
-    elif isinstance(value, eqx.Module) and not isinstance(value, type):
-        inner = jax.tree.leaves(value)
-    else:
-        return
-    for item in inner:
-        yield from _values(item, seen, module)
+class _Reader:
+    """Turns values into hashable ones that are equal only if the values are.
+
+    Args:
+        own: globals of the function that is read; it is looked into wherever it was installed.
+    """
+
+    def __init__(self, own: dict[str, Any] | None):
+        self.own = own
+        self.seen: dict[int, Any] = {}  # by identity; kept, so that no identity is taken over
+
+    def read(self, value: Any) -> Hashable:
+        if value is None or isinstance(value, bool | int | str | bytes):
+            return (type(value), value)
+        if isinstance(value, float | complex):
+            return (type(value), repr(value))  # NaN is itself, and 0.0 is not -0.0
+        if isinstance(value, Tracer):
+            return Tracer
+        if isinstance(value, jax.Array | types.ModuleType | types.BuiltinFunctionType):
+            return _Same(value)
+        if isinstance(value, np.ndarray | np.generic):
+            return (value.dtype.str, value.shape, _digest(value))
+        if id(value) in self.seen:
+            return "as before"
+        self.seen[id(value)] = value
+        inside = self.inside(value)
+        return _Same(value) if inside is None else inside
+
+    def read_all(self, values: Iterable[Any]) -> Hashable:
+        return tuple([self.read(value) for value in values])
+
+    def inside(self, value: Any) -> Hashable:
+        """What makes a compound value what it is; None for what is known by its identity."""
+        if isinstance(value, types.FunctionType):
+            read = self.read_all(self.reads_of(value))
+            return (_Same(value), read) if read else None
+        if isinstance(value, types.MethodType):
+            return self.read_all((value.__func__, value.__self__))
+        if isinstance(value, functools.partial):
+            return self.read_all((value.func, value.args, value.keywords))
+        if isinstance(value, dict):
+            return (type(value), self.read_all(value), self.read_all(value.values()))
+        if isinstance(value, list | tuple):
+            return (type(value), self.read_all(value))
+        if isinstance(value, set | frozenset):
+            return (type(value), frozenset(map(self.read, value)))
+        if isinstance(value, type):
+            return (_Same(value), self.methods_of(value)) if self.is_own(value) else None
+        leaves, treedef = jax.tree.flatten(value)
+        if treedef != _LEAF:
+            return (treedef, self.read_all(leaves), self.methods_of(type(value)))
+        if hasattr(value, "__array__"):
+            return self.read(np.asarray(value))
+        if hasattr(value, "__wrapped__") and self.is_own(value):
+            return (_Same(value), self.read(value.__wrapped__))
+        if self.is_own(type(value)):
+            return (_Same(value), self.methods_of(type(value)), self.read(getattr(value, "__dict__", None)))
+        return (_Same(value), self.read(vars(value))) if isinstance(value, types.SimpleNamespace) else None
+
+    def reads_of(self, function: types.FunctionType) -> list[Any]:
+        """Closure of a function; of the user's own also defaults, globals, and attributes of modules among them."""
+        values = [cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)]
+        if not self.is_own(function):
+            return values if "<locals>" in function.__qualname__ else []
+        values += [value for value in (function.__defaults__, function.__kwdefaults__) if value]
+        names = sorted(_names(function.__code__))
+        values += [function.__globals__[name] for name in names if name in function.__globals__]
+        modules = [value for value in values if isinstance(value, types.ModuleType) and not _is_library(value.__name__)]
+        return values + [vars(module)[name] for module in modules for name in names if name in vars(module)]
+
+    def methods_of(self, cls: type) -> Hashable:
+        """The functions of a class and of those bases that are the user's."""
+        bodies = [vars(base) for base in cls.__mro__ if self.is_own(base)]
+        members = [
+            getattr(member, "__func__", getattr(member, "fget", member)) for b in bodies for member in b.values()
+        ]
+        return self.read_all(member for member in members if isinstance(member, types.FunctionType))
+
+    def is_own(self, thing: Any) -> bool:
+        """Whether a function or class is the user's, not of an installed library."""
+        return getattr(thing, "__globals__", self) is self.own or not _is_library(
+            getattr(thing, "__module__", None) or ""
+        )
 
 
+_LEAF = jax.tree.structure(0)
 _KNOWN: dict[int, tuple[weakref.ref, bytes]] = {}
 
 
-def _digest(array: np.ndarray) -> bytes:
+def _digest(array: np.ndarray | np.generic) -> bytes:
     """Of the values; those of one array must stay, since JAX puts an array on the device once."""
-    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+    content = repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array).tobytes()
+    digest = hashlib.sha256(content).digest()
+    if not isinstance(array, np.ndarray):
+        return digest
     reference, before = _KNOWN.get(id(array), (None, digest))
     if reference is not None and reference() is array and before != digest:
         raise ValueError(
@@ -126,12 +196,24 @@ def _forget(key: int, reference: weakref.ref) -> None:
         del _KNOWN[key]
 
 
-def _plain(function: Any) -> Any:
-    return _plain(function.func) if isinstance(function, functools.partial) else function
+def _globals_of(function: Any) -> dict[str, Any] | None:
+    for name in ("func", "__func__", "__wrapped__"):
+        if hasattr(function, name):
+            return _globals_of(getattr(function, name))
+    return getattr(function, "__globals__", None)
+
+
+@functools.cache
+def _is_library(module: str) -> bool:
+    root = module.partition(".")[0]
+    if root in sys.stdlib_module_names or root == "bayesinf":
+        return True
+    file = getattr(sys.modules.get(root), "__file__", None)
+    return file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """Names that a function, or one defined in it, looks up in its module."""
+    """Names that a function, or one defined in it, looks up in its module, or as attributes."""
     nested = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
     return set(code.co_names).union(*map(_names, nested))
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +112,7 @@ def sample(
         what = kernel.__name__ if isinstance(kernel, type) else type(kernel).__name__
         raise ValueError(f"kernel must be an object with init(position) and step(key, state), got {what}")
     initial = _check_initial(initial)
+    kernel = jax.tree.map(lambda leaf: leaf if eqx.is_array_like(leaf) else captured(leaf), kernel)
 
     if warmup is None:
         warmup = adaptation.default_warmup(kernel, num_warmup)

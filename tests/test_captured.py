@@ -1,6 +1,7 @@
 """What functions read from outside belongs to their identity: new values are never answered with old programs."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -164,10 +165,129 @@ def test_likelihoods_of_smc_samplers_are_read():
 
 
 def test_functions_that_read_nothing_and_callable_pytrees_are_left_alone():
-    assert captured(jnp.sum) is jnp.sum
+    for function in (jnp.sum, jax.nn.relu, jnp.exp):
+        assert captured(function) == captured(function)
+    assert captured(None) is None
+    assert captured(dist.Normal) is dist.Normal
     target = bi.Target(lambda x: -0.5 * x**2)
     assert captured(target.constrain) == target.constrain
     assert captured(captured(by_number)) == captured(by_number)
+
+
+class Settings:
+    """An object of the user's, with what its methods read."""
+
+    def __init__(self, shift):
+        self.shift = shift
+
+    def logdensity(self, x):
+        return self.square(x - self.shift)
+
+    def square(self, x):
+        return -50.0 * x**2
+
+    __call__ = logdensity
+
+
+class Walk:
+    """A user's kernel, plain: two methods and an attribute."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def init(self, position):
+        return bi.kernels.MALA(self.target, 0.005).init(position)
+
+    def step(self, key, state):
+        return bi.kernels.MALA(self.target, 0.005).step(key, state)
+
+
+LOWER, UPPER = None, 1.0
+LINK = jnp.exp
+PLACES = {"first": 0.0, "second": 1.0}
+SETTINGS = Settings(0.0)
+
+
+def by_none(x):
+    return 0.0 * x + (3.0 if LOWER is None else 5.0)
+
+
+def by_link(x):
+    return LINK(x)
+
+
+def by_places(x):
+    return PLACES["first"] * x
+
+
+def by_object(x):
+    return SETTINGS.logdensity(x)
+
+
+def by_default(x, shift=0.0):
+    return x - shift
+
+
+@jax.jit
+def compiled(x):
+    return helper(x)
+
+
+def by_compiled(x):
+    return compiled(x)
+
+
+def same(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "place", "name", "value"),
+    [
+        (by_helper, None, "helper", same),
+        (by_link, None, "LINK", jnp.square),
+        (by_none, None, "LOWER", 0.0),
+        (by_places, None, "PLACES", {"second": 0.0, "first": 1.0}),
+        (by_object, SETTINGS, "shift", 1.0),
+        (by_object, Settings, "square", same),
+        (SETTINGS.logdensity, SETTINGS, "shift", 1.0),
+        (SETTINGS, SETTINGS, "shift", 1.0),
+        (by_default, by_default, "__defaults__", (1.0,)),
+        (by_compiled, None, "SHIFT", 1.0),
+    ],
+)
+def test_whatever_a_function_can_reach_is_read(monkeypatch, function, place, name, value):
+    before = captured(function)
+    assert captured(function) == before
+    monkeypatch.setattr(sys.modules[__name__] if place is None else place, name, value)
+    assert captured(function) != before
+
+
+def test_what_a_function_cannot_reach_is_not_read(monkeypatch):
+    before = captured(by_none)
+    monkeypatch.setattr(sys.modules[__name__], "UPPER", 5.0)
+    assert captured(by_none) == before
+
+
+def test_things_that_hold_each_other_are_read():
+    table = {"value": 1.0}
+    table["itself"] = table
+    before = captured(lambda x: table["value"] * x)
+    assert hash(before) == hash(captured(before.function))
+    table["value"] = 2.0
+    assert captured(before.function) != before
+
+
+@pytest.mark.parametrize("as_kernel", [False, True])
+def test_objects_that_change_are_sampled_as_they_are(as_kernel):
+    settings = Settings(0.0)
+    walk = Walk(bi.Target(settings))
+    for value in (0.0, 3.0):
+        settings.shift = value
+        walk.target = bi.Target(settings)
+        kernel = walk if as_kernel else bi.kernels.MALA(settings, 0.005)
+        draws = bi.sample(0, kernel, jnp.full(4, value), num_samples=300, progress=False)
+        assert abs(draws["x"].mean() - value) < 0.1
 
 
 def test_under_a_trace_nothing_is_compared():
