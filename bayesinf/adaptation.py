@@ -1,11 +1,11 @@
-"""Warm-up: tunes a kernel's step size and metric while the chain runs, each chain for itself.
+"""Warm-up: tunes a kernel's step size and metric while the chain runs, each chain for itself or all together.
 
 A warm-up is three pure functions that the driver calls inside its compiled loop,
 
     init(kernel, position) -> state,   update(state, step, position, info) -> state,   apply(kernel, state) -> kernel,
 
-so it is resumed, checkpointed and vmapped like the chain; `prepare` is called once before, on the host, and `observe`
-is there for warm-ups that need more of a step than its info. `StepSize`
+so it is resumed, checkpointed and vmapped like the chain. `prepare` is called once before, on the host; `observe` is
+there for warm-ups that need more of a step than its info, and `pool` for what chains learn from one another. `StepSize`
 serves every kernel that names a `target_acceptance`; `Window` is Stan's schedule for kernels with a metric as well.
 Both are assembled from BlackJAX's dual averaging, Welford estimator and window schedule.
 
@@ -24,10 +24,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
-from bayesinf import errors
+from bayesinf import errors, pooling
 from bayesinf.kernel import Kernel, select
 
-__all__ = ["StepSize", "Tuned", "Warmup", "Window", "default_warmup", "has_metric"]
+__all__ = ["StepSize", "Tuned", "Warmup", "Window", "default_warmup", "has_metric", "share_step_size"]
 
 
 class Tuned(NamedTuple):
@@ -66,6 +66,14 @@ class Warmup(eqx.Module):
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
         """The state after warm-up step number `step`."""
 
+    def pooling_steps(self) -> set[int]:
+        """The numbers of steps after which `pool` is called. Here: none."""
+        return set()
+
+    def pool(self, states: Any, step: int) -> Any:
+        """The states of all chains, with a leading axis, after `step` steps; on the host, from all that they know."""
+        return states
+
     def apply(self, kernel: Any, state: Tuned) -> Any:
         """The kernel with the parameters of `state`."""
         kernel = kernel.with_step_size(state.step_size)
@@ -86,6 +94,7 @@ class StepSize(Warmup):
     Args:
         num_warmup: number of steps, at least 1; that of the run.
         target_acceptance: in (0, 1).
+        is_pooled: find one step size for all chains, by averaging every 50 steps what they have found. Static.
 
     Raises:
         ValueError: an argument is out of range.
@@ -107,6 +116,7 @@ class StepSize(Warmup):
 
     num_warmup: Int[Array, ""] = eqx.field(converter=errors.as_array("num_warmup"))
     target_acceptance: Float[Array, ""] = eqx.field(converter=errors.as_array("target_acceptance"))
+    is_pooled: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         errors.check_fraction("target_acceptance", self.target_acceptance)
@@ -122,6 +132,12 @@ class StepSize(Warmup):
         is_last = step == self.num_warmup - 1
         return _average(self.target_acceptance, state, info, is_last)
 
+    def pooling_steps(self) -> set[int]:
+        return pooling.every(int(self.num_warmup)) if self.is_pooled else set()
+
+    def pool(self, states: Tuned, step: int) -> Tuned:
+        return share_step_size(states)
+
 
 class Window(Warmup):
     """Stan's window adaptation: the step size always, the metric in windows that double in length.
@@ -135,6 +151,8 @@ class Window(Warmup):
         num_warmup: number of steps, that of the run; of fewer than 20 no window fits, and only the step size is tuned.
         target_acceptance: in (0, 1).
         is_dense: learn the whole covariance rather than its diagonal. Static.
+        is_pooled: learn one metric from the windows of all chains together, and one step size for all of them. With
+            many chains a short warm-up then suffices. Static.
 
     Attributes:
         schedule: of every step, whether its position counts for the metric and whether a window ends; 0 or 1, shape
@@ -157,8 +175,11 @@ class Window(Warmup):
     schedule: Int[Array, "t 2"]
     target_acceptance: Float[Array, ""]
     is_dense: bool = eqx.field(static=True)
+    is_pooled: bool = eqx.field(static=True)
 
-    def __init__(self, num_warmup: int, target_acceptance: float = 0.8, *, is_dense: bool = False):
+    def __init__(
+        self, num_warmup: int, target_acceptance: float = 0.8, *, is_dense: bool = False, is_pooled: bool = False
+    ):
         from blackjax.adaptation.window_adaptation import build_schedule
 
         errors.check_count("num_warmup", num_warmup)
@@ -166,6 +187,7 @@ class Window(Warmup):
         self.target_acceptance = jnp.asarray(target_acceptance)
         errors.check_fraction("target_acceptance", self.target_acceptance)
         self.is_dense = is_dense
+        self.is_pooled = is_pooled
 
     @property
     def num_warmup(self) -> int:
@@ -185,11 +207,31 @@ class Window(Warmup):
 
         averaged = _average(self.target_acceptance, state, info, step == self.num_warmup - 1)
         estimator = select(is_slow == 1, update_metric(state.estimator, position), state.estimator)
+        if self.is_pooled:  # windows end in `pool`
+            return averaged._replace(estimator=estimator)
         ended = end_window(estimator)
         # a new metric asks for a new step size: the averaging starts again from the present one
         averaging = _start_averaging(self.target_acceptance, averaged.step_size)
         restarted = Tuned(averaged.step_size, ended.inverse_mass_matrix, averaging, ended)
         return select(is_window_end == 1, restarted, averaged._replace(estimator=estimator))
+
+    def pooling_steps(self) -> set[int]:
+        if not self.is_pooled:
+            return set()
+        return pooling.every(self.num_warmup) | {int(step) + 1 for step in np.flatnonzero(self.schedule[:, 1])}
+
+    def pool(self, states: Tuned, step: int) -> Tuned:
+        states = share_step_size(states)
+        if self.schedule[step - 1, 1] == 0:
+            return states
+        _, _, end_window = _welford(self.is_dense)
+        one: Tuned = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), states)
+        merged = pooling.merge_welford(states.estimator.wc_state)
+        ended = _strong(end_window(one.estimator._replace(wc_state=jax.tree.map(jnp.asarray, merged))))
+        averaging = _start_averaging(self.target_acceptance, one.step_size)
+        restarted = Tuned(one.step_size, ended.inverse_mass_matrix, averaging, ended)
+        restarted = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), restarted, one)
+        return pooling.for_all_chains(restarted, states)
 
 
 def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
@@ -219,6 +261,17 @@ def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
     if has_metric(kernel) and num_warmup >= 20:
         return Window(num_warmup, target)
     return StepSize(num_warmup, target)
+
+
+def share_step_size(states: Tuned) -> Tuned:
+    """The states of all chains with the geometric mean of their step sizes, and the mean of their averaging.
+
+    Dual averaging is linear in the acceptance rates: between chains with a common step size it goes on as if each had
+    seen the mean rate of all.
+    """
+    common = (pooling.geometric_mean(states.step_size), pooling.mean(states.averaging))
+    step_size, averaging = pooling.for_all_chains(common, (states.step_size, states.averaging))
+    return states._replace(step_size=step_size, averaging=averaging)
 
 
 def has_metric(kernel: Any) -> bool:

@@ -6,7 +6,8 @@ on with the old one, and the posterior is silently another. `captured` makes wha
 
 Everything that the user's own functions can reach is looked at: values in closures, defaults and globals, functions and
 classes that they call, attributes of objects and of the user's modules. Of an installed library only closures are; the
-rest is known by its identity. What a helper under `jax.jit` reads is compared, but JAX answers from the helper's cache.
+rest is known by its identity. A function that keeps a list of its calls is another one after each. What a helper under
+`jax.jit` reads is compared, but JAX answers from the helper's own cache.
 """
 
 import dataclasses

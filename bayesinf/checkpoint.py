@@ -35,8 +35,10 @@ class Checkpoint:
 
     def __init__(self, folder: str | os.PathLike[str], identity: str):
         self._folder = Path(folder)
-        self._identity = identity
+        self.identity = identity
         self._num_chunks = 0
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"checkpoint must be a folder, and {self._folder} is a file")
         self._folder.mkdir(parents=True, exist_ok=True)
 
     def save(self, carry: PyTree, position: dict[str, int], chunk: dict[str, np.ndarray] | None) -> None:
@@ -46,7 +48,7 @@ class Checkpoint:
             self._num_chunks += 1
         arrays = {f"carry-{i}": np.asarray(leaf) for i, leaf in enumerate(_plain_leaves(carry))}
         numbers = {name: np.asarray(value) for name, value in position.items()}
-        meta = {"identity": np.asarray(self._identity), "num_chunks": np.asarray(self._num_chunks)}
+        meta = {"identity": np.asarray(self.identity), "num_chunks": np.asarray(self._num_chunks)}
         self._write("state.npz", {**arrays, **numbers, **meta})
 
     def load(self, like: PyTree) -> tuple[PyTree, dict[str, int], list[dict[str, np.ndarray]]] | None:
@@ -59,7 +61,7 @@ class Checkpoint:
         if not path.exists():
             return None
         saved = self._read(path)
-        if str(saved.pop("identity", "")) != self._identity:
+        if str(saved.pop("identity", "")) != self.identity:
             raise errors.CheckpointError(
                 f"checkpoint {self._folder} was written by another run (other key, model, kernel, data, initial "
                 "points, num_warmup, thin, constrain, collect, reducers, dtype or version of JAX); give another "
@@ -142,7 +144,9 @@ def _plain_leaves(tree: PyTree) -> list[Any]:
 def _restore(like: PyTree, arrays: list[np.ndarray]) -> PyTree:
     leaves, treedef = jax.tree.flatten(like)
     restored = [
-        jax.random.wrap_key_data(jnp.asarray(array)) if _is_key(leaf) else jnp.asarray(array)
+        jax.random.wrap_key_data(jnp.asarray(array), impl=jax.random.key_impl(leaf))
+        if _is_key(leaf)
+        else jnp.asarray(array)
         for leaf, array in zip(leaves, arrays, strict=True)
     ]
     return jax.tree.unflatten(treedef, restored)

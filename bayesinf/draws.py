@@ -108,7 +108,7 @@ class Draws:
         """
         import arviz_base
 
-        posterior = {name: np.asarray(value) for name, value in self.variables.items()}  # zarr arrays are read
+        posterior = {name: _readable(value) for name, value in self.variables.items()}
         groups: dict[str, Mapping[str, Any]] = {
             "posterior": posterior,
             "sample_stats": statistics(self.stats),
@@ -216,6 +216,12 @@ def variables(samples: PyTree) -> dict[str, Any]:
 def statistics(stats: dict[str, PyTree]) -> dict[str, Any]:
     """The leaves of the statistics by their names in ArviZ's schema."""
     return {_ARVIZ_STATS.get(name, name): leaf for name, leaf in variables(stats).items()}
+
+
+def _readable(value: Any) -> np.ndarray:
+    """A numpy array: zarr arrays are read, and types that numpy lacks, such as bfloat16, widened."""
+    array = np.asarray(value)
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
 def _plain(name: str) -> str:

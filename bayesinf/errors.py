@@ -120,6 +120,8 @@ def as_key(key: Any) -> Key[Array, ""]:
         if not 0 <= int(key) < 2**32:
             raise ValueError(f"key as an integer seed must lie in [0, 2**32), got {key}; larger seeds collide in JAX")
         return jax.random.key(int(key))
+    if isinstance(key, np.ndarray):
+        key = jnp.asarray(key)
     if not isinstance(key, jax.Array):
         raise ValueError(f"key must be a jax.random.key or an integer seed, got {type(key).__name__}")
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):

@@ -172,7 +172,7 @@ def _statistics(kernel: Any, state: Any, info: Any) -> dict[str, Array]:
 def _accumulate(total: dict[str, Array], stats: dict[str, Array]) -> dict[str, Array]:
     """Statistics of the steps between two draws: sums, any, and the last value for the rest."""
     merged = {**stats}
-    for name in ("acceptance_rate", "num_gradients"):
+    for name in {"acceptance_rate", "num_gradients", "num_invalid"} & set(stats):
         merged[name] = (total[name] + stats[name]).astype(total[name].dtype)
     for name in ("is_accepted", "is_divergent"):
         merged[name] = total[name] | stats[name]

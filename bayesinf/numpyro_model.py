@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro import handlers
-from numpyro.infer import util
+from numpyro.infer import init_to_uniform, util
 
 from bayesinf import errors
 from bayesinf.captured import captured
@@ -118,11 +119,7 @@ class NumPyroModel:
     def observed(self, data: tuple[Array, ...]) -> dict[str, np.ndarray]:
         """The observed sites and their values."""
         sites = self._trace(data)
-        return {
-            name: np.asarray(site["value"])
-            for name, site in sites.items()
-            if site["type"] == "sample" and site["is_observed"]
-        }
+        return {name: np.asarray(site["value"]) for name, site in sites.items() if _is_data(site)}
 
     def log_likelihood(self, values: dict[str, Any], data: tuple[Array, ...]) -> dict[str, Array]:
         """Pointwise log likelihood of every observed site at one constrained draw."""
@@ -130,11 +127,7 @@ class NumPyroModel:
         trace = handlers.trace(handlers.substitute(handlers.seed(self.model, 0), data=values)).get_trace(
             *args, **kwargs
         )
-        return {
-            name: site["fn"].log_prob(site["value"])
-            for name, site in trace.items()
-            if site["type"] == "sample" and site["is_observed"]
-        }
+        return {name: site["fn"].log_prob(site["value"]) for name, site in trace.items() if _is_data(site)}
 
     def labels(self, data: tuple[Array, ...]) -> tuple[tuple, tuple]:
         """(dims, coords) from the plates around each site, as hashable tuples of pairs."""
@@ -159,7 +152,9 @@ class NumPyroModel:
 
     def _trace(self, data: tuple[Array, ...]) -> dict[str, Any]:
         args, kwargs = self.call(data)
-        return handlers.trace(handlers.seed(self.model, 0)).get_trace(*args, **kwargs)
+        # values by initialisation, as some laws, such as ImproperUniform, cannot be drawn from
+        model = handlers.substitute(handlers.seed(self.model, 0), substitute_fn=init_to_uniform)
+        return handlers.trace(model).get_trace(*args, **kwargs)
 
     def _latent(self, data: tuple[Array, ...]) -> dict[str, Any]:
         return {
@@ -177,6 +172,11 @@ def _shapes_of(model: NumPyroModel, data: tuple[tuple[tuple[int, ...], Any], ...
         return model.unconstrain({name: site["value"] for name, site in model._latent(data).items()}, data)
 
     return jax.eval_shape(position, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in data))
+
+
+def _is_data(site: dict[str, Any]) -> bool:
+    """Whether a site is observed, and not a factor, which NumPyro writes as an observation of nothing."""
+    return site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
 
 
 def _plain(leaf: Any) -> Any:

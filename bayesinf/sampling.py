@@ -6,10 +6,9 @@ apart are arguments. Chain c takes step t with the key fold_in(fold_in(key, c), 
 chunked run is bitwise the run that it continues.
 """
 
-import dataclasses
+import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,11 +23,10 @@ from bayesinf.captured import captured
 from bayesinf.checkpoint import Checkpoint, fingerprint
 from bayesinf.diagnostics import SplitRHat
 from bayesinf.draws import Draws, variables
-from bayesinf.kernel import is_finite
+from bayesinf.judge import check_initial, check_mesh, check_start, check_warmup, judge, known_target, listed
 from bayesinf.loop import Chain, Collect, Plan, Runner, program, start
 from bayesinf.progress import Progress
 from bayesinf.store import Memory, Zarr
-from bayesinf.target import Target
 
 __all__ = ["sample"]
 
@@ -102,6 +100,8 @@ def sample(
         >>> draws.num_chains, draws.num_samples
         (4, 500)
     """
+    if not errors.is_concrete((key, kernel, initial)):
+        raise ValueError("sample drives compiled loops from the host and cannot itself be under jax.jit, vmap or grad")
     key = errors.as_key(key)
     for name, value, minimum in (("num_samples", num_samples, 0), ("num_warmup", num_warmup, 0), ("thin", thin, 1)):
         errors.check_count(name, value, minimum=minimum)
@@ -111,12 +111,12 @@ def sample(
     if isinstance(kernel, type) or not (hasattr(kernel, "init") and hasattr(kernel, "step")):
         what = kernel.__name__ if isinstance(kernel, type) else type(kernel).__name__
         raise ValueError(f"kernel must be an object with init(position) and step(key, state), got {what}")
-    initial = _check_initial(initial)
+    initial = check_initial(kernel, initial)
     kernel = jax.tree.map(lambda leaf: leaf if eqx.is_array_like(leaf) else captured(leaf), kernel)
 
     if warmup is None:
         warmup = adaptation.default_warmup(kernel, num_warmup)
-    _check_warmup(warmup, kernel, num_warmup)
+    check_warmup(warmup, kernel, num_warmup)
     if warmup is not None:
         kernel = warmup.prepare(kernel, initial, num_warmup)
     for name, function in (("constrain", constrain), ("collect", collect)):
@@ -132,19 +132,21 @@ def sample(
     started = time.perf_counter()
     chains, shapes = start(plan, key, initial)
     if throw:
-        _check_start(kernel, chains.state)
+        check_start(kernel, chains.state)
     variables(shapes[0])  # names that collide are told before the run
     if mesh is not None:
-        _check_mesh(mesh, chains.key.shape[0])
+        check_mesh(mesh, chains.key.shape[0])
         sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(mesh.axis_names[0]))
         chains = jax.device_put(chains, sharding)
 
     capacity = _capacity(shapes, chains.key.shape[0], chunk_size)
     runner = Runner(plan, shapes, capacity, _resolve(chain_method, kernel), jnp.asarray(num_warmup, jnp.int32))
     run = _Run(chains, Progress(num_warmup + num_samples * thin, is_shown=progress), _known(kernel))
+    pooled_at = set() if warmup is None else warmup.pooling_steps()
     saved = None
     if checkpoint is not None:
-        saved = Checkpoint(checkpoint, fingerprint(program(plan, chains), plan, initial, key, num_warmup, thin))
+        parts = (plan, initial, key, num_warmup, thin, sorted(pooled_at))
+        saved = Checkpoint(checkpoint, fingerprint(program(plan, chains), *parts))
     run.begin(saved, store, shapes, num_samples)
 
     try:
@@ -153,11 +155,14 @@ def sample(
         while run.step < num_warmup + num_samples * thin and run.failure is None:
             is_warmup = run.step < num_warmup
             every = 1 if is_warmup else thin
-            left = num_warmup - run.step if is_warmup else num_samples - run.num_draws
+            stop = min((step for step in pooled_at if step > run.step), default=num_warmup)
+            left = stop - run.step if is_warmup else num_samples - run.num_draws
             num = min(left, capacity if chunk_size else run.pace(every, capacity))
             clock = time.perf_counter()
             chains, chunk = runner.advance(run.chains, run.step, num, every)
             run.take(chains, chunk, num, every, is_warmup=is_warmup, seconds=time.perf_counter() - clock)
+            if is_warmup and warmup is not None and run.step in pooled_at:
+                run.pool(warmup)
             if saved is not None:
                 saved.save(run.chains, run.standing(), None if is_warmup or store is not None else _flatten(chunk))
     except KeyboardInterrupt:
@@ -165,7 +170,7 @@ def sample(
     finally:
         run.progress.close()
     draws = run.result(plan, _describe(key, kernel, num_warmup, thin))
-    return _judge(draws, thin=thin, throw=throw)
+    return judge(draws, run.has_moved, thin=thin, throw=throw)
 
 
 class _Run:
@@ -178,6 +183,8 @@ class _Run:
         self.step = 0
         self.num_draws = 0
         self.failure: str | None = None
+        self.has_moved = np.zeros(chains.key.shape[0], bool)
+        self._start = _host(chains.state.position)
         self.seconds = {"compile": 0.0, "warmup": 0.0, "sampling": 0.0}
         self._draws: Memory | Zarr
         self._r_hat = SplitRHat()
@@ -199,7 +206,9 @@ class _Run:
         if store is None:
             self._draws = Memory(shapes, num_chains, num_samples)
         else:
-            self._draws = Zarr(store, shapes, num_chains, self.known, self.num_draws if found is not None else None)
+            num_draws = self.num_draws if found is not None else None
+            identity = None if saved is None else saved.identity
+            self._draws = Zarr(store, shapes, num_chains, self.known, num_draws, identity)
         treedef: Any = jax.tree.structure(shapes)
         start = 0
         for arrays in chunks:
@@ -226,22 +235,38 @@ class _Run:
             self._draws.put(chunk, self.num_draws)
             self.num_draws += num
             self._watch(chunk)
+        self._look_for_moves(self._start, _host(chains.state.position))
         self.progress.update(num * every, "warm-up" if is_warmup else "sampling", chunk[1], self._r_hat.value())
+
+    def pool(self, warmup: adaptation.Warmup) -> None:
+        """Lets the chains learn from one another, where they are."""
+        tuned = self.chains.tuned
+        pooled = warmup.pool(tuned, self.step)
+        self.chains = self.chains._replace(
+            tuned=jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), pooled, tuned)
+        )
 
     def _watch(self, chunk: Any) -> None:
         """Looks at a chunk of draws: R-hat, and what ends the run."""
         samples, stats = chunk
-        leaves = [leaf.reshape(*leaf.shape[:2], -1) for leaf in jax.tree.leaves(samples)]
+        leaves = [leaf.reshape(*leaf.shape[:2], math.prod(leaf.shape[2:])) for leaf in jax.tree.leaves(samples)]
         if leaves and self.progress.is_shown:
             self._r_hat.update(np.concatenate(leaves, axis=2))
+        self._look_for_moves([leaf[:, :1] for leaf in leaves], leaves)
         for name, leaf in variables(samples).items():
-            is_bad = ~np.all(np.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1)
+            is_bad = ~np.all(np.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
             if np.any(is_bad):
-                self.failure = f"draws of {name!r} of chains {_listed(is_bad)} are not finite"
+                self.failure = f"draws of {name!r} of chains {listed(is_bad)} are not finite"
         num = stats["is_divergent"].shape[1]
         is_lost = np.all(stats["is_divergent"], axis=1)
         if num >= 100 and np.any(is_lost):
-            self.failure = f"chains {_listed(is_lost)} diverged at every one of {num} draws in a row"
+            self.failure = f"chains {listed(is_lost)} diverged at every one of {num} draws in a row"
+
+    def _look_for_moves(self, before: list[np.ndarray], after: list[np.ndarray]) -> None:
+        """Notes which chains have moved by a bit at least; an accepted move may be too small for its precision."""
+        if not np.all(self.has_moved):
+            for old, new in zip(before, after, strict=True):
+                self.has_moved |= np.any(old != new, axis=tuple(range(1, new.ndim)))
 
     def standing(self) -> dict[str, int]:
         return {"step": self.step, "num_draws": self.num_draws}
@@ -280,137 +305,14 @@ def _describe(key: Key[Array, ""], kernel: Any, num_warmup: int, thin: int) -> d
     }
 
 
-def _check_warmup(warmup: Any, kernel: Any, num_warmup: int) -> None:
-    if warmup is None:
-        return
-    if not isinstance(warmup, adaptation.Warmup):
-        raise ValueError(f"warmup must be a Warmup, such as adaptation.Window(num_warmup), got {warmup!r}")
-    length = getattr(warmup, "num_warmup", None)
-    if length is not None and errors.is_concrete(length) and int(length) != num_warmup:
-        raise ValueError(f"warmup must be for num_warmup={num_warmup} steps, it is for {int(length)}")
-    if isinstance(warmup, adaptation.Window) and not adaptation.has_metric(kernel):
-        raise ValueError(
-            f"warmup=Window(...) needs a kernel with a metric, and {type(kernel).__name__} has none; wrap it in "
-            "kernels.Precondition, or use adaptation.StepSize"
-        )
-
-
-def _check_initial(initial: PyTree) -> PyTree:
-    if isinstance(initial, list) and len({np.shape(row) for row in map(np.asarray, initial)}) == 1:
-        initial = jnp.asarray(initial)  # a list of positions, one for each chain
-    errors.check_floating("initial", initial)
-    initial = jax.tree.map(jnp.asarray, initial)
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(initial)}
-    if len(sizes) != 1 or None in sizes:
-        shapes = jax.tree.map(jnp.shape, initial)
-        raise ValueError(f"initial must have one leading axis of chains in every leaf, got shapes {shapes}")
-    if sizes == {0}:
-        raise ValueError("initial must hold at least one chain, got a leading axis of length 0")
-    return initial
-
-
-def _check_start(kernel: Any, state: Any) -> None:
-    if hasattr(state, "evaluation"):
-        is_ok = np.asarray(jax.vmap(is_finite)(state.evaluation))
-    else:
-        known = (state.position, [getattr(state, name, None) for name in ("logdensity", "log_likelihood")])
-        finite = [jnp.all(jnp.isfinite(leaf).reshape(leaf.shape[0], -1), axis=1) for leaf in _leaves(known)]
-        is_ok = np.all(np.asarray(finite), axis=0)
-    if np.all(is_ok):
-        return
-    chain = int(np.flatnonzero(~is_ok)[0])
-    position = jax.tree.map(lambda leaf: leaf[chain], state.position)
-    target = _target(kernel)
-    value = getattr(state, "log_likelihood", None)
-    why = "The position, or what the kernel knows of it, is not finite." if target is None else target.explain(position)
-    if value is not None:
-        why = f"The log likelihood is {float(value[chain])}."
-    raise errors.InitializationError(
-        f"initial: chain {chain} starts where the log density or its gradient is not finite. {why} "
-        "Start elsewhere, for example at target.init(key, num_chains)."
-    )
-
-
-def _judge(draws: Draws, *, thin: int, throw: bool) -> Draws:
-    """The draws, after the checks that decide whether they may be trusted."""
-    num_steps = draws.num_samples * thin
-    if draws.status == "complete" and num_steps:
-        draws = dataclasses.replace(draws, status=_failure(draws, num_steps) or "complete")
-    if draws.status not in ("complete", "interrupted"):
-        if throw:
-            raise errors.SamplingError(
-                f"sampling failed: {draws.status}. Try a smaller step_size or more num_warmup, and look at the model "
-                "there; the draws until then are in error.draws, and throw=False returns them.",
-                draws,
-            )
-        return draws
-    num_invalid = int(np.sum(draws.stats.get("num_invalid", 0)))
-    if num_invalid:
-        warnings.warn(
-            f"{num_invalid} particle weights were NaN or +inf and were counted as weights of zero; the densities of "
-            "the model are not finite there",
-            errors.SamplingWarning,
-            stacklevel=3,
-        )
-    is_stuck = ~np.any(draws.stats["is_accepted"], axis=1)
-    if num_steps >= 20 and np.any(is_stuck):  # of a hundred steps it is a failure
-        warnings.warn(
-            f"chains {_listed(is_stuck)} never moved in {num_steps} steps; try a smaller step_size",
-            errors.SamplingWarning,
-            stacklevel=3,
-        )
-    num_divergent = int(np.sum(draws.stats["is_divergent"]))
-    if num_divergent:
-        warnings.warn(
-            f"{num_divergent} draws ({np.mean(draws.stats['is_divergent']):.1%}) met a log density or gradient that is "
-            "not finite, or a divergent trajectory; the moves were undone, and the region behind them may be missing "
-            "from the draws",
-            errors.SamplingWarning,
-            stacklevel=3,
-        )
-    return draws
-
-
-def _failure(draws: Draws, num_steps: int) -> str | None:
-    share = np.mean(draws.stats["is_divergent"], axis=1)
-    if num_steps >= 100 and np.any(share > 0.5):
-        return f"chains {_listed(share > 0.5)} diverged at more than half of their {num_steps} steps"
-    is_stuck = ~np.any(draws.stats["is_accepted"], axis=1)
-    if num_steps >= 100 and np.any(is_stuck):
-        return f"chains {_listed(is_stuck)} never moved in {num_steps} steps"
-    return None
-
-
-def _check_mesh(mesh: Any, num_chains: int) -> None:
-    if not isinstance(mesh, jax.sharding.Mesh):
-        raise ValueError(f"mesh must be a jax.sharding.Mesh, such as jax.make_mesh((2,), ('chains',)), got {mesh!r}")
-    name = mesh.axis_names[0]
-    if num_chains % mesh.shape[name]:
-        raise ValueError(
-            f"mesh must share the chains of initial evenly: {num_chains} chains are not a multiple of the "
-            f"{mesh.shape[name]} devices along its axis {name!r}"
-        )
-
-
 def _known(kernel: Any) -> dict[str, Any]:
     """The fields of the draws that are known before the run."""
     ys = getattr(kernel, "ys", None)
-    return {"target": _target(kernel), "observed": None if ys is None else {"ys": ys}}
+    return {"target": known_target(kernel), "observed": None if ys is None else {"ys": ys}}
 
 
-def _listed(is_named: np.ndarray) -> str:
-    """The indices, at most ten of them."""
-    indices = np.flatnonzero(is_named).tolist()
-    return str(indices) if len(indices) <= 10 else f"{indices[:10]} and {len(indices) - 10} more"
-
-
-def _target(kernel: Any) -> Target | None:
-    target = getattr(kernel, "target", None)
-    return target if isinstance(target, Target) else None
-
-
-def _leaves(tree: PyTree) -> list[Any]:
-    return [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+def _host(tree: PyTree) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _flatten(chunk: Any) -> dict[str, np.ndarray]:

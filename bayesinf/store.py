@@ -5,6 +5,7 @@ resumed run goes on where the last complete chunk ended.
 """
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from bayesinf import errors
 from bayesinf.draws import Draws, statistics, variables
 
 __all__ = ["Memory", "Zarr"]
 
 _CHUNK_BYTES = 4 * 2**20  # of a file of the zarr folder
 _MAX_DRAWS = 10_000  # of a file
+_IDENTITY = "bayesinf_run"
 
 
 class Memory:
@@ -60,6 +63,8 @@ class Zarr:
         num_chains: the leading axis.
         known: fields of `Draws` that are known beforehand; they give dimensions, coordinates and observed data.
         num_draws: what of the folder is kept; None for a new folder.
+        identity: of the run, kept in the folder: only the run that began it goes on with it, or begins it anew where it
+            came to no checkpoint. None for a run without a checkpoint.
     """
 
     def __init__(
@@ -69,25 +74,40 @@ class Zarr:
         num_chains: int,
         known: dict[str, Any],
         num_draws: int | None,
+        identity: str | None = None,
     ):
         try:
             import zarr
         except ImportError as error:
             raise ImportError('store needs zarr, which is not installed: pip install "bayesinf[zarr]"') from error
         self._folder = Path(folder)
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"store must be a folder, and {self._folder} is a file")
         is_there = self._folder.exists() and any(self._folder.iterdir())
-        if num_draws is None and is_there:
+        is_own = is_there and identity is not None and _identity(self._folder) == identity
+        if num_draws is None and is_own:
+            shutil.rmtree(self._folder)
+        elif num_draws is None and is_there:
             raise ValueError(f"store must be a new folder, and {self._folder} exists; delete it or name another")
         if num_draws is not None and not is_there:
             raise ValueError(
                 f"store must be the folder of the run that the checkpoint continues; {folder} is not there"
             )
+        if num_draws is not None and not is_own:
+            raise errors.CheckpointError(f"store {self._folder} was written by another run than the checkpoint")
         if num_draws is None:
             _lay_out(self._folder, shapes, num_chains, known)
         self._group: Any = zarr.open_group(self._folder, mode="r+")
+        self._group.attrs[_IDENTITY] = identity
         self._treedef = jax.tree.structure(shapes)
         self._names = _names(shapes)
         self._draw = [f"{group}/draw" for group in ("posterior", "sample_stats") if "draw" in self._group[group]]
+        num_kept = min((array.shape[1] for array in self._arrays()), default=0)
+        if num_kept < (num_draws or 0):
+            raise errors.CheckpointError(
+                f"store {self._folder} holds {num_kept} of the {num_draws} draws that the checkpoint counts; it is an "
+                "older copy, or damaged"
+            )
         self._resize(num_draws or 0)
 
     def put(self, chunk: PyTree, start: int) -> None:
@@ -115,6 +135,16 @@ class Zarr:
             shape = (*array.shape[:axis], num_draws, *array.shape[axis + 1 :])
             if shape != array.shape:
                 array.resize(shape)
+
+
+def _identity(folder: Path) -> str | None:
+    """The run that a folder says it belongs to; None for a folder of something else."""
+    import zarr
+
+    try:
+        return str(zarr.open_group(folder, mode="r").attrs.get(_IDENTITY))
+    except FileNotFoundError:
+        return None
 
 
 def _names(shapes: PyTree) -> list[str]:

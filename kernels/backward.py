@@ -45,6 +45,8 @@ def backward_sample(
     filtered: FilterResult,
     num_paths: int,
     method: str = "auto",
+    *,
+    throw: bool = True,
 ) -> PyTree:
     """Draws smoothed paths from a stored particle filter: forward filtering, backward sampling.
 
@@ -57,6 +59,7 @@ def backward_sample(
         filtered: of `particle_filter(..., store="full")`.
         num_paths: how many paths.
         method: "exact", "mcmc" or "auto"; see `draw_backward`.
+        throw: whether to raise if the filter lost its weights; else its last particles stand for what is not known.
 
     Returns:
         States with leading axes (num_paths, T).
@@ -81,7 +84,7 @@ def backward_sample(
     errors.check_choice("method", method, BACKWARD_METHODS)
     if not isinstance(filtered, FilterResult) or filtered.history is None:
         raise ValueError("filtered must hold its history; call particle_filter with store='full'")
-    if errors.is_concrete(filtered.log_evidence) and not np.all(np.isfinite(filtered.log_evidence)):
+    if throw and errors.is_concrete(filtered.log_evidence) and not np.all(np.isfinite(filtered.log_evidence)):
         raise errors.DegenerateWeightsError("The filter lost all its weights: there is nothing to smooth.", filtered)
     return _sample_paths(errors.as_key(key), model, filtered.history, num_paths, method)
 

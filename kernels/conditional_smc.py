@@ -21,7 +21,7 @@ References:
 """
 
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -133,11 +133,7 @@ class ConditionalSMC(Kernel):
         Raises:
             DegenerateWeightsError: all weights of the filter vanished.
         """
-        key_filter, key_back = jax.random.split(errors.as_key(key))
-        filtered = particle_filter(
-            key_filter, self.model, self.ys, num_particles=self.num_particles, proposal=self.proposal, store="full"
-        )
-        return backward_sample(key_back, self.model, filtered, num_chains)
+        return first_paths(self, key, num_chains)
 
     def step(self, key: Key[Array, ""], state: PathState) -> tuple[PathState, PathInfo]:
         model, reference = self.model, state.position
@@ -187,6 +183,14 @@ def _draw_line(key, model, cloud: clouds.Cloud) -> Int[Array, " t"]:
 
 
 # ---- what the kernels on paths have in common ----
+
+
+def first_paths(kernel: Any, key: errors.KeyLike, num_paths: int, *, throw: bool = True) -> PyTree:
+    """Backward draws from one free particle filter; any paths at all if its weights vanish and nothing is to raise."""
+    key_filter, key_back = jax.random.split(errors.as_key(key))
+    options = {"num_particles": kernel.num_particles, "proposal": kernel.proposal, "throw": throw}
+    filtered = particle_filter(key_filter, kernel.model, kernel.ys, store="full", **options)
+    return backward_sample(key_back, kernel.model, filtered, num_paths, throw=throw)
 
 
 def draw_last(key: Key[Array, ""], log_weights: Float[Array, "t N"]) -> Int[Array, ""]:

@@ -65,4 +65,6 @@ def as_kernel(part: Any) -> Any:
         raise ValueError(f"a kernel must be an object, got the class {part.__name__}; call it on a target")
     if not (callable(getattr(part, "init", None)) and callable(getattr(part, "step", None))):
         raise ValueError(f"a kernel has init(position) and step(key, state); got {type(part).__name__}")
-    return part if isinstance(part, eqx.Module) else Foreign(part.init, part.step)
+    if isinstance(part, eqx.Module) and not isinstance(part, Kernel):
+        raise ValueError(f"an equinox module that is a kernel must inherit from bayesinf.Kernel; {type(part)} does not")
+    return part if isinstance(part, Kernel) else Foreign(part.init, part.step)

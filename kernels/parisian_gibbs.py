@@ -32,7 +32,7 @@ from bayesinf import errors
 from bayesinf.kernel import Kernel
 from bayesinf.kernels import cloud as clouds
 from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
-from bayesinf.kernels.conditional_smc import ConditionalSMC, PathState, check_path, draw_last, finish_sweep
+from bayesinf.kernels.conditional_smc import PathState, check_path, draw_last, finish_sweep, first_paths
 from bayesinf.kernels.paris import (
     AdditiveFunctional,
     check_functional,
@@ -114,7 +114,7 @@ class ParisianGibbs(Kernel):
         Raises:
             DegenerateWeightsError: all weights of the filter vanished.
         """
-        return ConditionalSMC(self.model, self.ys, self.num_particles, proposal=self.proposal).initial(key, num_chains)
+        return first_paths(self, key, num_chains)
 
     def step(self, key: Key[Array, ""], state: PathState) -> tuple[PathState, ParisianInfo]:
         model, reference = self.model, state.position
@@ -229,7 +229,7 @@ def ppg(
     key_initial, key_sweeps = jax.random.split(errors.as_key(key))
     kernel = ParisianGibbs(model, ys, functional, num_particles, num_backward, method, proposal)
     if initial_path is None:
-        initial_path = jax.tree.map(lambda leaf: leaf[0], kernel.initial(key_initial, 1))
+        initial_path = jax.tree.map(lambda leaf: leaf[0], first_paths(kernel, key_initial, 1, throw=throw))
     state = kernel.init(initial_path)
     result, is_divergent = _roll_out(key_sweeps, kernel, state, num_sweeps, burn_in)
     if throw and errors.is_concrete(is_divergent) and np.any(is_divergent):

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
@@ -74,7 +75,8 @@ class HMC(Kernel):
     Attributes:
         target: what is sampled; `num_integration_steps` gradients a step.
         step_size: h > 0 of the leapfrog scheme.
-        inverse_mass_matrix: its diagonal, over the position as `ravel_pytree` lays it out; ones if None.
+        inverse_mass_matrix: over the position as `ravel_pytree` lays it out, the matrix of shape (d, d) or its diagonal
+            of shape (d,); ones if None.
         num_integration_steps: leapfrog steps, at least 1. Static.
 
     Example:
@@ -91,7 +93,7 @@ class HMC(Kernel):
 
     target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
-    inverse_mass_matrix: Float[Array, " d"] | None = eqx.field(
+    inverse_mass_matrix: Float[Array, "..."] | None = eqx.field(
         converter=errors.as_array("inverse_mass_matrix", is_optional=True), default=None
     )
     num_integration_steps: int = eqx.field(static=True, default=10)
@@ -127,7 +129,8 @@ class NUTS(Kernel):
     Attributes:
         target: what is sampled.
         step_size: h > 0 of the leapfrog scheme; warm-up tunes it to an acceptance rate of 0.8.
-        inverse_mass_matrix: its diagonal, over the position as `ravel_pytree` lays it out; ones if None.
+        inverse_mass_matrix: over the position as `ravel_pytree` lays it out, the matrix of shape (d, d) or its diagonal
+            of shape (d,); ones if None.
         max_num_doublings: a trajectory has at most 2**max_num_doublings - 1 leapfrog steps. Static.
 
     Example:
@@ -144,7 +147,7 @@ class NUTS(Kernel):
 
     target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
-    inverse_mass_matrix: Float[Array, " d"] | None = eqx.field(
+    inverse_mass_matrix: Float[Array, "..."] | None = eqx.field(
         converter=errors.as_array("inverse_mass_matrix", is_optional=True), default=None
     )
     max_num_doublings: int = eqx.field(static=True, default=10)
@@ -177,8 +180,15 @@ class NUTS(Kernel):
 
 def _check_parameters(kernel: HMC | NUTS) -> None:
     errors.check_positive_scalar("step_size", kernel.step_size)
-    if kernel.inverse_mass_matrix is not None:
-        errors.check_positive("inverse_mass_matrix", kernel.inverse_mass_matrix)
+    metric = kernel.inverse_mass_matrix
+    if metric is None:
+        return
+    if jnp.ndim(metric) != 2:
+        errors.check_positive("inverse_mass_matrix", metric)
+    elif errors.is_concrete(metric) and not (
+        np.all(np.isfinite(metric)) and np.allclose(metric, metric.T) and np.linalg.eigvalsh(metric)[0] > 0
+    ):
+        raise ValueError(f"inverse_mass_matrix must be symmetric and positive definite, got {metric}")
 
 
 def _init(kernel: HMC | NUTS, position: PyTree) -> LangevinState:
@@ -194,9 +204,9 @@ def _parameters(kernel: HMC | NUTS, state: LangevinState) -> tuple[Array, Array]
     metric = kernel.inverse_mass_matrix
     if metric is None:
         metric = jnp.ones_like(flat)
-    elif jnp.shape(metric) != flat.shape:
+    elif jnp.shape(metric) not in (flat.shape, 2 * flat.shape):
         raise ValueError(
-            f"inverse_mass_matrix must be the diagonal over the ravelled position, of shape {flat.shape}, "
+            f"inverse_mass_matrix must be over the ravelled position, of shape {flat.shape} or {2 * flat.shape}, "
             f"got shape {jnp.shape(metric)}"
         )
     return jnp.asarray(kernel.step_size, flat.dtype), jnp.asarray(metric, flat.dtype)

@@ -125,6 +125,11 @@ def observation_log_prob(model: StateSpaceModel, x: PyTree, y: PyTree, t: Int[Ar
         safe = jax.tree.map(lambda leaf: jnp.where(jnp.any(partly), 0.0, leaf), y)
         return jnp.where(jnp.all(missing), 0.0, jnp.where(jnp.any(partly), jnp.nan, log_prob(law, safe)))
 
+    if not hasattr(y, "shape"):
+        raise ValueError(
+            f"ys must be one array where model.observation(x, t) is a distribution, got {type(y).__name__}; the law of "
+            "several arrays is a pair (sample, log_prob)"
+        )
     # a single number may lack an axis, or have one too many; anything else would be paired off with the wrong law
     if y.shape != law.shape() and not y.size == math.prod(law.shape()) == 1:
         raise ValueError(
@@ -139,7 +144,15 @@ def observation_log_prob(model: StateSpaceModel, x: PyTree, y: PyTree, t: Int[Ar
     event = tuple(range(-law.event_dim, 0))
     missing, partly = jnp.all(is_missing, event), jnp.any(is_missing, event)
     safe = jnp.where(jnp.expand_dims(partly, event), _inside(law, y), y)
-    return jnp.sum(jnp.where(missing, 0.0, jnp.where(partly, jnp.nan, law.log_prob(safe))))
+    log_probs = _discrete_log_prob(law, safe) if law.support.is_discrete else law.log_prob(safe)  # pyright: ignore[reportOptionalMemberAccess]
+    return jnp.sum(jnp.where(missing, 0.0, jnp.where(partly, jnp.nan, log_probs)))
+
+
+def _discrete_log_prob(law: dist.Distribution, y: Array) -> Array:
+    """The log probability of what is whole in y; laws of classes take nothing but integers."""
+    whole = jnp.round(y)
+    is_whole = jnp.all(y == whole, axis=tuple(range(-law.event_dim, 0)))
+    return jnp.where(is_whole, law.log_prob(whole.astype(jnp.int32)), -jnp.inf)
 
 
 @partial(jnp.vectorize, signature="(k),(k,k),(k),(k)->()")
@@ -248,7 +261,7 @@ def _arrays(tree: PyTree) -> PyTree:
 def check_series(ys: PyTree) -> PyTree:
     """Observations as arrays of floating point with one common number of rows, at least one.
 
-    Whole numbers (counts) are converted; infinite values are refused.
+    Whole numbers (counts, classes, truth values) are converted; infinite values are refused.
     """
     if isinstance(ys, list | tuple) and all(isinstance(y, int | float) for y in ys):
         ys = np.asarray(ys, float)  # a list of numbers is a series, not a pytree of scalars
@@ -261,7 +274,7 @@ def check_series(ys: PyTree) -> PyTree:
             raise ValueError(f"ys must have one leading axis of time, got shapes {[leaf.shape for leaf in leaves]}")
         if leaf.shape[0] == 0:
             raise ValueError("ys must have at least one row; the law of x_0 alone is model.initial()")
-        if not (jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.issubdtype(leaf.dtype, jnp.integer)):
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             raise ValueError(f"ys must be numbers, got {leaf.dtype}")
         if errors.is_concrete(leaf) and np.any(np.isinf(np.asarray(leaf))):
             rows = np.unique(np.nonzero(np.isinf(np.asarray(leaf)))[0])[:5]

@@ -1,6 +1,8 @@
 """The driver: what it keeps, how it resumes, what it says when a run fails."""
 
 import _thread
+import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import blackjax
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 
 import bayesinf as bi
@@ -89,10 +92,10 @@ def test_chains_do_not_depend_on_how_many_there_are():
 
 
 def test_new_data_and_step_size_compile_nothing():
-    traces = []
+    traces = itertools.count()  # a list would be read as a part of the function
 
     def logdensity(x, data):
-        traces.append(None)
+        next(traces)
         return -0.5 * jnp.sum((x - data) ** 2)
 
     def go(data, step_size, num_samples):
@@ -100,9 +103,9 @@ def test_new_data_and_step_size_compile_nothing():
         return bi.sample(0, kernel, jnp.zeros((2, 3)), num_samples=num_samples, num_warmup=10, progress=False)
 
     go(jnp.zeros(3), 0.1, 20)
-    num_traces = len(traces)
+    num_traces = next(traces)
     go(jnp.ones(3), 0.2, 35)
-    assert len(traces) == num_traces
+    assert next(traces) == num_traces + 1
 
 
 def test_warmup_reaches_the_target_acceptance():
@@ -357,6 +360,78 @@ def test_a_stuck_chain_raises():
     target = bi.Target(lambda x: jnp.where(x[0] == 50.0, 0.0, -jnp.inf))
     with pytest.raises(SamplingError, match="never moved"):
         bi.sample(0, bi.kernels.MALA(target, 0.01), jnp.array([[50.0]]), num_samples=200, progress=False)
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_moves_too_small_for_the_precision_are_none(far):
+    centre, step_size = (1e8, 0.5) if far else (0.0, 1e-20)
+    target = bi.Target(lambda x, centre: -0.5 * jnp.sum((x - centre) ** 2), jnp.asarray(centre, jnp.float32))
+    start = jnp.full((2, 3), centre + 1.0, jnp.float32)
+    with pytest.raises(SamplingError, match=r"chains \[0, 1\] never moved .*too small for the precision"):
+        bi.sample(0, bi.kernels.MALA(target, step_size), start, num_samples=200, progress=False)
+
+
+def test_a_log_density_that_is_rounded_is_warned_of():
+    target = bi.Target(lambda x: jnp.float32(-1e7) - 0.5 * jnp.sum(x**2))
+    with pytest.warns(SamplingWarning, match=r"-1e\+07 at the start, which float32 rounds to multiples of 1"):
+        bi.sample(0, bi.kernels.MALA(target, 0.5), jnp.zeros((2, 2), jnp.float32), num_samples=5, progress=False)
+
+
+def test_positions_may_be_empty_in_part():
+    target = bi.Target(lambda x: -0.5 * jnp.sum(x["a"] ** 2) - jnp.sum(x["none"]))
+    start = {"a": jnp.zeros((2, 1)), "none": jnp.zeros((2, 0))}
+    draws = bi.sample(0, bi.kernels.MALA(target, 0.5), start, num_samples=5, progress=False)
+    assert draws["none"].shape == (2, 5, 0)
+
+
+def test_keys_of_another_generator_are_resumed(tmp_path):
+    key = jax.random.key(0, impl="rbg")
+    run = functools.partial(bi.sample, key, KERNEL, INITIAL, progress=False)
+    run(num_samples=5, checkpoint=tmp_path)
+    assert same(run(num_samples=10, checkpoint=tmp_path).samples, run(num_samples=10).samples)
+
+
+def test_sample_is_not_for_traces():
+    with pytest.raises(ValueError, match=r"cannot itself be under jax\.jit"):
+        jax.jit(lambda x: bi.sample(0, KERNEL, x, num_samples=5))(INITIAL)
+
+
+def test_paths_of_whole_numbers_are_sampled():
+    class Switching(bi.models.StateSpaceModel):
+        def initial(self):
+            return dist.Bernoulli(0.5)
+
+        def transition(self, x_prev, t):
+            return dist.Bernoulli(jnp.where(x_prev == 1, 0.9, 0.2))
+
+        def observation(self, x, t):
+            return dist.Normal(2.0 * x, 1.0)
+
+    kernel = bi.kernels.ConditionalSMC(Switching(), jnp.array([2.0, 1.8, 0.1]), 10)
+    draws = bi.sample(0, kernel, kernel.initial(1, 2), num_samples=50, progress=False)
+    assert draws["x"].shape == (2, 50, 3)
+    assert set(np.unique(draws["x"])) <= {0, 1}
+
+
+def test_files_are_no_folders(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ValueError, match="checkpoint must be a folder"):
+        run(checkpoint=file)
+    with pytest.raises(ValueError, match="store must be a folder"):
+        run(store=file)
+
+
+def test_invalid_weights_of_all_steps_are_counted():
+    class Sometimes(bi.models.StochasticVolatility):
+        def observation(self, x, t):
+            return None, lambda y: jnp.where(x > 0, jnp.nan, -0.5 * (y - x) ** 2)
+
+    kernel = bi.kernels.ConditionalSMC(Sometimes(0.0, 0.5, 1.0), jnp.zeros(4), 10)
+    run = functools.partial(bi.sample, 0, kernel, jnp.full((1, 4), -0.5), progress=False)
+    with pytest.warns(SamplingWarning, match="particle weights were NaN"):
+        every, thinned = run(num_samples=20), run(num_samples=5, thin=4)
+    assert thinned.stats["num_invalid"].sum() == every.stats["num_invalid"].sum() > 20
 
 
 def test_a_chain_that_stood_still_in_a_short_run_is_warned_of():

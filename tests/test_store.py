@@ -1,5 +1,6 @@
 """Draws on disk: as in memory, continued after a crash, read by xarray, refused where they would be lost."""
 
+import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +88,31 @@ def test_folders_are_never_overwritten_nor_forgotten(tmp_path):
     with pytest.raises(ValueError, match="is not there"):
         run(checkpoint=tmp_path / "run", store=tmp_path / "elsewhere")
     assert run(**options, num_samples=60)["a"].shape == (3, 60)
+
+
+def test_a_folder_of_another_run_or_an_older_copy_is_refused(tmp_path):
+    run(store=tmp_path / "one", checkpoint=tmp_path / "of one", num_samples=20)
+    run(store=tmp_path / "two", checkpoint=tmp_path / "of two", num_samples=20, num_warmup=10)
+    with pytest.raises(CheckpointError, match="was written by another run"):
+        run(store=tmp_path / "two", checkpoint=tmp_path / "of one")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    whole = run(store=tmp_path / "one", checkpoint=tmp_path / "of one")
+    shutil.rmtree(tmp_path / "one")
+    shutil.move(tmp_path / "copy", tmp_path / "one")
+    with pytest.raises(CheckpointError, match=r"holds 20 of the 40 draws"):
+        run(store=tmp_path / "one", checkpoint=tmp_path / "of one", num_samples=60)
+    assert whole.num_samples == 40
+
+
+def test_a_run_that_came_to_no_checkpoint_begins_anew(tmp_path, monkeypatch, whole):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    folders = {"store": tmp_path / "draws", "checkpoint": tmp_path / "checkpoint"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", interrupt)
+        run(**folders)
+    assert same(jax.tree.map(np.asarray, run(**folders).samples), whole.samples)
 
 
 def test_nothing_kept_is_nothing_stored(tmp_path):

@@ -238,6 +238,21 @@ def test_same_posterior_as_numpyros_own_nuts(schools):
     assert min(p_values) * len(p_values) > FALSE_ALARM
 
 
+def test_improper_priors_and_factors():
+    def model(y):
+        x = numpyro.sample("x", dist.ImproperUniform(dist.constraints.positive, (), ()))
+        numpyro.factor("penalty", -x)
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    target = bi.Target.from_numpyro(model, jnp.array([1.0, 2.0]))
+    x = jnp.exp(0.3)
+    expected = -x - 0.5 * (1 - x) ** 2 - 0.5 * (2 - x) ** 2 - jnp.log(2 * jnp.pi) + 0.3
+    np.testing.assert_allclose(target.logdensity({"x": jnp.asarray(0.3)}), expected, rtol=1e-6)
+    draws = bi.sample(0, bi.kernels.MALA(target, 0.1), target.init(1, 2), num_samples=5, progress=False)
+    tree = draws.to_arviz()
+    assert list(tree["observed_data"].data_vars) == list(tree["log_likelihood"].data_vars) == ["y"]
+
+
 def test_log_likelihood_is_numpyros(schools):
     one = jax.tree.map(lambda leaf: leaf[0], schools.init(0, 1))
     pointwise = schools.model.log_likelihood(schools.constrain(one), schools.data)["y"]

@@ -1,5 +1,7 @@
 """Elliptical slice sampling: its law, where it ends, what it refuses."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,10 +130,10 @@ def test_driver_refuses_a_bad_start():
 
 
 def test_new_data_and_prior_compile_nothing():
-    traces = []
+    traces = itertools.count()
 
     def log_likelihood(x, y):
-        traces.append(None)
+        next(traces)
         return gumbel(x, y)
 
     def go(y, mean, tril):
@@ -139,9 +141,9 @@ def test_new_data_and_prior_compile_nothing():
         return bi.sample(0, kernel, jnp.zeros((2, 2)), num_samples=20, progress=False)
 
     go(jnp.asarray(1.0), MEAN, TRIL)
-    num_traces = len(traces)
+    num_traces = next(traces)
     go(jnp.asarray(2.0), MEAN + 1, 2 * TRIL)
-    assert len(traces) == num_traces
+    assert next(traces) == num_traces + 1
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -21,6 +21,7 @@ from ppg_models import (
     spread_and_error,
 )
 
+import bayesinf as bi
 from bayesinf import errors
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.kernels import AdditiveFunctional, ParisianGibbs, backward_sample, paris, particle_filter, ppg
@@ -356,3 +357,12 @@ def test_impossible_observations_raise_once_with_the_result():
     np.testing.assert_array_equal(caught.value.result.path, 0.0)
     result = ppg(0, bounded, bad, TOTALS, throw=False, **options)
     assert np.all(np.isneginf(result.log_evidence))
+
+
+def test_vanished_weights_give_no_estimate_where_nothing_is_to_raise():
+    model = bi.models.StochasticVolatility(-1.0, 0.9, 0.3)
+    ys = jnp.array([1e30, 1.0])
+    options = {"num_particles": 4, "num_sweeps": 2, "burn_in": 1}
+    with pytest.raises(errors.DegenerateWeightsError):
+        ppg(0, model, ys, TOTALS, **options)
+    assert jnp.all(jnp.isnan(ppg(0, model, ys, TOTALS, **options, throw=False).estimate))

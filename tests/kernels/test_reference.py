@@ -79,7 +79,7 @@ def test_metric_is_laid_out_as_the_ravelled_position(name):
 def test_metric_of_a_wrong_shape(name):
     kernel = KERNELS[name](closed_forms.gaussian(), inverse_mass_matrix=jnp.ones(3))
     with pytest.raises(
-        ValueError, match=r"inverse_mass_matrix must be the diagonal .* of shape \(2,\), got shape \(3,\)"
+        ValueError, match=r"inverse_mass_matrix must be over .* of shape \(2,\) or \(2, 2\), got shape \(3,\)"
     ):
         kernel.init(jnp.ones(2))
     with pytest.raises(ValueError, match="inverse_mass_matrix must be finite and positive"):
@@ -103,3 +103,21 @@ def test_gradients_and_depth_are_counted():
     _, info = kernel.step(jax.random.key(0), kernel.init(jnp.ones(2)))
     assert int(info.num_gradients) == 2**4 - 1
     assert int(info.tree_depth) == 4
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_dense_metrics_are_learnt_and_checked(name):
+    covariance = np.array([[1.0, 0.95], [0.95, 1.0]])
+    precision = jnp.asarray(np.linalg.inv(covariance))
+    target = bi.Target(lambda x, precision: -0.5 * x @ precision @ x, precision)
+    warmup = bi.adaptation.Window(300, is_dense=True)
+    draws = bi.sample(
+        0, KERNELS[name](target), jnp.zeros((4, 2)), num_samples=300, num_warmup=300, warmup=warmup, progress=False
+    )
+    learnt = np.mean(draws.tuned.inverse_mass_matrix, axis=0)
+    assert learnt.shape == (2, 2)
+    assert 0.5 < learnt[0, 1] / np.sqrt(learnt[0, 0] * learnt[1, 1]) < 1
+    given = KERNELS[name](target, inverse_mass_matrix=jnp.asarray(covariance))
+    given.init(jnp.zeros(2))
+    with pytest.raises(ValueError, match="inverse_mass_matrix must be symmetric and positive definite"):
+        KERNELS[name](target, inverse_mass_matrix=jnp.array([[1.0, 2.0], [2.0, 1.0]]))

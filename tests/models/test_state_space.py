@@ -138,6 +138,29 @@ def test_observations_without_a_sampler_are_filtered_and_not_simulated():
         bi.models.simulate(0, model, 2)
 
 
+def test_classes_are_observed_as_they_are_simulated():
+    laws = {
+        "Categorical": lambda x: dist.Categorical(logits=jnp.array([0.0, 1.0, -1.0]) * x),
+        "OrderedLogistic": lambda x: dist.OrderedLogistic(x, jnp.array([-1.0, 0.5])),
+        "Bernoulli": lambda x: dist.Bernoulli(logits=x),
+    }
+    for law in laws.values():
+        model = Observed(law)
+        xs, ys = bi.models.simulate(0, model, 6)
+        expected = [law(x).log_prob(y) for x, y in zip(xs, ys, strict=True)]
+        found = [observation_log_prob(model, x, jnp.asarray(y, float), T0) for x, y in zip(xs, ys, strict=True)]
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert observation_log_prob(model, xs[0], jnp.asarray(0.5), T0) == -jnp.inf
+        assert jnp.isfinite(bi.kernels.particle_filter(0, model, ys, num_particles=8).log_evidence)
+    ys = np.array([True, False, True])
+    assert jnp.isfinite(bi.kernels.particle_filter(0, Observed(laws["Bernoulli"]), ys, num_particles=8).log_evidence)
+
+
+def test_several_arrays_need_a_pair():
+    with pytest.raises(ValueError, match=r"ys must be one array.*got dict"):
+        bi.kernels.particle_filter(0, Observed(lambda x: dist.Normal(x, 1.0)), {"y": jnp.zeros(2)}, num_particles=4)
+
+
 def test_whole_missing_rows_say_nothing():
     laws = [
         lambda x: dist.Normal(x, 1.0),
@@ -214,7 +237,8 @@ def test_series_are_checked():
     with pytest.raises(ValueError, match=r"rows \[1\] are infinite"):
         check_series(jnp.array([0.0, jnp.inf]))
     with pytest.raises(ValueError, match="ys must be numbers"):
-        check_series(jnp.array([True, False]))
+        check_series(jnp.array([1j, 2.0]))
+    assert check_series(jnp.array([True, False])).tolist() == [1.0, 0.0]
 
 
 class Laws(StateSpaceModel):
