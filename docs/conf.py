@@ -1,5 +1,6 @@
 """Sphinx: pages and notebooks in MyST, notebooks executed at build, reference pages from the docstrings."""
 
+import os
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,7 @@ nb_execution_mode = "cache"
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_merge_streams = True
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, of notebooks without widgets
 
 default_role = "code"
 autodoc_typehints = "none"  # the shapes are in the signature

@@ -1,7 +1,8 @@
 """Docstrings are written to be read as they stand; this makes reStructuredText of them, before napoleon sees them.
 
 Indented paragraphs, which hold formulas and tables, become literal blocks; what would be markup outside backticks is
-escaped; `doi:` and `arXiv:` become links.
+escaped; `doi:` and `arXiv:` become links. Members without a docstring of their own are left out, also those for which
+Python makes one up.
 """
 
 import re
@@ -13,11 +14,17 @@ HOSTS = {"doi": "https://doi.org/", "arXiv": "https://arxiv.org/abs/"}
 
 def setup(app):
     app.connect("autodoc-process-docstring", process, priority=400)
+    app.connect("autodoc-skip-member", skip)
     return {"parallel_read_safe": True}
 
 
 def process(app, what, name, obj, options, lines):
     lines[:] = convert(lines)
+
+
+def skip(app, what, name, obj, is_skipped, options):
+    is_field = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
+    return True if is_field or (isinstance(obj, property) and not obj.fget.__doc__) else None
 
 
 def convert(lines: list[str]) -> list[str]:
