@@ -23,6 +23,7 @@ __all__ = ["innovations", "path_of"]
 
 def innovations(model: StateSpaceModel, path: Float[Array, "t ..."]) -> Float[Array, "t ..."]:
     """z_{0:T-1} of a path; the laws must be numpyro's Normal, independent Normals or MultivariateNormal."""
+    _check_array(path)
     previous, current = path[:-1], path[1:]
     ts = jnp.arange(1, path.shape[0])
     first = _standardize(model.initial(), path[0])
@@ -32,6 +33,7 @@ def innovations(model: StateSpaceModel, path: Float[Array, "t ..."]) -> Float[Ar
 
 def path_of(model: StateSpaceModel, z: Float[Array, "t ..."]) -> Float[Array, "t ..."]:
     """The inverse of `innovations`."""
+    _check_array(z)
     x_0 = _scale(model.initial(), z[0]).astype(z.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
     def move(x_prev, row):
@@ -41,6 +43,11 @@ def path_of(model: StateSpaceModel, z: Float[Array, "t ..."]) -> Float[Array, "t
 
     _, rest = jax.lax.scan(move, x_0, (jnp.arange(1, z.shape[0]), z[1:]))
     return jnp.concatenate([x_0[None], rest])
+
+
+def _check_array(path: Any) -> None:
+    if not hasattr(path, "shape"):
+        raise ValueError(f"interweave needs states that are one array, got a path of type {type(path).__name__}")
 
 
 def _standardize(law: Any, x):
