@@ -391,5 +391,10 @@ def test_interweaving_needs_gaussian_laws():
     kernel = ParticleGibbs(build, _log_prior, YS, 4, parameter_kernel=partial(MALA, step_size=0.1), interweave=True)
     with pytest.raises(ValueError, match="interweave needs initial and transition laws that are Normal"):
         kernel.init({"theta": {"level": jnp.zeros(())}, "path": jnp.zeros(5)})
-    with pytest.raises(ValueError, match="interweave needs states that are one array, got a path of type dict"):
-        innovations(Level(0.0), {"x": jnp.zeros(5)})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_interweaving_needs_states_that_are_arrays():
+    for move in (innovations, path_of):
+        with pytest.raises(ValueError, match="interweave needs states that are one array, got a path of type dict"):
+            move(Level(0.0), {"x": jnp.zeros(5)})
