@@ -71,7 +71,10 @@ class Warmup(eqx.Module):
         return set()
 
     def pool(self, states: Any, step: int) -> Any:
-        """The states of all chains, with a leading axis, after `step` steps; on the host, from all that they know."""
+        """The states of all chains after `step` steps, from all that they know; leaves have a leading axis of chains.
+
+        On the host, between two chunks that end there. Here: as they are.
+        """
         return states
 
     def apply(self, kernel: Any, state: Tuned) -> Any:
@@ -167,6 +170,8 @@ class Window(Warmup):
         >>> warmup = Window(1_000, is_dense=True)  # for bi.sample(..., num_warmup=1_000, warmup=warmup)
         >>> jnp.flatnonzero(warmup.schedule[:, 1]).tolist()
         [99, 149, 249, 449, 949]
+        >>> sorted(Window(150, is_pooled=True).pooling_steps())  # the window ends after 100 steps
+        [50, 100, 150]
 
     References:
         Stan reference manual, "Adaptation".

@@ -47,8 +47,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from bayesinf import errors
-from bayesinf.adaptation import Tuned, Warmup
+from bayesinf import errors, pooling
+from bayesinf.adaptation import Tuned, Warmup, share_step_size
 from bayesinf.kernel import Evaluation
 from bayesinf.kernels.kinetic import KineticLangevin, Splitting
 from bayesinf.kernels.langevin import LMC
@@ -94,6 +94,7 @@ class EnergyError(Warmup):
         num_warmup: number of steps, that of the run; some hundreds.
         bias: b in (0, 1), the relative bias of the variances that is allowed, in the mean over the directions of a
             Gaussian.
+        is_pooled: find one step size for all chains, the geometric mean of theirs, every 50 steps. Static.
 
     Raises:
         ValueError: an argument is out of range, or the kernel is none of these.
@@ -113,6 +114,7 @@ class EnergyError(Warmup):
 
     num_warmup: Int[Array, ""] = eqx.field(converter=errors.as_array("num_warmup"))
     bias: Float[Array, ""] = eqx.field(converter=errors.as_array("bias"), default=0.01)
+    is_pooled: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
         errors.check_positive_scalar("num_warmup", self.num_warmup)
@@ -139,6 +141,12 @@ class EnergyError(Warmup):
         ratio = jnp.where(info.is_lost, 10 * 2**info.order, info.ratio)
         factor = jnp.minimum(1 + rate * (ratio - 1), 2**info.order) ** (-1 / info.order)
         return state._replace(step_size=state.step_size * factor.astype(state.step_size.dtype))
+
+    def pooling_steps(self) -> set[int]:
+        return pooling.every(int(self.num_warmup)) if self.is_pooled else set()
+
+    def pool(self, states: Tuned, step: int) -> Tuned:
+        return share_step_size(states)
 
 
 def _energy_error(kernel: Any, tau: Array, before: Any, after: Any) -> tuple[Float[Array, ""], int]:
