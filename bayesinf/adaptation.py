@@ -55,15 +55,15 @@ class Warmup(eqx.Module):
         return kernel
 
     @abc.abstractmethod
-    def init(self, kernel: Any, position: PyTree) -> Tuned:
-        """The state before the first step."""
+    def init(self, kernel: Any, position: PyTree) -> Any:
+        """The state before the first step: a `Tuned`, or what else has a `step_size`."""
 
     def observe(self, kernel: Any, before: Any, after: Any, info: Any) -> Any:
         """What `update` is told of a step of `kernel` between two of its states. Here: its info."""
         return info
 
     @abc.abstractmethod
-    def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
+    def update(self, state: Any, step: Int[Array, ""], position: PyTree, info: Any) -> Any:
         """The state after warm-up step number `step`."""
 
     def pooling_steps(self) -> set[int]:
@@ -77,7 +77,7 @@ class Warmup(eqx.Module):
         """
         return states
 
-    def apply(self, kernel: Any, state: Tuned) -> Any:
+    def apply(self, kernel: Any, state: Any) -> Any:
         """The kernel with the parameters of `state`."""
         kernel = kernel.with_step_size(state.step_size)
         if state.inverse_mass_matrix is None:

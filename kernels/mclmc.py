@@ -118,7 +118,8 @@ class MCLMC(Kernel):
         metric = jnp.ones_like(flat) if self.inverse_mass_matrix is None else self.inverse_mass_matrix
         parameters = (jnp.asarray(value, flat.dtype) for value in (metric, self.L, self.step_size))
 
-        start = integrators.IntegratorState(state.position, state.direction, *state.evaluation)
+        known: Any = state.evaluation
+        start = integrators.IntegratorState(state.position, state.direction, *known)
         step: Any = mclmc.build_kernel()
         end, told = step(key, start, self.target.logdensity, *parameters)
 
