@@ -56,13 +56,21 @@ class Chain(NamedTuple):
 
 def _step(plan: Plan, chain: Chain, t: Int[Array, ""], num_warmup: Int[Array, ""]) -> tuple[Chain, dict[str, Array]]:
     """Step number t of one chain, and its statistics."""
-    kernel = plan.kernel if plan.warmup is None else plan.warmup.apply(plan.kernel, chain.tuned)
+    if plan.warmup is None:
+        state, info = plan.kernel.step(jax.random.fold_in(chain.key, t), chain.state)
+        return chain._replace(state=state), _statistics(plan.kernel, state, info)
+
+    warmup, tuned = plan.warmup, chain.tuned
+    kernel = warmup.apply(plan.kernel, tuned)
     state, info = kernel.step(jax.random.fold_in(chain.key, t), chain.state)
-    tuned = chain.tuned
-    if plan.warmup is not None:
-        told = plan.warmup.observe(kernel, chain.state, state, info)
-        tuned = select(t < num_warmup, plan.warmup.update(tuned, t, state.position, told), tuned)
-    return chain._replace(state=state, tuned=tuned), _statistics(kernel, state, info)
+
+    def learn() -> Any:
+        learnt = warmup.update(tuned, t, state.position, warmup.observe(kernel, chain.state, state, info))
+        return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), learnt, tuned)
+
+    # whether it is warm-up is the same for all chains, so that this is a branch for a batch of them too
+    chosen = jax.lax.cond(t < num_warmup, learn, lambda: tuned)
+    return chain._replace(state=state, tuned=chosen), _statistics(kernel, state, info)
 
 
 def _advance(
@@ -172,8 +180,9 @@ def _statistics(kernel: Any, state: Any, info: Any) -> dict[str, Array]:
 def _accumulate(total: dict[str, Array], stats: dict[str, Array]) -> dict[str, Array]:
     """Statistics of the steps between two draws: sums, any, and the last value for the rest."""
     merged = {**stats}
-    for name in {"acceptance_rate", "num_gradients", "num_invalid"} & set(stats):
-        merged[name] = (total[name] + stats[name]).astype(total[name].dtype)
+    for name in ("acceptance_rate", "num_gradients", "num_invalid"):
+        if name in stats:
+            merged[name] = (total[name] + stats[name]).astype(total[name].dtype)
     for name in ("is_accepted", "is_divergent"):
         merged[name] = total[name] | stats[name]
     return merged
