@@ -79,7 +79,8 @@ def captured(function: Any) -> Any:
     """
     if isinstance(function, _Captured):
         return captured(function.function)
-    if function is None or isinstance(function, type | str | eqx.Module | jax.tree_util.Partial):
+    is_kernel = hasattr(function, "init") and hasattr(function, "step")  # a plain object
+    if isinstance(function, type | eqx.Module | jax.tree_util.Partial) or not (callable(function) or is_kernel):
         return function
     if isinstance(getattr(function, "__self__", None), eqx.Module | types.ModuleType):
         return function

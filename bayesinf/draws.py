@@ -125,7 +125,9 @@ class Draws:
             has_sites = set(map(_plain, sites)) <= set(posterior)
             if observed and log_likelihood and has_sites:
                 pointwise = _log_likelihood(self.target, {site: posterior[_plain(site)] for site in sites})
-                groups["log_likelihood"] = jax.tree.map(np.asarray, variables(pointwise))
+                groups["log_likelihood"] = {
+                    name: np.asarray(value) for name, value in variables(pointwise).items() if name in observed
+                }
         if observed:
             groups["observed_data"] = observed
         dims = self.target.dims if self.target is not None else {}

@@ -122,12 +122,16 @@ class NumPyroModel:
         return {name: np.asarray(site["value"]) for name, site in sites.items() if _is_data(site)}
 
     def log_likelihood(self, values: dict[str, Any], data: tuple[Array, ...]) -> dict[str, Array]:
-        """Pointwise log likelihood of every observed site at one constrained draw."""
+        """Pointwise log likelihood of every observed site, factors among them, at one constrained draw."""
         args, kwargs = self.call(data)
         trace = handlers.trace(handlers.substitute(handlers.seed(self.model, 0), data=values)).get_trace(
             *args, **kwargs
         )
-        return {name: site["fn"].log_prob(site["value"]) for name, site in trace.items() if _is_data(site)}
+        return {
+            name: site["fn"].log_prob(site["value"])
+            for name, site in trace.items()
+            if site["type"] == "sample" and site["is_observed"]
+        }
 
     def labels(self, data: tuple[Array, ...]) -> tuple[tuple, tuple]:
         """(dims, coords) from the plates around each site, as hashable tuples of pairs."""
