@@ -120,7 +120,8 @@ class Draws:
         observed = {name: np.asarray(value) for name, value in variables(self.observed).items()}
         model = self.target.model if self.target is not None else None
         if model is not None and self.target is not None:
-            observed = variables(model.observed(self.target.data))
+            data = variables(model.observed(self.target.data))
+            observed = {name: value for name, value in data.items() if value.size}  # a factor observes nothing
             sites = model.template(self.target.data)
             has_sites = set(map(_plain, sites)) <= set(posterior)
             if observed and log_likelihood and has_sites:

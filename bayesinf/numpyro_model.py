@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Float
 from numpyro import handlers
 from numpyro.infer import init_to_uniform, util
@@ -117,9 +116,13 @@ class NumPyroModel:
         return {name: float(jnp.sum(site["fn"].log_prob(site["value"]))) for name, site in sites}
 
     def observed(self, data: tuple[Array, ...]) -> dict[str, np.ndarray]:
-        """The observed sites and their values."""
+        """The observed sites and their values, which for a factor are empty."""
         sites = self._trace(data)
-        return {name: np.asarray(site["value"]) for name, site in sites.items() if _is_data(site)}
+        return {
+            name: np.asarray(site["value"])
+            for name, site in sites.items()
+            if site["type"] == "sample" and site["is_observed"]
+        }
 
     def log_likelihood(self, values: dict[str, Any], data: tuple[Array, ...]) -> dict[str, Array]:
         """Pointwise log likelihood of every observed site, factors among them, at one constrained draw."""
@@ -176,11 +179,6 @@ def _shapes_of(model: NumPyroModel, data: tuple[tuple[tuple[int, ...], Any], ...
         return model.unconstrain({name: site["value"] for name, site in model._latent(data).items()}, data)
 
     return jax.eval_shape(position, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in data))
-
-
-def _is_data(site: dict[str, Any]) -> bool:
-    """Whether a site is observed, and not a factor, which NumPyro writes as an observation of nothing."""
-    return site["type"] == "sample" and site["is_observed"] and not isinstance(site["fn"], dist.Unit)
 
 
 def _plain(leaf: Any) -> Any:
