@@ -24,7 +24,7 @@ def test_conversions_name_their_field():
 
 
 def test_arrays():
-    assert errors.as_array("step_size")(1).dtype == jnp.int32
+    assert errors.as_array("step_size")(1).dtype == jnp.result_type(int)
     assert errors.as_array("mean", is_floating=True)([1, 2]).dtype == jnp.result_type(float)
     assert errors.as_array("metric", is_optional=True)(None) is None
     with pytest.raises(ValueError, match=r"step_size must be a number.*got None"):
