@@ -25,7 +25,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-__all__ = ["captured"]
+__all__ = ["captured", "current"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +86,38 @@ def captured(function: Any) -> Any:
         return function
     values = _Reader(_globals_of(function)).read(function)
     return function if values == _Same(function) else _Captured(function, values)
+
+
+def current(tree: Any) -> Any:
+    """The tree with every captured function in it, static or not, captured anew: it may have been made long before.
+
+    What reads the same as before is the same object, so that nothing compiles.
+    """
+    if isinstance(tree, _Captured):
+        now = captured(tree.function)
+        return tree if now == tree else now
+    if isinstance(tree, jax.tree_util.Partial):
+        parts = (tree.func, tree.args, tree.keywords)
+        now = current(parts)
+        return tree if now is parts else jax.tree_util.Partial(now[0], *now[1], **now[2])
+    if isinstance(tree, dict | list | tuple):
+        values = list(tree.values()) if isinstance(tree, dict) else list(tree)
+        fresh = [current(value) for value in values]
+        if all(new is old for new, old in zip(fresh, values, strict=True)):
+            return tree
+        if isinstance(tree, dict):
+            return type(tree)(zip(tree, fresh, strict=True))
+        return type(tree)(*fresh) if hasattr(tree, "_fields") else type(tree)(fresh)
+    if isinstance(tree, type) or not dataclasses.is_dataclass(tree):
+        return tree
+    fields = {f.name: getattr(tree, f.name) for f in dataclasses.fields(tree) if hasattr(tree, f.name)}
+    changed = {name: new for name, value in fields.items() if (new := current(value)) is not value}
+    if not changed:
+        return tree
+    copy = object.__new__(type(tree))
+    for name, value in (fields | changed).items():
+        object.__setattr__(copy, name, value)
+    return copy
 
 
 class _Reader:

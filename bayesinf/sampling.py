@@ -9,7 +9,7 @@ chunked run is bitwise the run that it continues.
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from bayesinf import adaptation, errors
-from bayesinf.captured import captured
+from bayesinf.captured import captured, current
 from bayesinf.checkpoint import Checkpoint, fingerprint
 from bayesinf.diagnostics import SplitRHat
 from bayesinf.draws import Draws, variables
@@ -112,7 +112,7 @@ def sample(
         what = kernel.__name__ if isinstance(kernel, type) else type(kernel).__name__
         raise ValueError(f"kernel must be an object with init(position) and step(key, state), got {what}")
     initial = check_initial(kernel, initial)
-    kernel = jax.tree.map(lambda leaf: leaf if eqx.is_array_like(leaf) else captured(leaf), kernel)
+    kernel = current(jax.tree.map(lambda leaf: leaf if eqx.is_array_like(leaf) else captured(leaf), kernel))
 
     if warmup is None:
         warmup = adaptation.default_warmup(kernel, num_warmup)
@@ -127,7 +127,7 @@ def sample(
     if constrain is None and collect is None:
         owner = kernel if hasattr(kernel, "constrain") else getattr(kernel, "target", None)
         constrain = getattr(owner, "constrain", None)
-    plan = Plan(kernel, warmup, Collect(captured(collect), captured(constrain)), tuple(reducers))
+    plan = Plan(kernel, warmup, Collect(captured(collect), captured(constrain)), tuple(current(list(reducers))))
 
     started = time.perf_counter()
     chains, shapes = start(plan, key, initial)
@@ -235,7 +235,7 @@ class _Run:
             self._draws.put(chunk, self.num_draws)
             self.num_draws += num
             self._watch(chunk)
-        self._look_for_moves(self._start, _host(chains.state.position))
+        self._look_for_moves(lambda: zip(self._start, _host(chains.state.position), strict=True))
         self.progress.update(num * every, "warm-up" if is_warmup else "sampling", chunk[1], self._r_hat.value())
 
     def pool(self, warmup: adaptation.Warmup) -> None:
@@ -252,7 +252,7 @@ class _Run:
         leaves = [leaf.reshape(*leaf.shape[:2], math.prod(leaf.shape[2:])) for leaf in jax.tree.leaves(samples)]
         if leaves and self.progress.is_shown:
             self._r_hat.update(np.concatenate(leaves, axis=2))
-        self._look_for_moves([leaf[:, :1] for leaf in leaves], leaves)
+        self._look_for_moves(lambda: [(leaf[:, :1], leaf) for leaf in leaves])
         for name, leaf in variables(samples).items():
             is_bad = ~np.all(np.isfinite(leaf), axis=tuple(range(1, leaf.ndim)))
             if np.any(is_bad):
@@ -262,10 +262,10 @@ class _Run:
         if num >= 100 and np.any(is_lost):
             self.failure = f"chains {listed(is_lost)} diverged at every one of {num} draws in a row"
 
-    def _look_for_moves(self, before: list[np.ndarray], after: list[np.ndarray]) -> None:
+    def _look_for_moves(self, pairs: Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]) -> None:
         """Notes which chains have moved by a bit at least; an accepted move may be too small for its precision."""
         if not np.all(self.has_moved):
-            for old, new in zip(before, after, strict=True):
+            for old, new in pairs():
                 self.has_moved |= np.any(old != new, axis=tuple(range(1, new.ndim)))
 
     def standing(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.captured import captured
+from bayesinf.captured import captured, current
 from bayesinf.kernel import Evaluation, is_finite
 from bayesinf.numpyro_model import NumPyroModel
 
@@ -170,13 +170,13 @@ class Target(eqx.Module):
         errors.check_floating("template", template)
         template = jax.tree.map(jnp.asarray, template)
 
-        key = errors.as_key(key)
-        positions, is_ok = _draw_starts(self, key, template, jnp.asarray(radius), num_chains)
+        key, target = errors.as_key(key), current(self)
+        positions, is_ok = _draw_starts(target, key, template, jnp.asarray(radius), num_chains)
         for attempt in range(1, max_tries):
             if np.all(is_ok):
                 return positions
             fresh, is_fresh_ok = _draw_starts(
-                self, jax.random.fold_in(key, attempt), template, jnp.asarray(radius), num_chains
+                target, jax.random.fold_in(key, attempt), template, jnp.asarray(radius), num_chains
             )
             positions = jax.tree.map(functools.partial(_where_chain, is_ok), positions, fresh)
             is_ok = is_ok | is_fresh_ok

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bayesinf import errors, weights
+from bayesinf.captured import current
 from bayesinf.kernels.lineage import Lineage, found, relative_variance
 from bayesinf.kernels.mutation import Moves, Mutation, as_mutation, each, equal_weights
 from bayesinf.kernels.posterior import Posterior, as_posterior
@@ -118,7 +119,7 @@ def ibis(
         (3,)
     """
     key = errors.as_key(key)
-    posterior = as_posterior(prior, log_likelihood, data)
+    posterior = as_posterior(current(prior), log_likelihood, data)
     num_terms = jax.eval_shape(lambda k: posterior.log_likelihood(posterior.prior.draw(k)), key).shape[0]
     if errors.is_concrete(ess_threshold) and not 0 <= np.asarray(ess_threshold) <= 1:
         raise ValueError(f"ess_threshold must lie in [0, 1], a share of num_particles, got {ess_threshold}")

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from bayesinf import errors
-from bayesinf.captured import captured
+from bayesinf.captured import captured, current
 from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
 from bayesinf.kernels.cloud import Cloud, scan_steps
 from bayesinf.kernels.particle_filter import (
@@ -159,7 +159,7 @@ def paris(
         errors.as_key(key),
         model,
         ys,
-        functional,
+        current(functional),
         ess_threshold,
         num_particles,
         num_backward,

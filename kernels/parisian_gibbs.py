@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
+from bayesinf.captured import current
 from bayesinf.kernel import Kernel
 from bayesinf.kernels import cloud as clouds
 from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
@@ -227,7 +228,7 @@ def ppg(
     if burn_in >= num_sweeps:
         raise ValueError(f"burn_in must be less than num_sweeps={num_sweeps}, got {burn_in}: no sweep would be left")
     key_initial, key_sweeps = jax.random.split(errors.as_key(key))
-    kernel = ParisianGibbs(model, ys, functional, num_particles, num_backward, method, proposal)
+    kernel = ParisianGibbs(model, ys, current(functional), num_particles, num_backward, method, proposal)
     if initial_path is None:
         initial_path = jax.tree.map(lambda leaf: leaf[0], first_paths(kernel, key_initial, 1, throw=throw))
     state = kernel.init(initial_path)

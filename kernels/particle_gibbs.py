@@ -31,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.captured import captured
+from bayesinf.captured import captured, current
 from bayesinf.kernel import Kernel
 from bayesinf.kernels.backward import backward_sample
 from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC, PathState
@@ -206,7 +206,7 @@ class ParticleGibbs(Kernel):
         if lengths != {(errors.check_count("num_chains", num_chains),)}:
             raise ValueError(f"theta must have a leading axis of num_chains={num_chains} in every leaf")
 
-        paths, is_ok = _draw_path_for_each(self, jax.random.split(key_path, num_chains), theta)
+        paths, is_ok = _draw_path_for_each(current(self), jax.random.split(key_path, num_chains), theta)
         if errors.is_concrete(is_ok) and not np.all(is_ok):
             chain = int(np.flatnonzero(~np.asarray(is_ok))[0])
             start = jax.tree.map(lambda leaf: leaf[chain], theta)

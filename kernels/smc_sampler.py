@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from bayesinf import errors, weights
+from bayesinf.captured import current
 from bayesinf.kernels.lineage import Lineage, found, relative_variance
 from bayesinf.kernels.mutation import Mutation, as_mutation, each
 from bayesinf.kernels.posterior import Posterior, as_posterior
@@ -155,7 +156,7 @@ def smc_sampler(
     """
     key = errors.as_key(key)
     errors.check_count("max_temperatures", max_temperatures)
-    posterior = as_posterior(prior, log_likelihood, data)
+    posterior = as_posterior(current(prior), log_likelihood, data)
     moved = as_mutation(
         mutation,
         posterior.powered(jnp.ones(())),

@@ -11,7 +11,7 @@ import numpyro.distributions as dist
 import pytest
 
 import bayesinf as bi
-from bayesinf.captured import captured
+from bayesinf.captured import captured, current
 
 SHIFT = 0.0
 ARRAY = jnp.zeros(3)
@@ -288,6 +288,31 @@ def test_objects_that_change_are_sampled_as_they_are(as_kernel):
         kernel = walk if as_kernel else bi.kernels.MALA(settings, 0.005)
         draws = bi.sample(0, kernel, jnp.full(4, value), num_samples=300, progress=False)
         assert abs(draws["x"].mean() - value) < 0.1
+
+
+def test_what_was_made_before_a_change_is_used_as_it_is_now():
+    """A target, a functional, a model and a kernel of plain parts are built once, and their globals assigned anew."""
+    target = bi.Target(by_number)
+    kernel = bi.kernels.Cycle([bi.kernels.MALA(target, 0.005), bi.kernels.MALA(target, 0.01)])
+    total = bi.kernels.AdditiveFunctional(lambda x: x + SHIFT, lambda x_prev, x, t: 0.0 * x)
+    volatility = bi.models.StochasticVolatility(0.0, 0.9, 0.3)
+    half_line = bi.Target(lambda x: jnp.where(x > SHIFT, 0.0, -jnp.inf))
+
+    def ask():
+        draws = bi.sample(0, kernel, jnp.full(4, SHIFT), num_samples=300, progress=False)
+        smoothed = bi.kernels.paris(0, volatility, jnp.zeros(4), total, num_particles=10).estimate
+        starts = half_line.init(0, 4, template=jnp.zeros(()), radius=5.0)
+        return draws["x"].mean(), float(smoothed), float(starts.min())
+
+    set_all(0.0)
+    before = ask()
+    assert current(kernel) is kernel
+    set_all(3.0)
+    after = ask()
+    assert abs(after[0] - before[0] - 3.0) < 0.1
+    assert abs(after[1] - before[1] - 3.0) < 1e-4
+    assert after[2] > 3.0
+    set_all(0.0)
 
 
 def test_under_a_trace_nothing_is_compared():

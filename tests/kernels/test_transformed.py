@@ -24,6 +24,7 @@ import bayesinf as bi
 from bayesinf import kernels
 from bayesinf.adaptation import Window
 from bayesinf.conformance import FALSE_ALARM, exact_start_invariance
+from bayesinf.errors import InitializationError
 
 KEY = jax.random.key(0)
 TRIL = jnp.array([[1.0, 0.0], [-0.8, 0.6]])
@@ -54,7 +55,7 @@ CHAINS = {
     ),
     "no evaluation": kernels.Transformed(kernels.Gibbs({"x": kernels.MALA(GAMMA, 0.5)}), {"x": ExpTransform()}),
     "nest": kernels.Transformed(
-        kernels.Transformed(kernels.MALA(GAMMA, 0.3), ExpTransform()), AffineTransform(1.0, 2.0)
+        kernels.Transformed(kernels.MALA(GAMMA, 0.3), ExpTransform()), AffineTransform(0.0, 2.0)
     ),
 }
 
@@ -224,3 +225,10 @@ def test_warm_up_and_new_parameters():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_start_that_no_z_leads_to_is_refused():
+    """Of 1 + 2 exp(z) neither map sees by itself that x = 0.5 is out of reach."""
+    nest = kernels.Transformed(POSITIVE, AffineTransform(1.0, 2.0))
+    with pytest.raises(InitializationError, match="chain 1 starts where the log density"):
+        bi.sample(0, nest, jnp.array([2.0, 0.5]), num_samples=5, progress=False)
