@@ -6,8 +6,8 @@ on with the old one, and the posterior is silently another. `captured` makes wha
 
 Everything that the user's own functions can reach is looked at: values in closures, defaults and globals, functions and
 classes that they call, attributes of objects and of the user's modules. Of an installed library only closures are; the
-rest is known by its identity. A function that keeps a list of its calls is another one after each. What a helper under
-`jax.jit` reads is compared, but JAX answers from the helper's own cache.
+rest is known by its identity. What a function changes itself while it is traced, such as a count of its calls, makes no
+other function of it. What a helper under `jax.jit` reads is compared, but JAX answers from the helper's own cache.
 """
 
 import dataclasses
@@ -36,7 +36,11 @@ class _Captured:
     values: Hashable = dataclasses.field(repr=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
+        before = _glance(self.function)
+        result = self.function(*args, **kwargs)
+        if _glance(self.function) != before:
+            _CHANGED_BY_ITSELF[_Captured(self.function, _look(self.function))] = self
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name == "function" or name.startswith("__"):  # asked for by copies, before the fields are there
@@ -84,8 +88,11 @@ def captured(function: Any) -> Any:
         return function
     if isinstance(getattr(function, "__self__", None), eqx.Module | types.ModuleType):
         return function
-    values = _Reader(_globals_of(function)).read(function)
-    return function if values == _Same(function) else _Captured(function, values)
+    values = _look(function)
+    if values == _Same(function):
+        return function
+    now = _Captured(function, values)
+    return _CHANGED_BY_ITSELF.get(now, now)
 
 
 def current(tree: Any) -> Any:
@@ -125,10 +132,11 @@ class _Reader:
 
     Args:
         own: globals of the function that is read; it is looked into wherever it was installed.
+        has_arrays: numpy arrays by their values, not their identity.
     """
 
-    def __init__(self, own: dict[str, Any] | None):
-        self.own = own
+    def __init__(self, own: dict[str, Any] | None, has_arrays: bool = True):
+        self.own, self.has_arrays = own, has_arrays
         self.seen: dict[int, Any] = {}  # by identity; kept, so that no identity is taken over
 
     def read(self, value: Any) -> Hashable:
@@ -141,7 +149,7 @@ class _Reader:
         if isinstance(value, jax.Array | types.ModuleType | types.BuiltinFunctionType):
             return _Same(value)
         if isinstance(value, np.ndarray | np.generic):
-            return (value.dtype.str, value.shape, _digest(value))
+            return (value.dtype.str, value.shape, _digest(value)) if self.has_arrays else _Same(value)
         if id(value) in self.seen:
             return "as before"
         self.seen[id(value)] = value
@@ -205,7 +213,16 @@ class _Reader:
         )
 
 
+def _look(function: Any) -> Hashable:
+    return _Reader(_globals_of(function)).read(function)
+
+
+def _glance(function: Any) -> Hashable:
+    return _Reader(_globals_of(function), has_arrays=False).read(function)
+
+
 _LEAF = jax.tree.structure(0)
+_CHANGED_BY_ITSELF: weakref.WeakValueDictionary[_Captured, _Captured] = weakref.WeakValueDictionary()
 _KNOWN: dict[int, tuple[weakref.ref, bytes]] = {}
 
 

@@ -321,3 +321,27 @@ def test_under_a_trace_nothing_is_compared():
         return bi.Target(lambda x: -0.5 * (x - value) ** 2).logdensity(jnp.asarray(1.0))
 
     assert float(at(1.0)) == 0.0
+
+
+def test_a_function_that_counts_its_calls_is_traced_once():
+    num_traces, calls = 0, []
+
+    def count(x):
+        nonlocal num_traces
+        num_traces += 1
+        calls.append(num_traces)
+        return -0.5 * (x - SHIFT) ** 2
+
+    def ask():
+        draws = bi.sample(0, bi.kernels.MALA(bi.Target(count), 1.0), jnp.zeros(2), num_samples=200, progress=False)
+        return draws["x"].mean()
+
+    ask()
+    before = num_traces
+    ask()
+    ask()
+    assert num_traces == before
+    set_all(3.0)
+    assert ask() > 1.0
+    assert num_traces > before
+    set_all(0.0)
