@@ -147,9 +147,9 @@ class Kernel(eqx.Module):
         return hasattr(self, "inverse_mass_matrix") or type(self).with_metric is not Kernel.with_metric
 
 
-def is_finite(evaluation: Evaluation) -> Bool[Array, ""]:
-    """Whether the log density and every component of the gradient are finite."""
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(evaluation)]
+def is_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every number of an evaluation, or of any other pytree, is finite."""
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]
     return jnp.all(jnp.stack(finite))
 
 

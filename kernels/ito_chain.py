@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from bayesinf import errors
 from bayesinf.captured import captured
-from bayesinf.kernel import Info, Kernel, select
+from bayesinf.kernel import Info, Kernel, is_finite, select
 from bayesinf.kernels.vectors import as_position, combine, normals
 
 __all__ = ["ItoChain", "ItoState", "signs"]
@@ -107,7 +107,7 @@ class ItoChain(Kernel):
         scale = eta ** ((1 + self.exponent) / 2)
         position = combine((1, x), (eta, parts["drift"]), (scale, sigma_eps))
 
-        is_ok = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(position)]))
+        is_ok = is_finite(position)
         rate = is_ok.astype(jnp.result_type(*jax.tree.leaves(x)))
         info = Info(rate, is_ok, ~is_ok, jnp.asarray(1, jnp.int32))
         return select(is_ok, ItoState(position), state), info

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.interpolate import PchipInterpolator
 
 from bayesinf import errors
 
@@ -68,6 +67,8 @@ def suggest_betas(swap_rates: Any, betas: Any, num_replicas: int | None = None) 
         >>> round(float(ladder.barrier), 2), bool(ladder.betas[2] < 0.2)
         (1.5, True)
     """
+    from scipy.interpolate import PchipInterpolator  # not needed by anything else, and slow to import
+
     betas = np.asarray(betas, float)
     rates = np.asarray(swap_rates, float)
     num = betas.size if num_replicas is None else errors.check_count("num_replicas", num_replicas, minimum=2)

@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bayesinf import errors
 from bayesinf.captured import captured
-from bayesinf.kernel import Evaluation
+from bayesinf.kernel import Evaluation, is_finite
 from bayesinf.kernels.vectors import as_position, combine, dot
 from bayesinf.target import Target
 
@@ -118,7 +118,7 @@ class Minibatch(eqx.Module):
         if centre is not None:
             position = as_position(centre.position if isinstance(centre, Centre) else centre)
             self.centre = Centre(position, _total_grad(self.log_likelihood, self.data, position))
-            if errors.is_concrete(self.centre) and not _is_finite(self.centre.grad):
+            if errors.is_concrete(self.centre) and not is_finite(self.centre.grad):
                 raise ValueError("centre must be where the gradient of the log likelihood is finite; it is not there")
 
     @property
@@ -256,14 +256,10 @@ def _is_mode(last: Evaluation, first: Evaluation) -> bool:
     """Whether the gradient has fallen on the way, or the start was a mode already."""
     has_risen = last.logdensity > first.logdensity + 1
     is_steep = dot(last.grad, last.grad) > 0.01 * dot(first.grad, first.grad)
-    return _is_finite(last) and not bool(has_risen & is_steep)
+    return bool(is_finite(last) & ~(has_risen & is_steep))
 
 
 def _check_alike(centre: PyTree, position: PyTree) -> None:
     shapes = [jax.tree.map(jnp.shape, tree) for tree in (centre, position)]
     if jax.tree.structure(centre) != jax.tree.structure(position) or shapes[0] != shapes[1]:
         raise ValueError(f"centre must be a position, of shapes {shapes[1]}, got shapes {shapes[0]}")
-
-
-def _is_finite(tree: PyTree) -> bool:
-    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(tree))

@@ -26,6 +26,7 @@ from numpyro.infer import util
 
 from bayesinf import errors
 from bayesinf.captured import captured
+from bayesinf.kernel import is_finite
 from bayesinf.target import Target, as_target
 
 __all__ = ["Posterior", "as_posterior", "as_prior", "powered"]
@@ -121,8 +122,7 @@ class Posterior(eqx.Module):
             values = self.prior.constrain(position)
             told = self.likelihood(values) if self.data is None else self.likelihood(values, self.data)
             terms = jnp.atleast_1d(jnp.asarray(told))
-        is_finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(position)]))
-        return jnp.where(is_finite, terms, jnp.nan)
+        return jnp.where(is_finite(position), terms, jnp.nan)
 
     def powered(self, exponents: Float[Array, "..."]) -> Target:
         """The target pi_a for the exponents a, one for all terms or one for each."""
