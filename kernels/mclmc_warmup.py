@@ -81,7 +81,7 @@ class MCLMCWarmup(Warmup):
         is_diagonal: learn a metric; else C stays the identity. Static.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the kernel is not `kernels.MCLMC`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -116,6 +116,11 @@ class MCLMCWarmup(Warmup):
         first = second = round(share * self.num_warmup)
         again = round(second / 3) if self.is_diagonal else 0
         return first, first + second, first + second + again
+
+    def prepare(self, kernel: Any, positions: PyTree, num_warmup: int) -> Any:
+        if not hasattr(kernel, "L"):
+            raise ValueError(f"warmup=MCLMCWarmup(...) is for kernels.MCLMC alone, got {type(kernel).__name__}")
+        return kernel
 
     def init(self, kernel: Any, position: PyTree) -> MCLMCTuned:
         flat, _ = ravel_pytree(position)
@@ -160,7 +165,7 @@ class MCLMCWarmup(Warmup):
         keep = (MEMORY - 1) / (MEMORY + 1)
         search = Search(keep * search.weight + weight, keep * search.sum + weight * xi / eps**6, largest)
         found = jnp.minimum((search.sum / search.weight) ** (-1 / 6), largest)
-        return select(jnp.asarray(True), state._replace(step_size=found, search=search), state)
+        return state._replace(step_size=found, search=search)
 
     def _measured(self, state: MCLMCTuned) -> MCLMCTuned:
         """What follows from the variances, where every coordinate has moved."""

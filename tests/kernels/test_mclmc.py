@@ -3,11 +3,14 @@
 import functools
 from typing import NamedTuple
 
+import blackjax
 import closed_forms
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from blackjax.mcmc.integrators import IntegratorState
 
 import bayesinf as bi
 from bayesinf import kernels
@@ -56,6 +59,26 @@ def test_bias_vanishes_with_the_step_size():
     assert np.all(np.abs(np.mean(large, axis=0) - expected) < 0.1)
 
 
+def test_a_step_is_blackjaxs():
+    """With the same key, metric, L and step size; and its energy change is that of its log work."""
+    metric = jnp.array([0.5, 2.0, 1.0])
+    target = bi.Target(lambda x: -jnp.sum(jnp.cosh(x) - 0.3 * x) - 0.2 * x[0] * x[1])
+    ours = kernels.MCLMC(target, 1.5, 3.0, metric)
+    theirs = blackjax.mclmc(target.logdensity, L=3.0, step_size=1.5, inverse_mass_matrix=metric)
+    state = ours.init(jnp.array([0.5, -1.0, 0.2]))
+    our_step, their_step = eqx.filter_jit(ours.step), jax.jit(theirs.step)
+    for t in range(3):
+        start = IntegratorState(state.position, state.direction, *state.evaluation)
+        moved, told = their_step(jax.random.key(t), start)
+        before, (state, info) = state, our_step(jax.random.key(t), state)
+        np.testing.assert_allclose(state.position, moved.position, rtol=1e-5)
+        np.testing.assert_allclose(state.direction, moved.momentum, rtol=1e-5)
+        assert abs(info.energy_change) > 1e-3
+        potential = before.evaluation.logdensity - state.evaluation.logdensity
+        for change in (told.energy_change, potential - info.log_work):
+            np.testing.assert_allclose(info.energy_change, change, atol=1e-5)
+
+
 def test_log_work_weighs_paths():
     target = bi.Target(lambda x: closed_forms.quartic().logdensity(x["a"]) - 0.5 * (x["b"] - 0.3 * x["a"]) ** 2)
     kernel = kernels.MCLMC(target, 0.5, 2.0)
@@ -66,6 +89,12 @@ def test_log_work_weighs_paths():
 def test_a_gradient_that_is_not_finite_is_a_divergence():
     """The move is undone, and the chain goes on in another direction."""
     kernel = kernels.MCLMC(bi.Target(lambda x: cliff(x[0]) - 0.5 * jnp.sum(x**2)), 0.3, 1.0)
+    at_the_edge = kernel.init(jnp.array([0.499, 0.0]))._replace(direction=jnp.array([1.0, 0.0]))
+    state, info = kernels.MCLMC(kernel.target, 0.3, 100.0).step(jax.random.key(0), at_the_edge)
+    assert bool(info.is_divergent)
+    np.testing.assert_array_equal(state.position, at_the_edge.position)
+    np.testing.assert_array_equal(state.direction, 0.0)  # one is drawn by the next step
+
     with pytest.warns(bi.errors.SamplingWarning, match="not finite"):
         draws = bi.sample(0, kernel, jnp.zeros((4, 2)), num_samples=300, progress=False)
     assert draws["x"][..., 0].max() < 0.5
@@ -198,3 +227,6 @@ def test_bad_arguments_are_named():
         kernels.MCLMCWarmup(10)
     with pytest.raises(ValueError, match="energy_variance"):
         kernels.MCLMCWarmup(100, 0.0)
+    repeated = kernels.Repeat(kernels.MCLMC(target, 1.0, 1.0), 2)
+    with pytest.raises(ValueError, match="MCLMC alone, got Repeat"):
+        bi.sample(0, repeated, jnp.zeros((2, 2)), num_samples=1, num_warmup=20, warmup=kernels.MCLMCWarmup(20))
