@@ -6,7 +6,7 @@ randomized midpoint is a Gauss-Legendre sum.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -159,7 +159,7 @@ def law_p_value(
     start = np.concatenate([[y, 0.0][:size] for y in START])
     mean, second = moments(joint, start, num_steps)
 
-    state = _run(kernel, jnp.asarray(MEAN + ROTATION @ START, jnp.float32), num_steps, num_chains)
+    state = run(kernel, jnp.asarray(MEAN + ROTATION @ START, jnp.float32), num_steps, num_chains)
     y = (np.asarray(state.position, np.float64) - MEAN) @ ROTATION
     z = y if size == 1 else np.stack([y, np.asarray(state.velocity, np.float64) @ ROTATION], -1).reshape(num_chains, -1)
     upper = np.triu_indices(z.shape[1])
@@ -168,7 +168,9 @@ def law_p_value(
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _run(kernel, position, num_steps, num_chains):
+def run(kernel: Any, position: Any, num_steps: int, num_chains: int) -> Any:
+    """The states of independent chains after some steps from one position."""
+
     def chain(key):
         return jax.lax.fori_loop(
             0, num_steps, lambda t, state: kernel.step(jax.random.fold_in(key, t), state)[0], kernel.init(position)
@@ -182,7 +184,7 @@ def one_step_p_values(kernel: Any, scheme: Scheme, start: float, num_chains: int
 
     The moments of `law_p_value` are the same if the random time U is taken for 1 - U somewhere; the law is not.
     """
-    state = _run(kernel, jnp.asarray(start, jnp.float32), 1, num_chains)
+    state = run(kernel, jnp.asarray(start, jnp.float32), 1, num_chains)
     components = [state.position, state.velocity] if hasattr(state, "velocity") else [state.position]
 
     def cdf(i: int, x: np.ndarray) -> np.ndarray:
@@ -240,6 +242,14 @@ def _weigh(kernel, position_of, size, num_steps, num_chains):
 def quartic() -> bi.Target:
     """A skewed target of one scalar with light tails."""
     return bi.Target(lambda x: -0.05 * x**4 - 0.5 * (x - 0.3) ** 2 + 0.3 * jnp.sin(2 * x))
+
+
+def num_programs(kernels: Iterable[Any], position: Any) -> int:
+    """How many programs the steps of these kernels from `position` take, when kernel and state are arguments."""
+    step = jax.jit(lambda kernel, key, state: kernel.step(key, state))
+    for kernel in kernels:
+        step(kernel, jax.random.key(0), kernel.init(position))
+    return step._cache_size()
 
 
 def num_evaluations(function: Callable[..., Any], *args: Any) -> int:

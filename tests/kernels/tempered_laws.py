@@ -42,10 +42,13 @@ def draw_banana(key, beta=1.0):
     return {"x": SCALE * x, "y": y}
 
 
+def log_prior(log_rate):
+    """With the Jacobian of the logarithm."""
+    return PRIOR.log_prob(jnp.exp(log_rate)) + log_rate
+
+
 def log_rate_posterior(log_rate, counts):
-    """The Jacobian of the logarithm is in the prior."""
-    rate = jnp.exp(log_rate)
-    return PRIOR.log_prob(rate) + log_rate + jnp.sum(dist.Poisson(rate).log_prob(counts))
+    return log_prior(log_rate) + jnp.sum(dist.Poisson(jnp.exp(log_rate)).log_prob(counts))
 
 
 RATE = bi.Target(log_rate_posterior, COUNTS)

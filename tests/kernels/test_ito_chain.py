@@ -3,6 +3,7 @@
 import functools
 import math
 
+import closed_forms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +18,9 @@ from bayesinf.kernels.ito_chain import signs
 ETA, NUM_CHAINS = 0.2, 100_000
 
 
-@functools.partial(jax.jit, static_argnums=(1, 3))
-def run(kernel, num_steps, start, num_chains=NUM_CHAINS):
-    def chain(key):
-        def step(t, state):
-            return kernel.step(jax.random.fold_in(key, t), state)[0]
-
-        return jax.lax.fori_loop(0, num_steps, step, kernel.init(start)).position
-
-    return jax.vmap(chain)(jax.random.split(jax.random.key(11), num_chains))
+def run(kernel, num_steps, start):
+    """The positions of independent chains after some steps."""
+    return closed_forms.run(kernel, start, num_steps, NUM_CHAINS).position
 
 
 def constant(value):
@@ -200,19 +195,16 @@ def test_it_is_sampled_without_a_target():
 
 
 def test_new_data_compile_nothing():
-    step = jax.jit(lambda kernel, key, state: kernel.step(key, state))
-    for a in (1.0, 2.0):
-        kernel = kernels.ItoChain(drift_of, diffusion_of, step_size=0.1 * a, exponent=0.1 * a, data=jnp.asarray(a))
-        step(kernel, jax.random.key(0), kernel.init(jnp.ones(2)))
-    assert step._cache_size() == 1
+    def drift(x, a):
+        return -a * x
 
+    def diffusion(x, a):
+        return a
 
-def drift_of(x, a):
-    return -a * x
-
-
-def diffusion_of(x, a):
-    return a
+    built = [
+        kernels.ItoChain(drift, diffusion, step_size=0.1 * a, exponent=0.1 * a, data=jnp.asarray(a)) for a in (1.0, 2.0)
+    ]
+    assert closed_forms.num_programs(built, jnp.ones(2)) == 1
 
 
 def test_what_is_not_finite_is_undone():

@@ -2,6 +2,7 @@
 
 import functools
 
+import closed_forms
 import jax
 import jax.numpy as jnp
 import minibatch_model as model
@@ -17,17 +18,6 @@ H_SGLD, H_SGHMC = 0.02, 0.1
 FRICTION, INVERSE_MASS, VARIANCE = 2.0, 0.7, np.array([40.0, 8.0])
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _run(kernel, num_steps, keys, start):
-    def chain(key):
-        def step(t, state):
-            return kernel.step(jax.random.fold_in(key, t), state)[0]
-
-        return jax.lax.fori_loop(0, num_steps, step, kernel.init(start))
-
-    return jax.vmap(chain)(keys)
-
-
 @functools.cache
 def chains(name):
     """(n, ...) ends of independent chains; of position, and velocity where there is one."""
@@ -38,8 +28,7 @@ def chains(name):
         kernel = kernels.SGHMC(target, H_SGHMC, FRICTION, INVERSE_MASS, variance)
     else:
         kernel = kernels.SGLD(target, H_SGLD, *((0.5, 4.0) if "decay" in name else ()))
-    keys = jax.random.split(jax.random.key(3), NUM_CHAINS)
-    ends = _run(kernel, NUM_STEPS, keys, jnp.asarray(model.START, jnp.float32))
+    ends = closed_forms.run(kernel, jnp.asarray(model.START, jnp.float32), NUM_STEPS, NUM_CHAINS)
     return np.concatenate([ends.position, getattr(ends, "velocity", ends.position[:, :0])], axis=1).astype(np.float64)
 
 
@@ -138,6 +127,18 @@ def test_stationary_covariance_of_sgld():
     mean, second = model.moments([(maps, np.diag([2 * h, 0.0]))] * 2_000, np.array([0.0, 1.0]))
     variance = second[0, 0] - mean[0] ** 2
     np.testing.assert_allclose(2 * a * variance - h * a**2 * variance, 2 + h * np.var(offsets), rtol=1e-8)
+
+
+@pytest.mark.parametrize("friction", [0.1, 2.0, 30.0])
+def test_sghmc_is_stable_up_to_the_bound_of_its_docstring(friction):
+    A, _ = model.full_gradient()
+    M, h = np.linalg.eigvalsh(A)[-1], H_SGHMC
+    bound = 2 * (1 + np.exp(-friction * h)) / (h**2 * M)  # of u
+    radii = []
+    for u in (0.999 * bound, 1.001 * bound):
+        linear = model.sghmc_map((A, np.zeros(2)), h, friction, u)[:4, :4]
+        radii.append(np.max(np.abs(np.linalg.eigvals(linear))))
+    assert radii[0] < 1 < radii[1]
 
 
 def test_info_tells_the_step_size_and_the_cost():
