@@ -123,8 +123,8 @@ class SGHMC(Kernel):
 
     with friction gamma, inverse mass u, and V an estimate of the variance of g: what the batches add counts as a part
     of the noise that the friction asks for. Chen, Fox and Guestrin's friction 1 - gamma h and noise 2 (gamma - B) u h,
-    B = h u V / 2, are the first order of what stands here, which is stable for every gamma. A move that is undone turns
-    the velocity back.
+    B = h u V / 2, are the first order of what stands here, which is stable for every gamma if h^2 u M < 2, with M the
+    largest curvature of -log pi. A move that is undone turns the velocity back.
 
     V = 0 is always safe, but leaves the noise of the batches on top. An estimate at the mode:
 
@@ -132,7 +132,7 @@ class SGHMC(Kernel):
 
     Attributes:
         target: what is sampled.
-        step_size: h > 0, time of the dynamics; stable for h < 2 / sqrt(u M), M the largest curvature of -log pi.
+        step_size: h > 0, time of the dynamics; on a Gaussian stable for h^2 u M < 2 (1 + e^(-gamma h)).
         friction: gamma > 0.
         inverse_mass: u > 0, the variance of the velocity.
         gradient_variance: V >= 0, a number, or for each coordinate in the structure of the position.
