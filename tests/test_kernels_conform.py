@@ -18,6 +18,7 @@ from numpyro.distributions.flows import InverseAutoregressiveTransform
 import bayesinf as bi
 from bayesinf import kernels
 from bayesinf.conformance import contract, exact_start_invariance, geweke_joint
+from bayesinf.kernels.vectors import combine, normals
 
 
 def logdensity(position, scale):
@@ -46,7 +47,8 @@ def log_likelihood(position, row):
 
 
 def drift(position, data, *, key):
-    return jax.tree.map(lambda x: -data * x + 0.1 * jax.random.normal(key, x.shape, x.dtype), position)
+    (noise,) = normals(key, position, 1)
+    return combine((-data, position), (0.1, noise))
 
 
 def diffusion(position, data):

@@ -63,6 +63,7 @@ BROKEN_CLAUSE = {
     protocol.IgnoredStepSize: "step size",
     protocol.TracedOnce: "jit",
     protocol.LaneMixing: "vmap",
+    metropolis.ReusedKey: "keys",
     protocol.FixedKey: "reproducible",
     protocol.HostCounter: "resume",
     protocol.AcceptsNaN: "divergence",

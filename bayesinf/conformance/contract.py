@@ -49,6 +49,7 @@ def contract(kernel: Any, position: PyTree, *, key: KeyLike = 0, skip: Collectio
         one trace      new values of the same shapes compile nothing
         step size      `with_step_size` takes effect and compiles nothing
         jit, vmap      compiled and vectorised steps equal plain ones
+        keys           no key is drawn from twice, as far as JAX can follow keys through the program
         reproducible   the same key gives the same bits, other keys give other moves
         resume         a state stored as NumPy arrays and loaded goes on bitwise as if nothing had happened
         divergence     a log density of NaN or +inf undoes the move and is counted, where the kernel has a target
@@ -241,6 +242,14 @@ def _vmap(subject: _Subject) -> Iterator[str]:
     yield from _differences("the vectorised step", together, expected, is_exact=False)
 
 
+def _keys(subject: _Subject) -> Iterator[str]:
+    with jax.debug_key_reuse(True):
+        try:
+            jax.jit(lambda key, state: subject.kernel.step(key, state)).lower(subject.key, subject.start)
+        except jax.errors.KeyReuseError as error:
+            yield f"a key is used twice: {str(error).splitlines()[0]}"
+
+
 def _reproducible(subject: _Subject) -> Iterator[str]:
     yield from _differences("a second run", subject.run(subject.start, 0, NUM_STEPS), subject.moved)
     state = subject.start
@@ -297,6 +306,7 @@ CLAUSES: dict[str, Callable[[_Subject], Iterator[str]]] = {
     "step size": _step_size,
     "jit": _jit,
     "vmap": _vmap,
+    "keys": _keys,
     "reproducible": _reproducible,
     "resume": _resume,
     "divergence": _divergence,
