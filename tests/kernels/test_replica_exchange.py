@@ -84,6 +84,23 @@ def test_a_target_that_is_not_finite_moves_no_replica():
     np.testing.assert_array_equal(np.sort(before), np.sort(after))
 
 
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_a_draw_where_the_target_is_not_finite_is_not_exchanged(value):
+    """Above 1, where a third of the draws from the prior lie; below, the target is the prior and all pairs exchange."""
+    prior = dist.Normal(0.5, 1.0)
+    target = bi.Target(lambda x: jnp.where(x > 1, value, prior.log_prob(x)))
+    kernel = kernels.ReplicaExchange(kernels.MALA(target, 1e-6), [1.0, 0.5, 0.0], prior)
+    state, step = kernel.init(jnp.asarray(0.0)), eqx.filter_jit(kernel.step)
+    is_divergent = []
+    for t in range(20):
+        state, info = step(jax.random.key(t), state)
+        assert state.position <= 1
+        assert state.memory.positions <= 1
+        is_divergent.append(bool(info.is_divergent))
+        assert bool(info.is_swapped[1]) == (t % 2 == 1 and not is_divergent[-1])
+    assert 0 < sum(is_divergent) < 20
+
+
 def two_modes(x):
     """0.3 N(-4, 1) + 0.7 N(4, 1/4), in both coordinates."""
     left = jnp.log(0.3) + jnp.sum(dist.Normal(-4.0, 1.0).log_prob(x))
@@ -117,6 +134,8 @@ def test_evaluations_go_with_their_positions(name):
     for t in range(10):
         state, info = step(jax.random.key(t), state)
         num_swapped += int(jnp.sum(info.is_swapped))
+        log_rates = np.diff(info.log_ratios) * -np.diff(kernel.betas)
+        np.testing.assert_allclose(info.swap_rates, np.exp(np.minimum(log_rates, 0.0)), rtol=1e-4)
         cold, hot = evaluate(state.position), jax.vmap(evaluate)(state.memory.positions)
         for known, fresh in ((state.evaluation, cold), (state.memory.evaluations, hot)):
             jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-3), known, fresh)
@@ -124,12 +143,14 @@ def test_evaluations_go_with_their_positions(name):
 
 
 def test_pairs_take_turns_and_equal_neighbours_always_exchange():
-    kernel = kernels.ReplicaExchange(MALA, jnp.ones(4))
+    kernel = kernels.ReplicaExchange(kernels.MALA(laws.BANANA, 1e6), jnp.ones(4))
     state, step = kernel.init(POSITION), eqx.filter_jit(kernel.step)
     for t in range(4):
         state, info = step(jax.random.key(t), state)
         np.testing.assert_array_equal(info.swap_rates, 1.0)
         np.testing.assert_array_equal(info.is_swapped, [True, False, True] if t % 2 == 0 else [False, True, False])
+        # the kernel rejects whatever it proposes, so that an exchange alone moves the chain
+        assert bool(info.is_accepted) == (t % 2 == 0)
 
 
 def test_gradients_are_counted():

@@ -105,6 +105,13 @@ def test_moments_of_sghmc(name, centre):
     assert p_value(chains(name), sghmc_moments(model.batch_gradients(centre), variance)) > FALSE_ALARM
 
 
+def test_fresh_velocities_have_the_variance_of_the_inverse_mass():
+    kernel = kernels.SGHMC(model.target(), H_SGHMC, FRICTION, INVERSE_MASS)
+    start = kernel.init(jnp.zeros(2))
+    states = jax.vmap(kernel.refresh, (0, None))(jax.random.split(jax.random.key(0), 10_000), start)
+    assert mean_p_value(states.velocity**2, INVERSE_MASS) > FALSE_ALARM
+
+
 def test_wrong_chains_are_told_from_sghmc():
     estimates = model.batch_gradients()
     u, g, h = INVERSE_MASS, FRICTION, H_SGHMC
@@ -178,6 +185,9 @@ def test_points_that_are_not_finite_are_not_entered(value, build):
     # what was undone is not stuck
     states, _ = step(jax.random.split(jax.random.key(2), 500), states)
     assert np.mean(np.asarray(states.position)[is_undone] != start.position) > 0.3
+    # and counts as a step, or step sizes would decay more slowly where moves are undone
+    if hasattr(states, "num_steps"):
+        np.testing.assert_array_equal(states.num_steps, 2)
 
 
 def test_a_row_that_is_not_finite_is_counted_when_it_is_drawn():
