@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bayesinf import errors, pooling
 from bayesinf.kernel import Kernel, select
@@ -83,6 +83,10 @@ class Warmup(eqx.Module):
         if state.inverse_mass_matrix is None:
             return kernel
         return kernel.with_metric(state.inverse_mass_matrix)
+
+    def is_metric_new(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
+        """Whether `update` changes more than the step size at this step. Here: True, which is always right."""
+        return True
 
 
 class StepSize(Warmup):
@@ -208,7 +212,7 @@ class Window(Warmup):
 
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
         _, update_metric, end_window = _welford(self.is_dense)
-        is_slow, is_window_end = self.schedule[jnp.minimum(step, self.num_warmup - 1)]
+        is_slow, is_window_end = self._row(step)
 
         averaged = _average(self.target_acceptance, state, info, step == self.num_warmup - 1)
         estimator = select(is_slow == 1, update_metric(state.estimator, position), state.estimator)
@@ -219,6 +223,9 @@ class Window(Warmup):
         averaging = _start_averaging(self.target_acceptance, averaged.step_size)
         restarted = Tuned(averaged.step_size, ended.inverse_mass_matrix, averaging, ended)
         return select(is_window_end == 1, restarted, averaged._replace(estimator=estimator))
+
+    def is_metric_new(self, step: Int[Array, ""]) -> Bool[Array, ""]:
+        return (self._row(step)[1] == 1) & (not self.is_pooled)
 
     def pooling_steps(self) -> set[int]:
         if not self.is_pooled:
@@ -237,6 +244,9 @@ class Window(Warmup):
         restarted = Tuned(one.step_size, ended.inverse_mass_matrix, averaging, ended)
         restarted = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), restarted, one)
         return pooling.for_all_chains(restarted, states)
+
+    def _row(self, step: Int[Array, ""]) -> Int[Array, " 2"]:
+        return self.schedule[jnp.minimum(step, self.num_warmup - 1)]
 
 
 def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:

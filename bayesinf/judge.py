@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from bayesinf import adaptation, errors
 from bayesinf.draws import Draws
-from bayesinf.kernel import is_finite
+from bayesinf.kernel import Kernel, is_finite
 from bayesinf.target import Target
 
 __all__ = ["check_initial", "check_mesh", "check_start", "check_warmup", "judge", "known_target", "listed"]
@@ -30,6 +30,13 @@ def check_warmup(warmup: Any, kernel: Any, num_warmup: int) -> None:
         raise ValueError(
             f"warmup=Window(...) needs a kernel with a metric, and {type(kernel).__name__} has none; wrap it in "
             "kernels.Precondition, or use adaptation.StepSize"
+        )
+    by_rate = isinstance(warmup, adaptation.StepSize | adaptation.Window)
+    if by_rate and isinstance(kernel, Kernel) and kernel.target_acceptance is None:
+        raise ValueError(
+            f"warmup={type(warmup).__name__}(...) tunes by the acceptance rate, and {type(kernel).__name__} has no "
+            "target_acceptance: what never rejects would be given ever longer steps. Adjust it with "
+            "kernels.Metropolize, or tune an unadjusted kernel with kernels.EnergyError"
         )
 
 

@@ -54,23 +54,57 @@ class Chain(NamedTuple):
     reduced: tuple[Any, ...]
 
 
-def _step(plan: Plan, chain: Chain, t: Int[Array, ""], num_warmup: Int[Array, ""]) -> tuple[Chain, dict[str, Array]]:
-    """Step number t of one chain, and its statistics."""
-    if plan.warmup is None:
-        state, info = plan.kernel.step(jax.random.fold_in(chain.key, t), chain.state)
-        return chain._replace(state=state), _statistics(plan.kernel, state, info)
+def _tuned(plan: Plan, tuned: Any) -> tuple[PyTree, PyTree]:
+    """The kernel with what was learnt, in two parts."""
+    return _parted(plan, plan.kernel if plan.warmup is None else plan.warmup.apply(plan.kernel, tuned))
 
-    warmup, tuned = plan.warmup, chain.tuned
-    kernel = warmup.apply(plan.kernel, tuned)
-    state, info = kernel.step(jax.random.fold_in(chain.key, t), chain.state)
 
-    def learn() -> Any:
-        learnt = warmup.update(tuned, t, state.position, warmup.observe(kernel, chain.state, state, info))
-        return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), learnt, tuned)
+def _parted(plan: Plan, kernel: Any) -> tuple[PyTree, PyTree]:
+    """The arrays of a kernel that were learnt, and all the rest, which is as it was given."""
+    given = {id(leaf) for leaf in jax.tree.leaves(plan.kernel)}
+    return eqx.partition(kernel, lambda leaf: eqx.is_array(leaf) and id(leaf) not in given)
 
-    # whether it is warm-up is the same for all chains, so that this is a branch for a batch of them too
-    chosen = jax.lax.cond(t < num_warmup, learn, lambda: tuned)
-    return chain._replace(state=state, tuned=chosen), _statistics(kernel, state, info)
+
+def _step(
+    plan: Plan, kernel: tuple[PyTree, PyTree], chain: Chain, t: Int[Array, ""], num_warmup: Int[Array, ""]
+) -> tuple[Chain, PyTree, dict[str, Array]]:
+    """Step number t of one chain with a kernel of two parts, the first part of the next kernel, and the statistics."""
+    learnt, rest = kernel
+    whole = eqx.combine(learnt, rest)
+    state, info = whole.step(jax.random.fold_in(chain.key, t), chain.state)
+    if plan.warmup is not None:
+        warmup, tuned = plan.warmup, chain.tuned
+
+        def learn(_: Any, known: tuple[Any, PyTree]) -> tuple[Any, PyTree]:
+            tuned, learnt = known
+            told = warmup.observe(whole, chain.state, state, info)
+            new = _like(warmup.update(tuned, t, state.position, told), tuned)
+            return new, _like(_renewed(plan, whole, new, t), learnt)
+
+        # a loop of one turn or none: unlike `cond` it copies nothing where it is passed by; whether it is warm-up is
+        # the same for all chains, so that this holds for a batch of them too
+        is_warmup = (t < num_warmup).astype(jnp.int32)
+        tuned, learnt = jax.lax.fori_loop(0, is_warmup, learn, (tuned, learnt))
+        chain = chain._replace(tuned=tuned)
+    return chain._replace(state=state), learnt, _statistics(whole, state, info)
+
+
+def _renewed(plan: Plan, present: Any, tuned: Any, t: Int[Array, ""]) -> PyTree:
+    """The arrays of the kernel learnt up to and with step t, when `present` made that step."""
+    is_metric_new = plan.warmup.is_metric_new(t)  # type: ignore[union-attr]
+    if is_metric_new is True:
+        return _tuned(plan, tuned)[0]
+    # a metric may have to be factorised, and most steps change none
+    return jax.lax.cond(
+        is_metric_new,
+        lambda: _tuned(plan, tuned)[0],
+        lambda: _parted(plan, present.with_step_size(tuned.step_size))[0],
+    )
+
+
+def _like(new: PyTree, old: PyTree) -> PyTree:
+    """The new values in the types of the old ones."""
+    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new, old)
 
 
 def _advance(
@@ -87,28 +121,30 @@ def _advance(
 
     Returns the chain and buffers of (value, statistics) of length capacity, filled up to num_draws.
     """
+    learnt, rest = _tuned(plan, chain.tuned)
 
-    def draw(chain: Chain, t: Int[Array, ""]) -> tuple[Chain, Any]:
+    def draw(chain: Chain, learnt: PyTree, t: Int[Array, ""]) -> tuple[Chain, PyTree, Any]:
         def one_step(i, carry):
-            chain, total = carry
-            chain, stats = _step(plan, chain, t + i, num_warmup)
-            return chain, _accumulate(total, stats)
+            chain, learnt, total = carry
+            chain, learnt, stats = _step(plan, (learnt, rest), chain, t + i, num_warmup)
+            return chain, learnt, _accumulate(total, stats)
 
-        chain, stats = jax.lax.fori_loop(0, thin, one_step, (chain, _zeros(shapes[1])))
+        chain, learnt, stats = jax.lax.fori_loop(0, thin, one_step, (chain, learnt, _zeros(shapes[1])))
         stats["acceptance_rate"] /= thin
         value = plan.collect(chain.state)
         reduced = tuple(
             select(t >= num_warmup, reducer.update(state, value), state)
             for reducer, state in zip(plan.reducers, chain.reduced, strict=True)
         )
-        return chain._replace(reduced=reduced), (value, stats)
+        return chain._replace(reduced=reduced), learnt, (value, stats)
 
     def body(i, carry):
-        chain, buffers = carry
-        chain, kept = draw(chain, start + i * thin)
-        return chain, jax.tree.map(lambda buffer, leaf: buffer.at[i].set(leaf), buffers, kept)
+        chain, learnt, buffers = carry
+        chain, learnt, kept = draw(chain, learnt, start + i * thin)
+        return chain, learnt, jax.tree.map(lambda buffer, leaf: buffer.at[i].set(leaf), buffers, kept)
 
-    return jax.lax.fori_loop(0, num_draws, body, (chain, _zeros(shapes, capacity)))
+    chain, _, buffers = jax.lax.fori_loop(0, num_draws, body, (chain, learnt, _zeros(shapes, capacity)))
+    return chain, buffers
 
 
 def _zeros(shapes: Any, *leading: int) -> Any:
@@ -145,15 +181,18 @@ def start(plan: Plan, key: Key[Array, ""], initial: PyTree) -> tuple[Chain, Any]
     chains = jax.vmap(begin)(keys, initial)
     one = jax.tree.map(lambda leaf: leaf[0], chains)
     zero = jnp.zeros((), jnp.int32)
-    shapes = jax.eval_shape(lambda c: (plan.collect(c.state), _step(plan, c, zero, zero)[1]), one)
-    return chains, shapes
+
+    def one_draw(chain: Chain) -> Any:
+        return plan.collect(chain.state), _step(plan, _tuned(plan, chain.tuned), chain, zero, zero)[2]
+
+    return chains, jax.eval_shape(one_draw, one)
 
 
 def program(plan: Plan, chains: Chain) -> Any:
     """What a run computes in one draw of one chain, as a jaxpr: it is another for another model, word or count."""
 
     def draw(plan: Plan, chain: Chain, t: Int[Array, ""]) -> Any:
-        chain, stats = _step(plan, chain, t, t)
+        chain, _, stats = _step(plan, _tuned(plan, chain.tuned), chain, t, t)
         value = plan.collect(chain.state)
         reduced = [reducer.update(s, value) for reducer, s in zip(plan.reducers, chain.reduced, strict=True)]
         return chain, stats, value, reduced

@@ -242,9 +242,12 @@ class _Run:
         """Lets the chains learn from one another, where they are."""
         tuned = self.chains.tuned
         pooled = warmup.pool(tuned, self.step)
-        self.chains = self.chains._replace(
-            tuned=jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), pooled, tuned)
-        )
+
+        def put(new: Any, old: Array) -> Array:
+            # what is tied to a device that was not asked for would compile the loop anew, twice
+            return jax.device_put(new, old.sharding if old.committed else None)
+
+        self.chains = self.chains._replace(tuned=jax.tree.map(put, pooled, tuned))
 
     def _watch(self, chunk: Any) -> None:
         """Looks at a chunk of draws: R-hat, and what ends the run."""

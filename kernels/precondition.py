@@ -130,7 +130,7 @@ class Precondition(Wrapping):
         scale = self.scale.astype(flat.dtype)
         if scale.ndim == 1:
             return Evaluation(evaluation.logdensity, unravel(flat / scale))
-        solved = jax.scipy.linalg.solve_triangular(scale, flat, trans=1, lower=True)
+        solved = jax.scipy.linalg.solve_triangular(scale.T, flat)
         return Evaluation(evaluation.logdensity, unravel(solved))
 
 

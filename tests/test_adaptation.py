@@ -94,3 +94,30 @@ def test_rate_must_lie_between_zero_and_one(value):
         StepSize(10, value)
     with pytest.raises(ValueError, match="target_acceptance must lie in"):
         Window(20, value)
+
+
+@pytest.mark.parametrize("is_dense", [False, True])
+@pytest.mark.parametrize("is_pooled", [False, True])
+def test_the_metric_is_renewed_where_its_window_ends(is_dense, is_pooled):
+    """What is applied at the window ends alone makes the same chain, bit for bit, as applying it after every step."""
+
+    class EveryStep(Window):
+        def is_metric_new(self, step):
+            return True
+
+    target = bi.Target(lambda x: -0.5 * jnp.sum((x / jnp.array([1.0, 10.0])) ** 2) - 0.1 * x[0] * x[1])
+    kernel = bi.kernels.Precondition(bi.kernels.MALA(target, 0.5), jnp.eye(2) if is_dense else None)
+    draws = [
+        bi.sample(
+            0,
+            kernel,
+            jnp.zeros((2, 2)),
+            num_samples=5,
+            num_warmup=160,
+            warmup=warmup(160, 0.574, is_dense=is_dense, is_pooled=is_pooled),
+            progress=False,
+        )
+        for warmup in (Window, EveryStep)
+    ]
+    np.testing.assert_array_equal(draws[0]["x"], draws[1]["x"])
+    assert not np.array_equal(draws[0].tuned.inverse_mass_matrix, np.ones_like(draws[0].tuned.inverse_mass_matrix))

@@ -484,6 +484,10 @@ def test_the_identity_of_a_run_is_the_same_in_every_process(tmp_path):
         ({"warmup": 100}, "warmup must be a Warmup"),
         ({"warmup": bi.adaptation.StepSize(1000, 0.5)}, "for num_warmup=30 steps, it is for 1000"),
         ({"warmup": bi.adaptation.Window(30)}, r"needs a kernel with a metric, and MALA has none"),
+        (
+            {"warmup": bi.adaptation.StepSize(30, 0.5), "kernel": bi.kernels.LMC(bi.Target(jnp.sum), 0.1)},
+            "tunes by the acceptance rate, and LMC has no target_acceptance",
+        ),
         ({"reducers": "abc"}, "reducers must be a list"),
         ({"reducers": Moments()}, "reducers must be a list"),
         ({"constrain": 3}, "constrain must be a function"),
