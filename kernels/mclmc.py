@@ -12,7 +12,7 @@ What keeps the bias small is the change of the energy over a step,
     Delta E = -log pi(x') + log pi(x) + (change of kinetic energy),
 
 whose variance a coordinate is of the order eps^6: warm-up takes the largest eps at which it is 5e-4. On isotropic
-Gaussians the variances are then too small by one or two percent. Where that is too much, ask `MCLMCWarmup` for less of
+Gaussians the variances are then too small by about two percent. Where that is too much, ask `MCLMCWarmup` for less of
 it, or take NUTS.
 
 The step is BlackJAX's. What differs: a kernel is a pytree, and shares its evaluation with other kernels on the target.

@@ -199,6 +199,22 @@ def test_sample_warms_it_up(tuned):
     assert np.all(draws.stats["num_gradients"] == 2)
 
 
+@pytest.mark.slow
+def test_bias_falls_by_the_cube_root_of_the_energy_variance():
+    """On a round Gaussian about two percent of the variances at the default, and half of it at an eighth."""
+    kernel = kernels.MCLMC(bi.Target(lambda x: -0.5 * jnp.sum(x**2)), 1.0, 3.0)
+    found = []
+    for share in (1, 8):
+        draws = bi.sample(
+            0, kernel, jax.random.normal(jax.random.key(1), (64, 100)), num_samples=1_500, num_warmup=1_500,
+            warmup=kernels.MCLMCWarmup(1_500, 5e-4 / share), collect=lambda state: jnp.mean(state.position**2),
+            progress=False,
+        )  # fmt: skip
+        found.append(1 - np.asarray(draws.samples, np.float64).mean(axis=1))  # of each chain
+    assert 0.015 < np.mean(found[0]) < 0.025
+    assert mean_p_value(found[0] - 2 * found[1], 0.0) > FALSE_ALARM
+
+
 def test_chunks_do_not_change_the_warmup(tuned):
     run, draws, _ = tuned
     again = run(chunk_size=97)
