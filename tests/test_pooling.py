@@ -146,6 +146,16 @@ class Stop(Exception):
     pass
 
 
+def test_pooling_compiles_the_loop_once(caplog):
+    kernel = bi.kernels.MALA(bi.Target(lambda x: -jnp.sum(jnp.cosh(x) - x)), 0.1)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        run(kernel=kernel, warmup=StepSize(120, 0.574, is_pooled=True))
+    compiled = [
+        record for record in caplog.records if "Finished XLA compilation of jit(_advance_all)" in record.message
+    ]
+    assert len(compiled) == 1
+
+
 @pytest.mark.parametrize("num_chunks", [2, 4, 6])
 def test_resume_is_bitwise(tmp_path, monkeypatch, num_chunks):
     """Stopped before and after the chains have learnt from one another."""
