@@ -153,6 +153,20 @@ def test_pairs_take_turns_and_equal_neighbours_always_exchange():
         assert bool(info.is_accepted) == (t % 2 == 0)
 
 
+def test_pairs_of_one_turn_exchange_independently():
+    """With the probabilities that are told; the kernel rejects whatever it proposes."""
+    target = bi.Target(lambda x: -0.5 * x**2)
+    kernel = kernels.ReplicaExchange(kernels.MALA(target, 1e6), [1.0, 0.6, 0.3, 0.1])
+    state, hot = kernel.init(jnp.asarray(0.5)), jnp.array([1.9, 1.0, 2.8])
+    evaluations = jax.vmap(partial(target.evaluate, order=1))(hot)
+    state = state._replace(memory=state.memory._replace(positions=hot, evaluations=evaluations))
+    _, infos = eqx.filter_jit(jax.vmap(kernel.step, (0, None)))(jax.random.split(KEY, 10_000), state)
+    first, _, third = np.asarray(infos.is_swapped, float).T
+    rates = np.exp([-0.4 * 0.5 * (1.9**2 - 0.5**2), -0.2 * 0.5 * (2.8**2 - 1.0**2)])
+    found = np.stack([first, third, first * third], axis=1)
+    assert mean_p_value(found, np.append(rates, np.prod(rates))) > FALSE_ALARM
+
+
 def test_gradients_are_counted():
     target = closed_forms.counted()
     mala = kernels.MALA(target, 0.1)
