@@ -125,9 +125,14 @@ class Told(NamedTuple):
     nonans: jax.Array
 
 
+def told(energy_change, is_lost=False):
+    is_lost, zero = jnp.asarray(is_lost), jnp.asarray(0.0)
+    return MCLMCInfo(1.0 - is_lost, ~is_lost, is_lost, jnp.asarray(2, jnp.int32), zero, energy_change)
+
+
 @pytest.mark.parametrize("is_diagonal", [False, True])
 def test_warmup_is_blackjaxs(is_diagonal):
-    """On the same positions and energy changes, some of them of steps undone, as BlackJAX's own function."""
+    """On the same positions and energy changes as BlackJAX's own function."""
     from blackjax.adaptation.mclmc_adaptation import MCLMCAdaptationState, mclmc_find_L_and_step_size
 
     num_warmup, dim = 120, 4
@@ -140,7 +145,6 @@ def test_warmup_is_blackjaxs(is_diagonal):
         walk * np.array([1.0, 2.0, 0.5, 1.0]) if not is_diagonal else walk / np.std(walk, axis=0), float
     )
     sizes = jnp.asarray(rng.normal(size=num_warmup), float)
-    is_lost = jnp.asarray(rng.uniform(size=num_warmup) < 0.03).at[: num_warmup // 2].set(False)
 
     def energy_change(t, eps):
         return sizes[t] * 0.001 * eps**3
@@ -148,7 +152,7 @@ def test_warmup_is_blackjaxs(is_diagonal):
     def kernel(rng_key, state, logdensity_fn, inverse_mass_matrix, L, step_size):
         t = state.logdensity.astype(int)
         moved = state._replace(position=table[t], logdensity=state.logdensity + 1)
-        return moved, Told(jnp.where(is_lost[t], 0.0, energy_change(t, step_size)), ~is_lost[t])
+        return moved, Told(energy_change(t, step_size), jnp.asarray(True))
 
     start = Replayed(jnp.zeros(dim), jnp.ones(dim) / 2, jnp.asarray(0.0), jnp.zeros(dim))
     params = MCLMCAdaptationState(jnp.asarray(2.0), jnp.asarray(0.8), jnp.ones(dim))
@@ -163,10 +167,7 @@ def test_warmup_is_blackjaxs(is_diagonal):
     ours = warmup.init(kernels.MCLMC(closed_forms.gaussian(), 0.8, 2.0), table[0])
 
     def move(state, t):
-        lost, change = is_lost[t], energy_change(t, state.step_size)
-        one = jnp.asarray(1, jnp.int32)
-        info = MCLMCInfo(jnp.asarray(1.0), ~lost, lost, one, change, jnp.where(lost, 0.0, change))
-        return warmup.update(state, t, table[t], info), None
+        return warmup.update(state, t, table[t], told(energy_change(t, state.step_size))), None
 
     ours, _ = jax.jit(lambda state: jax.lax.scan(move, state, jnp.arange(num_warmup)))(ours)
     # with a metric, BlackJAX keeps the step size in the units of the one before
@@ -174,6 +175,29 @@ def test_warmup_is_blackjaxs(is_diagonal):
     np.testing.assert_allclose(ours.inverse_mass_matrix, theirs.inverse_mass_matrix, rtol=1e-3)
     np.testing.assert_allclose(ours.step_size, theirs.step_size, rtol=tolerance)
     np.testing.assert_allclose(ours.L, theirs.L, rtol=tolerance)
+
+
+def test_steps_that_were_undone_bound_the_step_size_and_weigh_nothing():
+    warmup = kernels.MCLMCWarmup(100)
+    start = warmup.init(kernels.MCLMC(closed_forms.gaussian(), 0.8, 2.0), jnp.zeros(2))
+    t = jnp.asarray(warmup.phases[0])
+    state = warmup.update(start, t, jnp.ones(2), told(jnp.asarray(0.0), is_lost=True))
+    assert state.moments.weight == start.moments.weight
+    for _ in range(3):  # the energy hardly changes, which asks for far longer steps
+        np.testing.assert_allclose(state.step_size, 0.8 * 0.8, rtol=1e-5)
+        state = warmup.update(state, t, jnp.ones(2), told(jnp.asarray(1e-9)))
+    assert state.moments.weight > 0
+
+
+def test_a_new_metric_keeps_the_length_of_steps():
+    """It is eps (d / sum of the variances in units of the old metric)^(1/2): eps again if that was right."""
+    warmup, old, variances = kernels.MCLMCWarmup(100), jnp.array([4.0, 0.5]), jnp.array([1.0, 3.0])
+    state = warmup.init(kernels.MCLMC(closed_forms.gaussian(), 0.8, 2.0, old), jnp.zeros(2))
+    for found, step_size in ((old, 0.8), (variances, 0.8 * np.sqrt(2 / (1 / 4 + 3 / 0.5)))):
+        moments = state.moments._replace(weight=jnp.asarray(10.0), squares=10 * found)
+        measured = warmup._measured(state._replace(moments=moments))
+        np.testing.assert_allclose(measured.step_size, step_size, rtol=1e-5)
+        np.testing.assert_allclose(measured.inverse_mass_matrix, found, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
