@@ -173,7 +173,7 @@ def start(plan: Plan, key: Key[Array, ""], initial: PyTree) -> tuple[Chain, Any]
     def begin(key, position):
         state = plan.kernel.init(position)
         tuned = None if plan.warmup is None else plan.warmup.init(plan.kernel, position)
-        value = jax.eval_shape(plan.collect, state)
+        value = jax.eval_shape(lambda state: plan.collect(state), state)
         return Chain(key, state, tuned, tuple(reducer.init(value) for reducer in plan.reducers))
 
     num_chains = jax.tree.leaves(initial)[0].shape[0]

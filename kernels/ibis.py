@@ -83,7 +83,7 @@ def ibis(
     num_moves: int | str = "auto",
     max_moves: int = 100,
     waste_free: bool = False,
-    tune: bool = True,
+    tune: bool | str = True,
     resampling: str = "multinomial",
     batch_size: int | None = None,
     throw: bool = True,

@@ -91,7 +91,8 @@ class ItoChain(Kernel):
     def init(self, position: PyTree) -> ItoState:
         position = as_position(position)
         like = jax.tree.map(jnp.shape, position)
-        for name, value in jax.eval_shape(self._parts, jax.random.key(0), position).items():
+        parts = jax.eval_shape(lambda key: self._parts(key, position), jax.random.key(0))
+        for name, value in parts.items():
             if jax.tree.map(jnp.shape, value) != like:
                 raise ValueError(
                     f"{name} must return a pytree like the position, with shapes {like}, got shapes "

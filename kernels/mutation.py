@@ -12,7 +12,11 @@ Step size. After every move h becomes h exp(2 (mean acceptance - target acceptan
 `target_acceptance`: 2 is a bit more than the inverse slope of acceptance against log h, so that h settles in a few
 moves, and follows the targets as they narrow. The mean is over the whole population.
 
-Both choices look at the particles, which costs a bias of the order of 1 / N. With a fixed number of moves and
+Metric. A kernel that has one, such as `Precondition`, HMC and NUTS, moves by the variances S_ii of the particles that
+it starts from, or with tune="dense" by their covariance, whose correlations are shrunk by n / (n + 5), so that it is
+regular for few particles too.
+
+These choices look at the particles, which costs a bias of the order of 1 / N. With a fixed number of moves and
 `tune=False` evidence estimates are unbiased for every N.
 
 References:
@@ -27,9 +31,11 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bayesinf import errors, weights
+from bayesinf.adaptation import has_metric
 from bayesinf.captured import captured
 from bayesinf.kernel import Kernel
 from bayesinf.kernels.foreign import as_kernel
@@ -69,7 +75,7 @@ class Mutation(eqx.Module):
         num_moves: moves of a particle; None for as many as it takes.
         max_moves: the most that it may take.
         waste_free: whether all positions are kept.
-        tune: whether the step size is tuned.
+        tune: whether the step size and the metric are tuned; "dense" for a metric with correlations.
         resampling: the scheme.
         batch_size: particles moved at once; None for all.
     """
@@ -79,7 +85,7 @@ class Mutation(eqx.Module):
     num_moves: int | None = eqx.field(static=True)
     max_moves: int = eqx.field(static=True)
     waste_free: bool = eqx.field(static=True)
-    tune: bool = eqx.field(static=True)
+    tune: bool | str = eqx.field(static=True)
     resampling: str = eqx.field(static=True)
     batch_size: int | None = eqx.field(static=True)
 
@@ -95,12 +101,31 @@ class Mutation(eqx.Module):
             return None
         return jax.lax.convert_element_type(self.kernel.step_size, jnp.result_type(self.kernel.step_size))
 
-    def bind(self, target: Target, step_size: Float[Array, ""] | None) -> Any:
+    def bind(self, target: Target, step_size: Float[Array, ""] | None, metric: Float[Array, "..."] | None) -> Any:
         """The kernel on a target."""
         if self.kernel is None:
             return as_kernel(self.factory(target))  # type: ignore[misc]
         kernel = self.kernel.with_target(target)
-        return kernel if step_size is None else kernel.with_step_size(step_size)
+        kernel = kernel if step_size is None else kernel.with_step_size(step_size)
+        return kernel if metric is None else kernel.with_metric(metric)
+
+    def metric(self, positions: PyTree) -> Float[Array, "..."] | None:
+        """The variances of a population, or with tune="dense" its covariance; None where there is no metric to tune."""
+        if not self.tune or self.kernel is None or not has_metric(self.kernel):
+            return None
+        flat = jax.vmap(lambda position: ravel_pytree(position)[0])(positions)
+        variances = jnp.var(flat, axis=0)
+        is_flat = ~((variances > 0) & jnp.isfinite(variances))  # in one coordinate all particles are the same
+        variances = jnp.where(is_flat, 1.0, variances)
+        if self.tune != "dense":
+            return variances
+        num, dim = flat.shape
+        covariance = jnp.where(is_flat | is_flat[:, None], 0.0, jnp.cov(flat, rowvar=False, bias=True))
+        shrinkage = max(
+            5 / (num + 5), 10 * dim * float(jnp.finfo(flat.dtype).eps)
+        )  # as much as a Cholesky factor needs
+        shrunk = (1 - shrinkage) * covariance.reshape(dim, dim)
+        return jnp.fill_diagonal(shrunk, variances, inplace=False)
 
     def renew(
         self,
@@ -127,12 +152,13 @@ class Mutation(eqx.Module):
 
     def _move(self, key: Key[Array, ""], target: Target, start: PyTree, step_size: Any) -> tuple[PyTree, Moves]:
         num = jax.tree.leaves(start)[0].shape[0]
-        states = each(self.bind(target, step_size).init, self.batch_size, start)
+        metric = self.metric(start)
+        states = each(self.bind(target, step_size, metric).init, self.batch_size, start)
         num_starting = num if getattr(getattr(states, "evaluation", None), "grad", None) is not None else 0
 
         def move(k: Array, carry: tuple[Any, Moves]) -> tuple[Any, Moves]:
             states, moves = carry
-            kernel = self.bind(target, moves.step_size)
+            kernel = self.bind(target, moves.step_size, metric)
             keys = jax.random.split(jax.random.fold_in(key, k), num)
             states, infos = each(kernel.step, self.batch_size, keys, states)
             rate = jnp.mean(infos.acceptance_rate).astype(moves.acceptance_rate.dtype)
@@ -207,7 +233,7 @@ def as_mutation(
     num_moves: int | str,
     max_moves: int,
     waste_free: bool,
-    tune: bool,
+    tune: bool | str,
     resampling: str,
     batch_size: int | None,
 ) -> Mutation:
@@ -217,6 +243,8 @@ def as_mutation(
     errors.check_choice("resampling", resampling, SCHEMES)
     if batch_size is not None:
         errors.check_count("batch_size", batch_size)
+    if not isinstance(tune, bool) and tune != "dense":
+        raise ValueError(f"tune must be True, False or 'dense', got {tune!r}")
     if num_moves == "auto":
         if waste_free:
             raise ValueError("num_moves must be a number for waste_free=True, which keeps every move; got 'auto'")
@@ -245,6 +273,11 @@ def as_mutation(
         raise ValueError(
             f"mutation must have a target that can be replaced, got {type(kernel).__name__}; pass a function of a "
             "target that returns the kernel"
+        )
+    if tune == "dense" and not (can_rebind and has_metric(kernel)):
+        raise ValueError(
+            f"tune='dense' needs a kernel with a metric, and {type(kernel).__name__} has none; wrap it in "
+            "kernels.Precondition"
         )
     return Mutation(
         kernel=kernel.with_target(target) if can_rebind else None,  # type: ignore[union-attr]

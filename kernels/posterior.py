@@ -159,9 +159,10 @@ def as_posterior(prior: Any, log_likelihood: Callable[..., Any] | None, data: Py
             "only where the prior is Target.from_numpyro of a model with observed sites"
         )
     posterior = Posterior(checked, log_likelihood, errors.as_arrays("data", data))
-    position = jax.eval_shape(posterior.prior.draw, jax.random.key(0))
+    # by functions, not methods: JAX compares what it traces, and a prior may hold traced parameters
+    position = jax.eval_shape(lambda key: posterior.prior.draw(key), jax.random.key(0))
     errors.check_floating("prior", position)
-    terms = jax.eval_shape(posterior.log_likelihood, position)
+    terms = jax.eval_shape(lambda position: posterior.log_likelihood(position), position)
     if terms.ndim != 1 or terms.shape[0] == 0 or not jnp.issubdtype(terms.dtype, jnp.floating):
         raise ValueError(
             "log_likelihood must return a scalar, or a vector with one term for each observation, of floating point; "

@@ -97,7 +97,7 @@ def smc_sampler(
     num_moves: int | str = "auto",
     max_moves: int = 100,
     waste_free: bool = False,
-    tune: bool = True,
+    tune: bool | str = True,
     resampling: str = "multinomial",
     batch_size: int | None = None,
     max_temperatures: int = 1_000,
@@ -124,7 +124,8 @@ def smc_sampler(
         num_moves: moves of each particle at each temperature, or "auto" (see `mutation`).
         max_moves: the most that "auto" makes.
         waste_free: keep all moves of N / (num_moves + 1) chains instead of the last of N chains.
-        tune: whether the kernel's step size follows its target acceptance.
+        tune: whether the kernel's step size follows its target acceptance and its metric, where it has one, the
+            variances of the particles; "dense" for their covariance.
         resampling: one of `bayesinf.resampling.SCHEMES`. Only "multinomial" has a variance estimate; "systematic" has a
             little less variance.
         batch_size: particles evaluated at once, to bound memory; None for all.

@@ -172,7 +172,7 @@ class Transformed(Wrapping):
             where = f"the position at {path}" if path else "the position"
             if not hasattr(x, "shape"):
                 raise ValueError(f"transform must be of an array, but {where} is a {type(x).__name__}: give paths")
-            shapes = tuple(transform.inverse_shape(x.shape)), jax.eval_shape(transform, x).shape
+            shapes = tuple(transform.inverse_shape(x.shape)), jax.eval_shape(lambda x, f=transform: f(x), x).shape
             if shapes != (x.shape, x.shape):
                 raise ValueError(
                     f"transform must keep the shape {x.shape} of {where}, {type(transform).__name__} does not"

@@ -14,10 +14,10 @@ import scipy.special as sp
 import scipy.stats
 
 import bayesinf as bi
-from bayesinf import errors, resampling, weights
+from bayesinf import errors, kernels, resampling, weights
 from bayesinf.conformance import FALSE_ALARM, evidence_is_unbiased, mean_p_value
 from bayesinf.kernels import MALA, NUTS, ibis, smc_sampler
-from bayesinf.kernels.mutation import CORRELATION, largest_correlation
+from bayesinf.kernels.mutation import CORRELATION, as_mutation, largest_correlation
 from bayesinf.kernels.smc_sampler import next_temperature
 from bayesinf.target import Target
 
@@ -328,6 +328,67 @@ def test_the_correlation_that_stops_the_moves():
     assert 0 < CORRELATION < 1
 
 
+SCALES = np.array([1.0, 10.0, 100.0])
+CORRELATED = np.linalg.inv(np.outer(SCALES, SCALES) * (0.1 * np.eye(3) + 0.9 * np.ones((3, 3))))
+
+
+@pytest.mark.parametrize("tune", [True, "dense"])
+def test_the_metric_follows_the_particles(tune):
+    """A Gaussian posterior with scales from 1 to 100, correlated for the dense metric, is reached in few moves."""
+    precision = CORRELATED if tune == "dense" else np.diag(SCALES**-2.0)
+    posterior = np.linalg.inv(precision + np.eye(3) / 300.0**2)
+
+    def run(wrap, tune, num_runs):
+        def one(key):
+            return smc_sampler(
+                key,
+                dist.Normal(jnp.zeros(3), 300.0).to_event(1),
+                lambda x, precision: -0.5 * x @ precision @ x,
+                lambda target: wrap(MALA(target, 1.0)),
+                data=jnp.asarray(precision, float),
+                num_particles=500,
+                tune=tune,
+            )
+
+        result = jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(0), num_runs))
+        return result, result.num_moves.sum(axis=1).mean()
+
+    tuned, num = run(kernels.Precondition, tune, 30)
+    _, num_plain = run(lambda kernel: kernel, True, 2)
+    assert 5 * num < num_plain
+    whitened = np.asarray(tuned.particles, np.float64) @ np.linalg.inv(np.linalg.cholesky(posterior)).T
+    assert mean_p_value((whitened**2).mean(axis=1), 1.0) > FALSE_ALARM
+    exact = 0.5 * np.linalg.slogdet(posterior)[1] - 3 * np.log(300.0)
+    assert mean_p_value(np.exp(np.asarray(tuned.log_evidence, np.float64) - exact), 1.0) > FALSE_ALARM
+
+
+def test_the_metric_of_a_population():
+    flat = np.random.default_rng(0).gamma(2.0, size=(40, 3)) @ np.array([[1.0, 0, 0], [5, 1, 0], [0, 0, 1e-4]])
+    population = {"a": jnp.asarray(flat[:, 0]), "b": jnp.asarray(flat[:, 1:])}
+    mutation = lambda tune: as_mutation(  # noqa: E731
+        lambda target: kernels.Precondition(MALA(target, 0.1)),
+        Target(lambda x: -0.5 * x["a"] ** 2 - jnp.sum(x["b"] ** 2)),
+        40,
+        num_moves=1,
+        max_moves=1,
+        waste_free=False,
+        tune=tune,
+        resampling="systematic",
+        batch_size=None,
+    )
+    covariance = np.cov(flat, rowvar=False, bias=True)
+    np.testing.assert_allclose(mutation(True).metric(population), np.diag(covariance), rtol=1e-4)
+    expected = np.where(np.eye(3) == 1, covariance, 40 / 45 * covariance)
+    np.testing.assert_allclose(mutation("dense").metric(population), expected, rtol=1e-3, atol=1e-9)
+    assert mutation(False).metric(population) is None
+    same = {"a": jnp.ones(40), "b": population["b"]}  # of what does not vary nothing is known
+    found = mutation("dense").metric(same)
+    np.testing.assert_array_equal(found[0], [1.0, 0.0, 0.0])
+    assert np.all(np.linalg.eigvalsh(found) > 0)
+    few = mutation("dense").metric(jax.tree.map(lambda leaf: leaf[:2], population))
+    assert np.all(np.linalg.eigvalsh(np.asarray(few, np.float64)) > 0)
+
+
 # ---- what may be passed ----
 
 
@@ -526,6 +587,8 @@ BAD = {
     "num_moves must be a number or": ((NORMAL, gaussian, KERNEL), {"num_moves": "all"}),
     "num_moves must be a number for waste_free": ((NORMAL, gaussian, KERNEL), {"waste_free": True}),
     "multiple of num_moves": ((NORMAL, gaussian, KERNEL), {"waste_free": True, "num_moves": 6}),
+    "tune must be": ((NORMAL, gaussian, KERNEL), {"tune": "diagonal"}),
+    "tune='dense' needs a kernel with a metric, and MALA has none": ((NORMAL, gaussian, KERNEL), {"tune": "dense"}),
     "resampling must be one of": ((NORMAL, gaussian, KERNEL), {"resampling": "best"}),
     "batch_size": ((NORMAL, gaussian, KERNEL), {"batch_size": 0}),
     "key": ((NORMAL, gaussian, KERNEL), {"key": -1}),
@@ -544,3 +607,12 @@ def test_a_model_with_observed_sites_has_its_likelihood():
     target = Target.from_numpyro(numpyro_model, DATA["counts"], wins=DATA["wins"])
     with pytest.raises(ValueError, match="observes"):
         smc_sampler(0, target, log_likelihood, KERNEL, num_particles=100)
+
+
+def test_a_prior_with_parameters_that_are_traced():
+    @jax.jit
+    def run(scale):
+        prior = dist.Normal(jnp.zeros(2), scale).to_event(1)
+        return smc_sampler(0, prior, gaussian, KERNEL, num_particles=20, temperatures=(0.5, 1.0), **FIXED).log_evidence
+
+    assert run(jnp.array(1.0)) != run(jnp.array(3.0))
