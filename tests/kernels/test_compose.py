@@ -216,6 +216,13 @@ def test_step_sizes_keep_their_ratios():
     np.testing.assert_allclose(gibbs.blocks[("x",)].step_size, 2.0)
 
 
+def test_a_kernel_around_one_other_runs_as_it_does():
+    nuts = kernels.NUTS(TARGET, 0.5)
+    for around in (kernels.Jitter, kernels.Precondition, lambda kernel: kernels.Repeat(kernel, 2)):
+        assert around(nuts).is_sequential
+        assert not around(MALA).is_sequential
+
+
 def test_what_is_tuned():
     assert kernels.Cycle([MALA, HMC]).target_acceptance is None  # 0.574 and 0.8
     assert kernels.Cycle([BAOAB]).target_acceptance is None

@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 import bayesinf as bi
 from bayesinf import kernels
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels.energy_error import _scheme
+from bayesinf.kernels.energy_error import _kinetic, _scheme
 
 SPECTRUM = np.array([0.5, 1.0, 1.0, 2.0, 3.0, 4.0])
 TARGET = bi.Target(lambda x, spectrum: -0.5 * jnp.sum(spectrum * x**2), jnp.asarray(SPECTRUM))
@@ -88,6 +88,13 @@ def test_aim_is_the_bias_on_a_round_gaussian(name):
     else:
         # the next order: of the step size, which is largest for the randomized midpoint, b = z^3 / 6
         assert bias / (1 + root(name, [1.0])) < found < bias * (1 + root(name, [1.0]) / 4)
+
+
+@pytest.mark.parametrize("a", [1e-3, 0.03, 0.0999, 0.1001, 1.0, 30.0])
+def test_phi_is_told_to_all_digits(a):
+    """For every friction times step size a, by the series or not."""
+    phi = _kinetic(kernels.Splitting("BAOAB", TARGET, 0.1, a / 0.1))[3]
+    np.testing.assert_allclose(phi, 2 * (a + np.expm1(-a)) / a**2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", KERNELS)
