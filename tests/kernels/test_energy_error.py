@@ -12,7 +12,7 @@ from scipy.optimize import brentq
 import bayesinf as bi
 from bayesinf import kernels
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels.energy_error import _kinetic, _scheme
+from bayesinf.kernels.energy_error import Observed, _kinetic, _scheme
 
 SPECTRUM = np.array([0.5, 1.0, 1.0, 2.0, 3.0, 4.0])
 TARGET = bi.Target(lambda x, spectrum: -0.5 * jnp.sum(spectrum * x**2), jnp.asarray(SPECTRUM))
@@ -128,6 +128,13 @@ def test_start_may_be_far_off(name, step_size):
         0, kernel, jnp.ones((16, SPECTRUM.size)), num_samples=1, num_warmup=1_000, warmup=warmup, progress=False
     )
     assert np.all(np.abs(np.log(np.asarray(draws.tuned.step_size) / root(name, SPECTRUM))) < 0.2)
+
+
+def test_a_step_that_was_lost_halves_the_step_size_at_first():
+    warmup, kernel = kernels.EnergyError(1_000, 0.05), KERNELS["OBABO"][0]
+    lost = Observed(jnp.asarray(0.0), jnp.asarray(6.0), jnp.asarray(True))
+    state = warmup.update(warmup.init(kernel, jnp.zeros(2)), jnp.asarray(0), jnp.zeros(2), lost)
+    np.testing.assert_allclose(state.step_size, kernel.step_size / 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [[0.1, 1.0, 7.0], [[0.1, 0.0, 0.0], [0.5, 1.0, 0.0], [2.0, -3.0, 7.0]]])

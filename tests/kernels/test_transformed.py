@@ -154,6 +154,8 @@ def test_paths_lead_into_the_position():
     assert jax.tree.structure(state.position) == jax.tree.structure(position)
     np.testing.assert_allclose(jnp.exp(state.memory.inner.position["a"][1]), state.position["a"][1], rtol=1e-5)
     np.testing.assert_array_equal(state.memory.inner.position["c"], state.position["c"])
+    fresh = kernel.target.evaluate(state.position, order=1)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4), state.evaluation, fresh)
     # the Jacobians of all paths
     z = state.memory.inner.position
     log_det = z["a"][1] + jax.nn.log_sigmoid(z["b"])
