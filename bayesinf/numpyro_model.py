@@ -1,13 +1,15 @@
 """A NumPyro model as pure functions of (position, data): the atoms of `Target.from_numpyro`.
 
 NumPyro does the work (supports, bijections, Jacobians, dynamic supports); this file separates the array arguments,
-which travel as data, from everything else, which is hashed with the model, so that new data never recompile.
+which travel as data, from everything else, which is hashed with the model, so that new data never recompile. A model
+may look at the values of an array while it is traced, as in `num_groups = int(group.max()) + 1`: then its arrays of
+whole numbers, or if need be all of them, are hashed with the model too.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ class NumPyroModel:
 
     model: Callable[..., Any]
     treedef: Any
-    static: tuple[Any, ...]  # one entry an argument leaf; _ARRAY where the leaf travels as data
+    static: tuple[Any, ...]  # one entry an argument leaf; _ARRAY where it travels as data, _Constant where it does not
 
     @classmethod
     def build(cls, model: Callable[..., Any], args: tuple, kwargs: dict) -> tuple["NumPyroModel", tuple[Array, ...]]:
@@ -40,12 +42,9 @@ class NumPyroModel:
             raise ValueError(f"model must be a function of NumPyro primitives, got {type(model).__name__}")
         leaves, treedef = jax.tree.flatten((args, kwargs))
         leaves = [_plain(leaf) for leaf in leaves]
-        is_array = [isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves]
-        static = tuple(_ARRAY if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
-        data = tuple(leaf for leaf, array in zip(leaves, is_array, strict=True) if array)
-        self = cls(captured(model), treedef, static)
-        latent = self._latent(data)
-        discrete = [name for name, site in latent.items() if site["fn"].support.is_discrete]
+        self, data = cls._split(captured(model), treedef, leaves)
+        latent = {name: site for name, site in self._structure(data).items() if site.is_latent}
+        discrete = [name for name, site in latent.items() if site.is_discrete]
         if discrete:
             raise ValueError(
                 f"latent sites {discrete} are discrete, and a gradient kernel moves continuous sites only; "
@@ -55,10 +54,40 @@ class NumPyroModel:
             raise ValueError(f"model {getattr(model, '__name__', model)!r} has no latent site: nothing to infer")
         return self, data
 
+    @classmethod
+    def _split(
+        cls, model: Callable[..., Any], treedef: Any, leaves: list[Any]
+    ) -> tuple["NumPyroModel", tuple[Array, ...]]:
+        """The model with as few constants as it can be traced with, and the other arrays."""
+        arrays = [leaf for leaf in leaves if isinstance(leaf, np.ndarray | jax.Array)]
+        whole = [leaf for leaf in arrays if not jnp.issubdtype(leaf.dtype, jnp.inexact)]
+        for constants in ([], whole, arrays):
+            known = {id(leaf) for leaf in constants if errors.is_concrete(leaf)}
+            travels = [isinstance(leaf, np.ndarray | jax.Array) and id(leaf) not in known for leaf in leaves]
+            data = tuple(leaf for leaf, moves in zip(leaves, travels, strict=True) if moves)
+            static = tuple(
+                _ARRAY if moves else _Constant(leaf) if id(leaf) in known else leaf
+                for leaf, moves in zip(leaves, travels, strict=True)
+            )
+            self = cls(model, treedef, static)
+            try:
+                self._structure(data)
+            except _VALUE_NEEDED as error:
+                refusal = error
+            else:
+                return self, data
+        raise ValueError(
+            "model must be traceable: it asks for the value of something that is known only while it runs. Take "
+            "lax.cond or jnp.where instead of if, and pass sizes as numbers, not computed by jnp from the data"
+        ) from refusal
+
     def call(self, data: tuple[Array, ...]) -> tuple[tuple, dict]:
         """The model's (args, kwargs) with `data` put back."""
         arrays = iter(data)
-        leaves = [next(arrays) if leaf is _ARRAY else leaf for leaf in self.static]
+        leaves = [
+            next(arrays) if leaf is _ARRAY else leaf.array if isinstance(leaf, _Constant) else leaf
+            for leaf in self.static
+        ]
         return jax.tree.unflatten(self.treedef, leaves)
 
     def __call__(self, position: dict[str, Array], data: tuple[Array, ...]) -> Float[Array, ""]:
@@ -74,7 +103,7 @@ class NumPyroModel:
 
     def unconstrain(self, values: dict[str, Array], data: tuple[Array, ...]) -> dict[str, Array]:
         args, kwargs = self.call(data)
-        latent = {name: values[name] for name in self._latent(data)}
+        latent = {name: values[name] for name, site in self._structure(data).items() if site.is_latent}
         return util.unconstrain_fn(self.model, args, kwargs, latent)
 
     def template(self, data: tuple[Array, ...]) -> dict[str, Array]:
@@ -107,6 +136,9 @@ class NumPyroModel:
     def _shapes(self, data: tuple[Array, ...]) -> dict[str, jax.ShapeDtypeStruct]:
         return _shapes_of(self, tuple((leaf.shape, leaf.dtype) for leaf in data))
 
+    def _structure(self, data: tuple[Array, ...]) -> dict[str, "_Site"]:
+        return _structure_of(self, tuple((leaf.shape, leaf.dtype) for leaf in data))
+
     def site_log_probs(self, position: dict[str, Array], data: tuple[Array, ...]) -> dict[str, float]:
         """The log density of each site, latent and observed, summed over the site."""
         args, kwargs = self.call(data)
@@ -115,11 +147,11 @@ class NumPyroModel:
         sites = [(name, site) for name, site in trace.items() if site["type"] == "sample"]
         return {name: float(jnp.sum(site["fn"].log_prob(site["value"]))) for name, site in sites}
 
-    def observed(self, data: tuple[Array, ...]) -> dict[str, np.ndarray]:
-        """The observed sites and their values, which for a factor are empty."""
+    def observed(self, data: tuple[Array, ...]) -> dict[str, Any]:
+        """The observed sites and their values, on the host unless traced; for a factor they are empty."""
         sites = self._trace(data)
         return {
-            name: np.asarray(site["value"])
+            name: np.asarray(site["value"]) if errors.is_concrete(site["value"]) else site["value"]
             for name, site in sites.items()
             if site["type"] == "sample" and site["is_observed"]
         }
@@ -139,16 +171,14 @@ class NumPyroModel:
     def labels(self, data: tuple[Array, ...]) -> tuple[tuple, tuple]:
         """(dims, coords) from the plates around each site, as hashable tuples of pairs."""
         dims, coords = [], {}
-        for name, site in self._trace(data).items():
-            if site["type"] not in ("sample", "deterministic"):
+        for name, site in self._structure(data).items():
+            if not (site.is_sample or site.is_deterministic):
                 continue
-            shape = np.shape(site["value"])
-            event_dim = site["fn"].event_dim if site["type"] == "sample" else 0
-            plates = {frame.dim: frame for frame in site.get("cond_indep_stack", [])}
+            plates = {frame.dim: frame for frame in site.plates}
             names = []
-            for axis in range(len(shape)):
-                frame = plates.get(axis - len(shape) + event_dim)
-                if frame is not None and frame.size == shape[axis]:
+            for axis in range(len(site.shape)):
+                frame = plates.get(axis - len(site.shape) + site.event_dim)
+                if frame is not None and frame.size == site.shape[axis]:
                     names.append(frame.name)
                     coords[frame.name] = tuple(range(frame.size))
                 else:
@@ -163,12 +193,43 @@ class NumPyroModel:
         model = handlers.substitute(handlers.seed(self.model, 0), substitute_fn=init_to_uniform)
         return handlers.trace(model).get_trace(*args, **kwargs)
 
-    def _latent(self, data: tuple[Array, ...]) -> dict[str, Any]:
-        return {
-            name: site
-            for name, site in self._trace(data).items()
-            if site["type"] == "sample" and not site["is_observed"]
-        }
+
+class _Site(NamedTuple):
+    """What is known of a site without any number."""
+
+    is_sample: bool
+    is_deterministic: bool
+    is_observed: bool
+    is_discrete: bool
+    shape: tuple[int, ...]
+    event_dim: int
+    plates: tuple[Any, ...]
+
+    @property
+    def is_latent(self) -> bool:
+        return self.is_sample and not self.is_observed
+
+
+@functools.lru_cache(maxsize=256)
+def _structure_of(model: NumPyroModel, data: tuple[tuple[tuple[int, ...], Any], ...]) -> dict[str, _Site]:
+    """The sites in their order, given shapes and dtypes of the data; traced, so that nothing compiles."""
+    found: dict[str, _Site] = {}
+
+    def look(*data: Array) -> None:
+        for name, site in model._trace(data).items():
+            is_sample = site["type"] == "sample"
+            found[name] = _Site(
+                is_sample=is_sample,
+                is_deterministic=site["type"] == "deterministic",
+                is_observed=is_sample and site["is_observed"],
+                is_discrete=is_sample and bool(site["fn"].support.is_discrete),
+                shape=np.shape(site["value"]),
+                event_dim=site["fn"].event_dim if is_sample else 0,
+                plates=tuple(site.get("cond_indep_stack", ())),
+            )
+
+    jax.eval_shape(look, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in data))
+    return found
 
 
 @functools.lru_cache(maxsize=256)
@@ -176,7 +237,7 @@ def _shapes_of(model: NumPyroModel, data: tuple[tuple[tuple[int, ...], Any], ...
     """Shapes and dtypes of an unconstrained position, given those of the data."""
 
     def position(*data: Array) -> dict[str, Array]:
-        return model.unconstrain({name: site["value"] for name, site in model._latent(data).items()}, data)
+        return model.unconstrain({name: site.get("value") for name, site in model._trace(data).items()}, data)
 
     return jax.eval_shape(position, *(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in data))
 
@@ -209,3 +270,24 @@ class _Array:
 
 
 _ARRAY = _Array()
+_VALUE_NEEDED = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+)
+
+
+class _Constant:
+    """An array that is a part of the model, known by its values."""
+
+    def __init__(self, array: Any):
+        self.array = np.array(array)
+        self.array.flags.writeable = False
+        self.content = (self.array.shape, self.array.dtype, self.array.tobytes())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Constant) and other.content == self.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
