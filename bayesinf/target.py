@@ -64,14 +64,16 @@ class Target(eqx.Module):
 
         Positions are dicts from site name to unconstrained array; `constrain` maps them to the model's space and adds
         its deterministic sites. Array arguments are data (new ones of the same shape compile nothing); other
-        arguments are part of the model. Names of plates become the dims of the draws.
+        arguments are part of the model, and so are arrays whose values decide about its shape, as in
+        `num_groups = int(group.max()) + 1`: new ones compile anew. Names of plates become the dims of the draws.
 
         Args:
             model: a function of NumPyro primitives.
             *args, **kwargs: what the model is called with; observed data among them.
 
         Raises:
-            ValueError: a latent site is discrete, or the model has no latent site; the sites are named.
+            ValueError: a latent site is discrete, or the model has no latent site (the sites are named), or it asks for
+                the value of something that is known only while it runs.
 
         Example:
             >>> import jax, numpyro, numpyro.distributions as dist

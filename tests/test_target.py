@@ -253,6 +253,20 @@ def test_improper_priors_and_factors():
     assert list(tree["observed_data"].data_vars) == list(tree["log_likelihood"].data_vars) == ["y"]
 
 
+def test_observed_sites_have_names_under_jit():
+    """A factor's value is made by the model, and is traced although the data are not."""
+
+    def model(y):
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.factor("penalty", -x)
+        numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
+
+    target = bi.Target.from_numpyro(model, jnp.array([1.0, 2.0]))
+    seen = []
+    jax.jit(lambda: seen.append(sorted(target.model.observed(target.data))))()
+    assert seen == [["penalty", "y"]]
+
+
 def test_log_likelihood_is_numpyros(schools):
     one = jax.tree.map(lambda leaf: leaf[0], schools.init(0, 1))
     pointwise = schools.model.log_likelihood(schools.constrain(one), schools.data)["y"]
@@ -281,3 +295,44 @@ def test_positions_of_another_structure_are_refused(position, match):
     for function in (target.logdensity, target.constrain, bi.kernels.MALA(target, 0.1).init):
         with pytest.raises(ValueError, match=match):
             function(position)
+
+
+def grouped(group, y):
+    with numpyro.plate("groups", int(group.max()) + 1):
+        effect = numpyro.sample("effect", dist.Normal(0.0, 1.0))
+    numpyro.sample("y", dist.Normal(effect[group], 1.0), obs=y)
+
+
+@pytest.mark.parametrize("as_array", [np.array, jnp.array])
+def test_a_model_may_size_its_plates_by_the_data(as_array):
+    y = as_array([0.5, 1.0, -1.0, 2.0])
+    target = bi.Target.from_numpyro(grouped, as_array([0, 1, 1, 2]), y)
+    position = {"effect": jnp.array([0.3, -0.2, 1.0])}
+    expected, _ = log_density(grouped, (np.array([0, 1, 1, 2]), np.asarray(y)), {}, position)
+    np.testing.assert_allclose(jax.jit(lambda t, x: t.logdensity(x))(target, position), expected, rtol=1e-6)
+    assert [leaf.shape for leaf in jax.tree.leaves(target.data)] == [(4,)]  # y still travels
+    other = bi.Target.from_numpyro(grouped, as_array([0, 1, 1, 0]), y)
+    assert other.init(0)["effect"].shape == (4, 2)
+    same = bi.Target.from_numpyro(grouped, as_array([0, 1, 1, 2]), y + 1)
+    assert jax.tree.structure(same) == jax.tree.structure(target) != jax.tree.structure(other)
+
+
+def test_a_model_may_look_at_all_of_its_data():
+    def model(y):
+        scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+        law = dist.Normal if y.max() < 10 else dist.Cauchy
+        numpyro.sample("y", law(0.0, scale), obs=y)
+
+    for y, law in ((np.ones(3), dist.Normal), (np.full(3, 20.0), dist.Cauchy)):
+        target = bi.Target.from_numpyro(model, y)
+        found = target.model.log_likelihood({"scale": jnp.array(2.0)}, target.data)["y"]
+        np.testing.assert_allclose(found, law(0.0, 2.0).log_prob(y), rtol=1e-6)
+
+
+def test_a_model_that_looks_at_its_parameters_is_refused():
+    def model():
+        x = numpyro.sample("x", dist.Normal(0.0, 1.0))
+        numpyro.factor("fold", -x if x > 0 else x)
+
+    with pytest.raises(ValueError, match="model must be traceable"):
+        bi.Target.from_numpyro(model)
