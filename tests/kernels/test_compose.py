@@ -223,6 +223,11 @@ def test_a_kernel_around_one_other_runs_as_it_does():
         assert not around(MALA).is_sequential
 
 
+def test_a_kernel_around_one_other_refreshes_its_velocity():
+    kernel = kernels.Repeat(kernels.GHMC(TARGET, 0.3), 2)
+    assert np.all(kernel.refresh(KEY, kernel.init(POSITION)).velocity["y"] != 0.0)
+
+
 def test_what_is_tuned():
     assert kernels.Cycle([MALA, HMC]).target_acceptance is None  # 0.574 and 0.8
     assert kernels.Cycle([BAOAB]).target_acceptance is None
