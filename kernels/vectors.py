@@ -61,4 +61,6 @@ def dot(left: PyTree, right: PyTree) -> Float[Array, ""]:
 def normals(key: Key[Array, ""], like: PyTree, num: int) -> list[PyTree]:
     """`num` independent standard normal pytrees of the structure of `like`, from one call of the generator."""
     flat, unravel = ravel_pytree(like)
-    return [unravel(row) for row in jax.random.normal(key, (num, flat.size), flat.dtype)]
+    # the barrier keeps XLA from making them anew wherever they are used
+    drawn = jax.lax.optimization_barrier(jax.random.normal(key, (num, flat.size), flat.dtype))
+    return [unravel(row) for row in drawn]
