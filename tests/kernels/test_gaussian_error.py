@@ -102,7 +102,7 @@ def test_an_unstable_kernel_is_said_to_be(name, limit):
 def test_agrees_with_simulation_and_a_wrong_step_size_does_not(name):
     kernel, _ = case(name, closed_forms.gaussian())
     num_steps = 4
-    state = closed_forms._run(kernel, jnp.asarray(closed_forms.MEAN, jnp.float32), num_steps, 40_000)
+    state = closed_forms.run(kernel, jnp.asarray(closed_forms.MEAN, jnp.float32), num_steps, 40_000)
     y = (np.asarray(state.position, np.float64) - closed_forms.MEAN) @ closed_forms.ROTATION
 
     def p_value(h):
@@ -113,13 +113,22 @@ def test_agrees_with_simulation_and_a_wrong_step_size_does_not(name):
     assert p_value(2 * H) < FALSE_ALARM
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_are_refused():
     kernel = case("LMC")[0]
     with pytest.raises(ValueError, match="positive"):
         kernels.gaussian_error(kernel, [1.0, 0.0])
     with pytest.raises(ValueError, match="vector"):
         kernels.gaussian_error(kernel, np.eye(2))
+    with pytest.raises(ValueError, match="at least one eigenvalue"):
+        kernels.gaussian_error(kernel, [])
+    with pytest.raises(ValueError, match="spectrum must be a number or an array of numbers, got 'flat'"):
+        kernels.gaussian_error(kernel, "flat")
     with pytest.raises(ValueError, match="num_steps"):
         kernels.gaussian_error(kernel, SPECTRUM, num_steps=-1)
+    with pytest.raises(ValueError, match="start must be a scalar or one number for each eigenvalue"):
+        kernels.gaussian_error(kernel, SPECTRUM, num_steps=1, start=np.zeros(len(SPECTRUM) + 1))
+    with pytest.raises(ValueError, match="start must be finite"):
+        kernels.gaussian_error(kernel, SPECTRUM, num_steps=1, start=np.nan)
     with pytest.raises(ValueError, match="Metropolis-adjusted"):
         kernels.gaussian_error(kernels.MALA(nowhere, 0.1), SPECTRUM)
