@@ -26,6 +26,7 @@ __all__ = [
     "as_array",
     "as_arrays",
     "as_key",
+    "as_number",
     "check_arguments",
     "check_choice",
     "check_count",
@@ -163,6 +164,16 @@ def as_arrays(name: str, tree: PyTree) -> PyTree:
     return jax.tree_util.tree_map_with_path(convert, tree)
 
 
+def as_number(name: str, value: Any) -> float:
+    """One number known now, as a Python float."""
+    try:
+        if np.ndim(value) == 0 and not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"{name} must be one number known before compilation, got {value!r}")
+
+
 def check_arguments(name: str, function: Callable[..., Any], arguments: str) -> None:
     """A function that can be called with these arguments, named and separated by commas."""
     if not callable(function):
@@ -194,8 +205,11 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
 
 def check_fraction(name: str, value: Any) -> None:
     """Strictly between 0 and 1 in every element; skipped while traced."""
-    if is_concrete(value) and not np.all((np.asarray(value) > 0) & (np.asarray(value) < 1)):
-        raise ValueError(f"{name} must lie in (0, 1), got {np.asarray(value)}")
+    if not is_concrete(value):
+        return
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiuV" or not np.all((array > 0) & (array < 1)):  # V: the floating types of ml_dtypes
+        raise ValueError(f"{name} must lie in (0, 1), got {value}")
 
 
 def check_positive_scalar(name: str, value: Any) -> None:

@@ -110,7 +110,7 @@ def gaussian_error(
             (d,). Velocities start at rest. Not used for the stationary law.
 
     Raises:
-        ValueError: the kernel has no closed form here, or an eigenvalue is not positive.
+        ValueError: the kernel has no closed form here, an eigenvalue is not positive, or `start` not a finite point.
 
     Example:
         >>> import jax.numpy as jnp
@@ -120,9 +120,9 @@ def gaussian_error(
         >>> [round(float(v), 4) for v in error.variance]  # 1 / (1 - h / 2)
         [1.3333, 1.3333]
     """
-    lam = np.atleast_1d(np.asarray(spectrum, np.float64))
-    if lam.ndim != 1:
-        raise ValueError(f"spectrum must be a vector of eigenvalues, got shape {lam.shape}")
+    lam = np.atleast_1d(_numbers("spectrum", spectrum))
+    if lam.ndim != 1 or not lam.size:
+        raise ValueError(f"spectrum must be a vector of at least one eigenvalue, got shape {lam.shape}")
     errors.check_positive("spectrum", lam)
 
     scheme = linear_scheme(kernel, lam)
@@ -141,7 +141,7 @@ def gaussian_error(
             statement = f"unstable: second moments grow by {second_moment_rate:.3g} a step; take a smaller step size"
     else:
         errors.check_count("num_steps", num_steps, minimum=0)
-        mean, variance = _transient(scheme, np.broadcast_to(np.asarray(start, np.float64), lam.shape), num_steps)
+        mean, variance = _transient(scheme, _starting_point(start, lam), num_steps)
         statement = f"{what} after {num_steps} steps from a point at rest"
 
     with np.errstate(over="ignore", invalid="ignore"):
@@ -183,6 +183,22 @@ def linear_scheme(kernel: Any, lam: Float[np.ndarray, " d"]) -> LinearScheme:
         f"gaussian_error knows LMC, RandomizedMidpoint, KineticLangevin, RandomizedMidpointKinetic and Splitting, got "
         f"{type(kernel).__name__}; Metropolis-adjusted kernels have no bias to compute"
     )
+
+
+def _starting_point(start: Any, lam: np.ndarray) -> np.ndarray:
+    point = _numbers("start", start)
+    if point.shape not in ((), lam.shape):
+        raise ValueError(f"start must be a scalar or one number for each eigenvalue, {lam.shape}; got {point.shape}")
+    if not np.all(np.isfinite(point)):
+        raise ValueError(f"start must be finite, got {point}")
+    return np.broadcast_to(point, lam.shape)
+
+
+def _numbers(name: str, values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number or an array of numbers, got {values!r}") from error
 
 
 def _transient(scheme: LinearScheme, start: np.ndarray, num_steps: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,7 @@ It is a proof where (m, M) hold everywhere; measured at some positions they are 
 
 import dataclasses
 import math
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -28,6 +29,9 @@ from bayesinf.kernels.guarantees import guarantee
 __all__ = ["Guaranteed", "guaranteed"]
 
 
+_optional = partial(errors.as_array, is_optional=True, is_floating=True)
+
+
 class Guaranteed(Warmup):
     """Sets a kernel's parameters by `guarantee`, before the first step.
 
@@ -37,11 +41,16 @@ class Guaranteed(Warmup):
     """
 
     eps: Float[Array, ""] = eqx.field(converter=errors.as_array("eps"))
-    m: Float[Array, ""] | None = None
-    M: Float[Array, ""] | None = None
+    m: Float[Array, ""] | None = eqx.field(converter=_optional("m"), default=None)
+    M: Float[Array, ""] | None = eqx.field(converter=_optional("M"), default=None)
 
     def __check_init__(self):
         errors.check_positive_scalar("eps", self.eps)
+        if (self.m is None) != (self.M is None):
+            raise ValueError("m and M must be given together, or neither")
+        if self.m is not None:
+            errors.check_positive_scalar("m", self.m)
+            errors.check_positive_scalar("M", self.M)
 
     def prepare(self, kernel: Any, positions: PyTree, num_warmup: int) -> Any:
         """The kernel with the parameters of the guarantee.
@@ -100,11 +109,7 @@ def guaranteed(eps: ArrayLike, *, m: ArrayLike | None = None, M: ArrayLike | Non
         ...     0, kernel, jnp.zeros((4, 2)), num_samples=100, num_warmup=100, warmup=warmup, progress=False
         ... )
     """
-    if (m is None) != (M is None):
-        raise ValueError("m and M must be given together, or neither")
-    if m is None:
-        return Guaranteed(eps)
-    return Guaranteed(eps, jnp.asarray(m), jnp.asarray(M))
+    return Guaranteed(eps, m, M)  # type: ignore[arg-type]
 
 
 @jax.jit

@@ -141,11 +141,11 @@ def guarantee(
         dim: p, the number of coordinates.
         eps: error as a fraction of sqrt(dim / m), which is no less than the spread of pi around its mode.
         initial_distance: W2 from the starting law to pi; by default sqrt(dim / m), which holds for a start at the mode.
-        friction: gamma; by default sqrt(u (m + M)), where the diffusion's contraction is fastest.
+        friction: gamma, of a kinetic kernel; by default sqrt(u (m + M)), where the diffusion's contraction is fastest.
         inverse_mass: u, the scale of velocities. The chain is taken to start at rest, as `bi.sample` does.
 
     Raises:
-        ValueError: a condition of the theorem is not met; it is named.
+        ValueError: a condition of the theorem is not met, or an argument is of the wrong kind; it is named.
 
     Example:
         >>> from bayesinf import kernels
@@ -157,19 +157,22 @@ def guarantee(
     """
     names = {cls.__name__: cls for cls in _THEOREMS}
     cls: Any = names.get(kernel) if isinstance(kernel, str) else kernel
-    if cls not in _THEOREMS:
+    if not isinstance(cls, type) or cls not in _THEOREMS:
         raise ValueError(f"kernel must be one of {', '.join(names)}, for which a bound is known; got {kernel!r}")
-    errors.check_positive_scalar("eps", eps)
+    eps = errors.as_number("eps", eps)
+    errors.check_positive("eps", eps)
     problem = _problem(m, M, dim, initial_distance)
     g, u = None, None
     if cls in _KINETIC:
-        errors.check_positive_scalar("inverse_mass", inverse_mass)
-        u = float(inverse_mass)  # type: ignore[arg-type]
-        g = math.sqrt(u * (problem.m + problem.M)) if friction is None else float(friction)  # type: ignore[arg-type]
-        errors.check_positive_scalar("friction", g)
+        u = errors.as_number("inverse_mass", inverse_mass)
+        errors.check_positive("inverse_mass", u)
+        g = math.sqrt(u * (problem.m + problem.M)) if friction is None else errors.as_number("friction", friction)
+        errors.check_positive("friction", g)
+    elif friction is not None:
+        raise ValueError(f"friction is a parameter of kinetic kernels, got {friction} for {cls.__name__}; leave it out")
     parameters = () if g is None else (g, u)
 
-    tolerance = float(eps) * math.sqrt(problem.p / problem.m)  # type: ignore[arg-type]
+    tolerance = eps * math.sqrt(problem.p / problem.m)
     h = _fastest(lambda h: min(r.steps_to(tolerance) for r in _THEOREMS[cls](problem, h, *parameters)), problem.M)
     if h is None:
         raise ValueError(f"eps = {eps} is out of reach of double precision for M / m = {problem.M / problem.m:.3g}")
@@ -235,25 +238,25 @@ def wasserstein_bound(
 
 
 def _problem(m: ArrayLike, M: ArrayLike, dim: int, initial_distance: ArrayLike | None) -> Problem:
-    errors.check_positive_scalar("m", m)
-    errors.check_positive_scalar("M", M)
+    low, high = errors.as_number("m", m), errors.as_number("M", M)
+    errors.check_positive("m", low)
+    errors.check_positive("M", high)
     errors.check_count("dim", dim)
-    low, high = float(m), float(M)  # type: ignore[arg-type]
     if low > high:
         raise ValueError(f"m must be at most M, got m = {low}, M = {high}")
     if initial_distance is None:
         return Problem(low, high, dim, math.sqrt(dim / low))  # p = E <grad f, x - mode> >= m E |x - mode|^2
-    distance = float(initial_distance)  # type: ignore[arg-type]
+    distance = errors.as_number("initial_distance", initial_distance)
     if not 0 <= distance < math.inf:
         raise ValueError(f"initial_distance must be finite and at least 0, got {distance}")
     return Problem(low, high, dim, distance)
 
 
 def _fastest(steps_at: Callable[[float], float], M: float) -> float | None:
-    """The step size with the fewest steps: a scan of sizes, refined around the best."""
+    """The step size with the fewest steps, the largest of equals: a scan of sizes, refined around the best."""
     grid = np.log(np.geomspace(1e-14, 10.0, 151) / M)
     steps = np.array([steps_at(math.exp(log_h)) for log_h in grid])
-    best = int(np.argmin(steps))
+    best = len(steps) - 1 - int(np.argmin(steps[::-1]))
     if not np.isfinite(steps[best]):
         return None
     around = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])

@@ -123,7 +123,7 @@ def plan(target: Any, tolerance: ArrayLike, *, position: PyTree = None, key: err
         'BAOAB'
     """
     errors.check_fraction("tolerance", tolerance)
-    fraction = float(tolerance)  # type: ignore[arg-type]
+    fraction = errors.as_number("tolerance", tolerance)
     target = as_target(target)
     if position is None:
         position = jax.tree.map(lambda leaf: leaf[0], target.init(key, num_chains=1))

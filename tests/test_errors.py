@@ -23,6 +23,14 @@ def test_conversions_name_their_field():
     assert num_tested > 20
 
 
+def test_fractions_are_numbers():
+    for value in ("half", None, 0.0, 1.0, float("nan"), [0.5, 2.0]):
+        with pytest.raises(ValueError, match=r"eps must lie in \(0, 1\), got"):
+            errors.check_fraction("eps", value)
+    for value in (0.5, jnp.asarray(0.5, jnp.bfloat16), [0.1, 0.9]):
+        errors.check_fraction("eps", value)
+
+
 def test_arrays():
     assert errors.as_array("step_size")(1).dtype == jnp.result_type(int)
     assert errors.as_array("mean", is_floating=True)([1, 2]).dtype == jnp.result_type(float)

@@ -55,3 +55,19 @@ def test_what_is_not_guaranteed_is_refused():
         bi.guaranteed(0.1, m=1.0)
     with pytest.raises(ValueError, match="eps"):
         bi.guaranteed(0.0)
+    with pytest.raises(ValueError, match="m must be finite and positive"):
+        bi.guaranteed(0.1, m=-1.0, M=1.0)
+    with pytest.raises(ValueError, match="M must be a scalar"):
+        bi.guaranteed(0.1, m=1.0, M=jnp.ones(2))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bounds_are_numbers():
+    with pytest.raises(ValueError, match="m must be a number or an array of numbers, got 'small'"):
+        bi.guaranteed(0.1, m="small", M=1.0)
+
+
+def test_a_tolerance_that_the_start_meets_does_not_freeze_the_chain():
+    kernel = kernels.LMC(rotated(SPECTRUM), step_size=1.0)
+    tuned = bi.guaranteed(1.5).prepare(kernel, jnp.zeros((2, 3)), 1)
+    assert float(tuned.step_size) > 0.05

@@ -219,6 +219,38 @@ def test_units_do_not_matter():
         assert other.bound == pytest.approx(one.bound / 10, rel=1e-2)
 
 
+def test_where_no_step_is_needed_the_largest_step_size_is_taken():
+    for cls in KERNELS:
+        found = kernels.guarantee(cls, m=1.0, M=5.0, dim=3, eps=1.7)
+        assert found.num_steps == 0
+        assert found.bound <= 1.7 * np.sqrt(3)
+        assert found.step_size > 0.05
+        parameters = () if found.friction is None else (found.friction, found.inverse_mass)
+        larger = guarantees._THEOREMS[cls](guarantees.Problem(1.0, 5.0, 3, 3**0.5), 1.5 * found.step_size, *parameters)
+        assert all(recursion.bias > 1.7 * np.sqrt(3) for recursion in larger)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"m": "small"}, "m must be one number known before compilation, got 'small'"),
+        ({"M": [1.0, 2.0]}, r"M must be one number .*got \[1.0, 2.0\]"),
+        ({"eps": None}, "eps must be one number .*got None"),
+        ({"initial_distance": "far"}, "initial_distance must be one number .*got 'far'"),
+        ({"inverse_mass": "heavy"}, "inverse_mass must be one number .*got 'heavy'"),
+        ({"friction": "much"}, "friction must be one number .*got 'much'"),
+        ({"kernel": []}, r"for which a bound is known; got \[\]"),
+        ({"kernel": kernels.KineticLangevin(nowhere, 0.1)}, "for which a bound is known"),
+        ({"kernel": kernels.LMC, "friction": 3.0}, "friction is a parameter of kinetic kernels, got 3.0 for LMC"),
+    ],
+)
+def test_bad_arguments_are_named(changed, message):
+    arguments = {"kernel": "KineticLangevin", "m": 1.0, "M": 10.0, "dim": 2, "eps": 0.1}
+    with pytest.raises(ValueError, match=message):
+        kernels.guarantee(**(arguments | changed))
+
+
 def test_unmet_conditions_are_named():
     lmc = kernels.LMC(nowhere, 0.25)
     with pytest.raises(ValueError, match=r"no guaranteed contraction at step_size = 0.25 .* take step_size <= 0.2"):
