@@ -81,6 +81,8 @@ class Gibbs(Kernel):
         if not isinstance(blocks, Mapping) or not blocks:
             raise ValueError(f"blocks must be a dict from path to kernel with at least one entry, got {blocks!r}")
         paths = [as_path(path) for path in blocks]
+        if len(set(paths)) < len(paths):
+            raise ValueError(f"blocks must have different paths, got {paths}; for two kernels on a block use Cycle")
         if () in paths:
             raise ValueError("blocks must have paths of at least one key; for the whole position use the kernel itself")
         for path, part in zip(paths, blocks.values(), strict=True):

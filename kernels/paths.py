@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from jaxtyping import PyTree
 
 __all__ = ["Path", "as_path", "get", "put"]
@@ -19,9 +21,14 @@ def get(tree: PyTree, path: Path) -> PyTree:
     """What is at `path`.
 
     Raises:
-        ValueError: the path leads nowhere.
+        ValueError: the path leads nowhere, or into an array.
     """
     for depth, key in enumerate(path):
+        if isinstance(tree, np.ndarray | jax.Array):
+            raise ValueError(
+                f"path {path} leads into the array at {path[:depth] or 'the top'} of the position, of shape "
+                f"{tree.shape}; its parts can be blocks only where the position holds them as separate entries"
+            )
         try:
             tree = tree[key]
         except (KeyError, IndexError, TypeError) as error:

@@ -297,7 +297,10 @@ def test_warmup_tunes_a_composition():
         (lambda: kernels.Gibbs({"x": blackjax.nuts(sum, 0.1, jnp.ones(1))}), "no target to condition on"),
         (lambda: kernels.Gibbs({"x": partial(kernels.MALA, step_size=0.1)}), "target is needed"),
         (lambda: kernels.Gibbs({"z": MALA}).init(POSITION), r"path \('z',\) leads nowhere: no 'z' .* \['x', 'y'\]"),
-        (lambda: kernels.Gibbs({("x", "a"): MALA}).init(POSITION), "leads nowhere"),
+        (lambda: kernels.Gibbs({("x", "a"): MALA}).init(POSITION), "leads into the array"),
+        (lambda: kernels.Gibbs({("y", 0): MALA}).init(POSITION), r"into the array at \('y',\) .* separate entries"),
+        (lambda: kernels.Gibbs({("theta", 1): MALA}).init({"theta": (1.0,)}), "leads nowhere"),
+        (lambda: kernels.Gibbs({"x": MALA, ("x",): MALA}), "blocks must have different paths"),
     ],
 )
 def test_bad_input(make, message):
