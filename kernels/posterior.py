@@ -121,7 +121,12 @@ class Posterior(eqx.Module):
         else:
             values = self.prior.constrain(position)
             told = self.likelihood(values) if self.data is None else self.likelihood(values, self.data)
-            terms = jnp.atleast_1d(jnp.asarray(told))
+            try:
+                terms = jnp.atleast_1d(jnp.asarray(told))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"log_likelihood must return a scalar, or a vector with one term for each observation; got {told!r}"
+                ) from error
         return jnp.where(is_finite(position), terms, jnp.nan)
 
     def powered(self, exponents: Float[Array, "..."]) -> Target:
@@ -143,8 +148,8 @@ def as_posterior(prior: Any, log_likelihood: Callable[..., Any] | None, data: Py
     """A Posterior from what the user gave.
 
     Raises:
-        ValueError: the prior is none of the three kinds, has discrete parts, or the likelihood is missing, given twice,
-            or not a scalar or vector of floating point.
+        ValueError: the prior is none of the three kinds, has discrete parts or cannot be sampled, or the likelihood is
+            missing, given twice, takes other arguments, or is not a scalar or vector of floating point.
     """
     checked = as_prior(prior)
     has_observed = isinstance(checked, Model) and bool(checked.observed)
@@ -158,9 +163,14 @@ def as_posterior(prior: Any, log_likelihood: Callable[..., Any] | None, data: Py
             f"log_likelihood must be a function of one draw from the prior, got {log_likelihood!r}; it may be None "
             "only where the prior is Target.from_numpyro of a model with observed sites"
         )
+    if log_likelihood is not None:
+        errors.check_arguments("log_likelihood", log_likelihood, "values" if data is None else "values, data")
     posterior = Posterior(checked, log_likelihood, errors.as_arrays("data", data))
     # by functions, not methods: JAX compares what it traces, and a prior may hold traced parameters
-    position = jax.eval_shape(lambda key: posterior.prior.draw(key), jax.random.key(0))
+    try:
+        position = jax.eval_shape(lambda key: posterior.prior.draw(key), jax.random.key(0))
+    except NotImplementedError as error:
+        raise ValueError("prior must be proper and have a sampler, since particles start from its draws") from error
     errors.check_floating("prior", position)
     terms = jax.eval_shape(lambda position: posterior.log_likelihood(position), position)
     if terms.ndim != 1 or terms.shape[0] == 0 or not jnp.issubdtype(terms.dtype, jnp.floating):

@@ -338,7 +338,7 @@ def warn_of_trouble(num_invalid: Any, acceptance_rates: Any) -> None:
 
 
 def _check_ladder(temperatures: Any) -> Array:
-    ladder = jnp.asarray(temperatures)
+    ladder = errors.as_array("temperatures")(temperatures)
     if ladder.ndim != 1 or ladder.shape[0] == 0 or not jnp.issubdtype(ladder.dtype, jnp.floating):
         raise ValueError(f"temperatures must be a vector of floating point, got {ladder.dtype} of shape {ladder.shape}")
     if errors.is_concrete(ladder):
