@@ -25,7 +25,9 @@ References:
     Beskos, Jasra, Kantas and Thiery (2016), doi:10.1214/15-AAP1113 (adaptive SMC is consistent).
 """
 
-from collections.abc import Callable
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -38,9 +40,15 @@ from bayesinf import errors, weights
 from bayesinf.adaptation import has_metric
 from bayesinf.captured import captured
 from bayesinf.kernel import Kernel
+from bayesinf.kernels.adjusted import Metropolize
 from bayesinf.kernels.foreign import as_kernel
+from bayesinf.kernels.kinetic import KineticLangevin, Splitting
+from bayesinf.kernels.langevin import LMC
 from bayesinf.kernels.lineage import Lineage, descend
+from bayesinf.kernels.mclmc import MCLMC
+from bayesinf.kernels.parallel_midpoint import ParallelMidpoint
 from bayesinf.kernels.parts import check_untied
+from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint, RandomizedMidpointKinetic
 from bayesinf.resampling import SCHEMES, gather, resample
 from bayesinf.target import Target
 
@@ -268,6 +276,14 @@ def as_mutation(
             f"functools.partial(MALA, step_size=0.1), or a kernel with a target; got {mutation!r}"
         )
     check_untied("mutation", kernel)
+    biased = _unadjusted(kernel)
+    if biased:
+        warnings.warn(
+            f"{biased[0]} as a mutation leaves its target invariant only up to a bias of the step size, which the "
+            "particles and the evidence inherit; adjust it with Metropolize, or take one that rejects, as MALA",
+            errors.SamplingWarning,
+            stacklevel=3,
+        )
     can_rebind = isinstance(kernel, Kernel) and hasattr(kernel, "target")
     if not can_rebind and mutation is kernel:
         raise ValueError(
@@ -289,3 +305,27 @@ def as_mutation(
         resampling=resampling,
         batch_size=batch_size,
     )
+
+
+_UNADJUSTED = (
+    LMC,
+    RandomizedMidpoint,
+    ParallelMidpoint,
+    KineticLangevin,
+    RandomizedMidpointKinetic,
+    Splitting,
+    MCLMC,
+)
+
+
+def _unadjusted(part: Any) -> list[str]:
+    """The names of the kernels in `part`, itself or inside of it, that no Metropolis test corrects."""
+    if isinstance(part, _UNADJUSTED):
+        return [type(part).__name__]
+    if isinstance(part, Metropolize):
+        return []
+    if isinstance(part, Kernel):
+        part = [getattr(part, field.name) for field in dataclasses.fields(part)]
+    elif isinstance(part, Mapping):
+        part = list(part.values())
+    return [name for one in part for name in _unadjusted(one)] if isinstance(part, list | tuple) else []

@@ -116,7 +116,8 @@ def smc_sampler(
             as drawn from the prior; returns a scalar, or a vector of terms, which are summed. None where the prior is a
             model with observed sites: they are the likelihood. A new function compiles anew.
         mutation: a function of a target that returns a kernel, such as `functools.partial(MALA, step_size=0.1)`, or a
-            kernel, which is rebound to each pi_t. It must leave its target invariant.
+            kernel, which is rebound to each pi_t. It must leave its target invariant: of one that is known not to, as
+            LMC, a SamplingWarning tells.
         num_particles: N.
         data: a pytree of arrays.
         ess_target: in (0, 1); the share of N at which adaptive temperatures keep the effective sample size.

@@ -612,6 +612,23 @@ def test_bad_arguments_are_named(match):
         smc_sampler(options.pop("key", 0), *args, **{"num_particles": 100, **options})
 
 
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda t: kernels.LMC(t, 0.1), "LMC"),
+        (lambda t: kernels.Repeat(kernels.Splitting("BAOAB", t, 0.1), 2), "Splitting"),
+        (lambda t: kernels.Cycle([kernels.MALA(t, 0.1), kernels.KineticLangevin(t, 0.1)]), "KineticLangevin"),
+    ],
+)
+def test_a_mutation_with_a_bias_is_told_of(build, name):
+    with pytest.warns(
+        errors.SamplingWarning, match=f"{name} as a mutation leaves its target invariant only up to a bias"
+    ):
+        smc_sampler(0, NORMAL, gaussian, build, num_particles=20, temperatures=(0.5, 1.0), **FIXED)
+    adjusted = kernels.Metropolize(kernels.Repeat(kernels.LMC(Target(gaussian), 0.1), 2))
+    smc_sampler(0, NORMAL, gaussian, adjusted, num_particles=20, temperatures=(0.5, 1.0), **FIXED)
+
+
 def test_a_model_with_observed_sites_has_its_likelihood():
     target = Target.from_numpyro(numpyro_model, DATA["counts"], wins=DATA["wins"])
     with pytest.raises(ValueError, match="observes"):
