@@ -40,6 +40,7 @@ STRONG = {
     "BUB": (splitting("BUB"), 2.0),
     "BU, no palindrome": (splitting("BU"), 1.0),
 }
+DEFAULT = ("RandomizedMidpointKinetic", "BAOAB", "UBU", "BU, no palindrome")
 
 WEAK = {
     "LMC": (lambda h: kernels.LMC(TARGET, h), 1.0),
@@ -142,7 +143,9 @@ def order(step_sizes, differences):
     return np.polyfit(np.log(step_sizes), np.log(differences), 1)[0]
 
 
-@pytest.mark.parametrize("name", STRONG)
+@pytest.mark.parametrize(
+    "name", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in STRONG]
+)
 def test_strong_order(name, path, run):
     make, expected = STRONG[name]
     ends = [np.asarray(run(make(h), *random_numbers(path, make(h), h)), np.float64) for h in STEP_SIZES]

@@ -332,7 +332,7 @@ SCALES = np.array([1.0, 10.0, 100.0])
 CORRELATED = np.linalg.inv(np.outer(SCALES, SCALES) * (0.1 * np.eye(3) + 0.9 * np.ones((3, 3))))
 
 
-@pytest.mark.parametrize("tune", [True, "dense"])
+@pytest.mark.parametrize("tune", [pytest.param(True, marks=pytest.mark.slow), "dense"])
 def test_the_metric_follows_the_particles(tune):
     """A Gaussian posterior with scales from 1 to 100, correlated for the dense metric, is reached in few moves."""
     precision = CORRELATED if tune == "dense" else np.diag(SCALES**-2.0)
