@@ -129,9 +129,8 @@ class Mutation(eqx.Module):
             return variances
         num, dim = flat.shape
         covariance = jnp.where(is_flat | is_flat[:, None], 0.0, jnp.cov(flat, rowvar=False, bias=True))
-        shrinkage = max(
-            5 / (num + 5), 10 * dim * float(jnp.finfo(flat.dtype).eps)
-        )  # as much as a Cholesky factor needs
+        least = 10 * dim * float(jnp.finfo(flat.dtype).eps)  # what a Cholesky factor needs
+        shrinkage = max(5 / (num + 5), least)
         shrunk = (1 - shrinkage) * covariance.reshape(dim, dim)
         return jnp.fill_diagonal(shrunk, variances, inplace=False)
 

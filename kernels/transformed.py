@@ -109,9 +109,10 @@ class Transformed(Wrapping):
         if not hasattr(inner, "evaluation"):
             return PartsState(position, Latent(inner, (position, None)))
         evaluation = self.target.evaluate(position, order=int(inner.evaluation.grad is not None))
-        # where no z leads to x, pi is finite perhaps, and yet no chain can start
-        is_reached = jnp.isfinite(inner.evaluation.logdensity)
-        evaluation = evaluation._replace(logdensity=jnp.where(is_reached, evaluation.logdensity, -jnp.inf))
+        # where no z leads to x, pi may be finite, and yet no chain can start
+        logdensity = evaluation.logdensity
+        is_out_of_reach = jnp.isfinite(logdensity) & ~jnp.isfinite(inner.evaluation.logdensity)
+        evaluation = evaluation._replace(logdensity=jnp.where(is_out_of_reach, -jnp.inf, logdensity))
         return SharedState(position, evaluation, Latent(inner, (position, evaluation)))
 
     def refresh(self, key: Key[Array, ""], state: SharedState | PartsState) -> SharedState | PartsState:
