@@ -86,6 +86,8 @@ class Kernel(eqx.Module):
             be adjusted by `Metropolize`.
         is_tied_to_target: whether its state holds draws of the target besides the position, as of replicas; such a
             kernel is no block of `Gibbs`, whose target changes from step to step.
+        is_exact: whether its own steps leave the target invariant; False for a discretised diffusion that no
+            Metropolis test corrects. What a composite is follows from its parts.
 
     Example:
         >>> import equinox as eqx, jax, jax.numpy as jnp
@@ -116,6 +118,7 @@ class Kernel(eqx.Module):
     is_sequential: ClassVar[bool] = False
     is_self_reverse: ClassVar[bool] = False
     is_tied_to_target: ClassVar[bool] = False
+    is_exact: ClassVar[bool] = True
 
     @abc.abstractmethod
     def init(self, position: PyTree) -> Any:

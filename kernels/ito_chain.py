@@ -17,7 +17,7 @@ References:
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -70,6 +70,8 @@ class ItoChain(Kernel):
         >>> draws.num_chains
         4
     """
+
+    is_exact: ClassVar[bool] = False
 
     drift: Callable[..., Any] = eqx.field(static=True, converter=captured)
     diffusion: Callable[..., Any] = eqx.field(static=True, converter=captured)

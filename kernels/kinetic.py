@@ -90,6 +90,7 @@ class KineticLangevin(Kernel):
         (3,)
     """
 
+    is_exact: ClassVar[bool] = False
     is_self_reverse: ClassVar[bool] = True
 
     target: Target = eqx.field(converter=as_target)
@@ -145,6 +146,8 @@ class Splitting(Kernel):
         >>> int(info.num_gradients)
         1
     """
+
+    is_exact: ClassVar[bool] = False
 
     word: str = eqx.field(static=True)
     target: Target = eqx.field(converter=as_target)

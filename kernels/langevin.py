@@ -54,6 +54,7 @@ class LMC(Kernel):
         1
     """
 
+    is_exact: ClassVar[bool] = False
     is_self_reverse: ClassVar[bool] = True
 
     target: Target = eqx.field(converter=as_target)

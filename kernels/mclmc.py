@@ -22,7 +22,7 @@ References:
     Robnik and Seljak (2023), arXiv:2303.18221 (the Langevin form).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -84,6 +84,8 @@ class MCLMC(Kernel):
         >>> bool(jnp.all(draws.tuned.step_size > 1.0))
         True
     """
+
+    is_exact: ClassVar[bool] = False
 
     target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))

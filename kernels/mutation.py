@@ -42,13 +42,8 @@ from bayesinf.captured import captured
 from bayesinf.kernel import Kernel
 from bayesinf.kernels.adjusted import Metropolize
 from bayesinf.kernels.foreign import as_kernel
-from bayesinf.kernels.kinetic import KineticLangevin, Splitting
-from bayesinf.kernels.langevin import LMC
 from bayesinf.kernels.lineage import Lineage, descend
-from bayesinf.kernels.mclmc import MCLMC
-from bayesinf.kernels.parallel_midpoint import ParallelMidpoint
 from bayesinf.kernels.parts import check_untied
-from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint, RandomizedMidpointKinetic
 from bayesinf.resampling import SCHEMES, gather, resample
 from bayesinf.target import Target
 
@@ -306,24 +301,13 @@ def as_mutation(
     )
 
 
-_UNADJUSTED = (
-    LMC,
-    RandomizedMidpoint,
-    ParallelMidpoint,
-    KineticLangevin,
-    RandomizedMidpointKinetic,
-    Splitting,
-    MCLMC,
-)
-
-
 def _unadjusted(part: Any) -> list[str]:
     """The names of the kernels in `part`, itself or inside of it, that no Metropolis test corrects."""
-    if isinstance(part, _UNADJUSTED):
-        return [type(part).__name__]
     if isinstance(part, Metropolize):
         return []
     if isinstance(part, Kernel):
+        if not part.is_exact:
+            return [type(part).__name__]
         part = [getattr(part, field.name) for field in dataclasses.fields(part)]
     elif isinstance(part, Mapping):
         part = list(part.values())

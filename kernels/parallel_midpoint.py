@@ -20,6 +20,8 @@ References:
     Yu and Dalalyan (2024), arXiv:2402.14434.
 """
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -55,6 +57,8 @@ class ParallelMidpoint(Kernel):
         >>> int(info.num_gradients)
         9
     """
+
+    is_exact: ClassVar[bool] = False
 
     target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))

@@ -11,6 +11,8 @@ References:
     Yu, Karagulyan, Dalalyan (2024), arXiv:2306.08494.
 """
 
+from typing import ClassVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,8 @@ class RandomizedMidpoint(Kernel):
         >>> int(info.num_gradients)
         2
     """
+
+    is_exact: ClassVar[bool] = False
 
     target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
@@ -103,6 +107,8 @@ class RandomizedMidpointKinetic(Kernel):
         >>> int(info.num_gradients)
         2
     """
+
+    is_exact: ClassVar[bool] = False
 
     target: Target = eqx.field(converter=as_target)
     step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))

@@ -16,7 +16,7 @@ References:
     Brosse, Durmus and Moulines (2018), arXiv:1811.10072 (what SGLD with a fixed step samples without control variates).
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -87,6 +87,8 @@ class SGLD(Kernel):
         True
     """
 
+    is_exact: ClassVar[bool] = False
+
     target: Minibatch = eqx.field(converter=_as_minibatch)
     step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
     decay: Float[Array, ""] = eqx.field(converter=errors.as_array("decay"), default=0.0)
@@ -152,6 +154,8 @@ class SGHMC(Kernel):
         >>> abs(float(draws.samples.mean()) - 1.0) < 0.1
         True
     """
+
+    is_exact: ClassVar[bool] = False
 
     target: Minibatch = eqx.field(converter=_as_minibatch)
     step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))

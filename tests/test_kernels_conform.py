@@ -149,6 +149,11 @@ def but_slow(name, *names):
 
 
 @pytest.mark.parametrize("name", [*INVARIANT, *UNADJUSTED])
+def test_says_whether_it_is_exact(name):
+    assert (INVARIANT | UNADJUSTED)[name].is_exact == (name in INVARIANT)
+
+
+@pytest.mark.parametrize("name", [*INVARIANT, *UNADJUSTED])
 def test_contract_on_vectors(name):
     # replicas are exchanged although their moves have been undone
     skip = ("divergence",) if name == "ReplicaExchange" else ()

@@ -617,6 +617,7 @@ def test_bad_arguments_are_named(match):
     [
         (lambda t: kernels.LMC(t, 0.1), "LMC"),
         (lambda t: kernels.Repeat(kernels.Splitting("BAOAB", t, 0.1), 2), "Splitting"),
+        (lambda t: kernels.ItoChain(jax.grad(t.logdensity), lambda x: jnp.sqrt(2.0), step_size=0.1), "ItoChain"),
         (lambda t: kernels.Cycle([kernels.MALA(t, 0.1), kernels.KineticLangevin(t, 0.1)]), "KineticLangevin"),
     ],
 )
