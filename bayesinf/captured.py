@@ -15,6 +15,7 @@ import functools
 import hashlib
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Hashable, Iterable
 from pathlib import Path
@@ -26,6 +27,10 @@ import numpy as np
 from jax.core import Tracer
 
 __all__ = ["captured", "current"]
+
+# Equinox warns of arrays in the closure of a transformed function, such as `jax.grad(target.logdensity)`; here they
+# are meant to be constants, and are compared
+warnings.filterwarnings("ignore", r"\s*Possibly assigning a JAX-transformed callable as an attribute on\s+bayesinf\.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +91,9 @@ def captured(function: Any) -> Any:
     is_kernel = hasattr(function, "init") and hasattr(function, "step")  # a plain object
     if isinstance(function, type | eqx.Module | jax.tree_util.Partial) or not (callable(function) or is_kernel):
         return function
-    if isinstance(getattr(function, "__self__", None), eqx.Module | types.ModuleType):
+    # `functools.wraps` gives a transformed method the attributes of the method, `__self__` too
+    is_plain = isinstance(function, types.FunctionType)
+    if not is_plain and isinstance(getattr(function, "__self__", None), eqx.Module | types.ModuleType):
         return function
     values = _look(function)
     if values == _Same(function):
@@ -178,7 +185,8 @@ class _Reader:
             return (_Same(value), self.methods_of(value)) if self.is_own(value) else None
         leaves, treedef = jax.tree.flatten(value)
         if treedef != _LEAF:
-            return (treedef, self.read_all(leaves), self.methods_of(type(value)))
+            # functions in static fields are equal as they were captured; what they read now is looked at here
+            return (treedef, self.read_all(leaves), self.read_all(_functions_in(value)), self.methods_of(type(value)))
         if hasattr(value, "__array__"):
             return self.read(np.asarray(value))
         if hasattr(value, "__wrapped__") and self.is_own(value):
@@ -191,7 +199,7 @@ class _Reader:
         """Closure of a function; of the user's own also defaults, globals, and attributes of modules among them."""
         values = [cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)]
         if not self.is_own(function):
-            return values if "<locals>" in function.__qualname__ else []
+            return values if "<locals>" in function.__code__.co_qualname else []  # not the name that it took over
         values += [value for value in (function.__defaults__, function.__kwdefaults__) if value]
         names = sorted(_names(function.__code__))
         values += [function.__globals__[name] for name in names if name in function.__globals__]
@@ -211,6 +219,19 @@ class _Reader:
         return getattr(thing, "__globals__", self) is self.own or not _is_library(
             getattr(thing, "__module__", None) or ""
         )
+
+
+def _functions_in(tree: Any) -> list[Any]:
+    """The functions that a pytree of modules has captured."""
+    if isinstance(tree, _Captured):
+        return [tree.function]
+    if isinstance(tree, dict | list | tuple):
+        values = list(tree.values()) if isinstance(tree, dict) else list(tree)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        values = [getattr(tree, field.name) for field in dataclasses.fields(tree) if hasattr(tree, field.name)]
+    else:
+        return []
+    return [function for value in values for function in _functions_in(value)]
 
 
 def _look(function: Any) -> Hashable:

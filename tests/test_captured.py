@@ -39,8 +39,15 @@ def by_table(x):
     return TABLE["shift"] * x
 
 
+def by_target(x):
+    return TARGET.logdensity(x)
+
+
 def by_helper(x):
     return -50.0 * jnp.sum(helper(x) ** 2)
+
+
+TARGET = bi.Target(by_number)
 
 
 def set_all(value):
@@ -54,7 +61,7 @@ def mean(target, **options):
     return bi.sample(0, kernel, jnp.zeros(4), num_samples=300, num_warmup=100, progress=False, **options)["x"].mean()
 
 
-@pytest.mark.parametrize("logdensity", [by_array, by_numpy, by_helper])
+@pytest.mark.parametrize("logdensity", [by_array, by_numpy, by_helper, by_target])
 def test_a_posterior_follows_what_its_log_density_reads(logdensity):
     set_all(0.0)
     before = captured(logdensity)
@@ -312,6 +319,22 @@ def test_what_was_made_before_a_change_is_used_as_it_is_now():
     assert abs(after[0] - before[0] - 3.0) < 0.1
     assert abs(after[1] - before[1] - 3.0) < 1e-4
     assert after[2] > 3.0
+    set_all(0.0)
+
+
+def test_the_gradient_of_a_target_is_read():
+    """JAX's transformations take over the names of the method that they are given."""
+
+    def ask():
+        drift = jax.grad(bi.Target(by_number).logdensity)
+        kernel = bi.kernels.ItoChain(drift, lambda x: jnp.sqrt(2.0), step_size=0.005)
+        return captured(drift), bi.sample(0, kernel, jnp.full(4, SHIFT), num_samples=300, progress=False)["x"].mean()
+
+    set_all(0.0)
+    drift, before = ask()
+    set_all(3.0)
+    assert captured(drift) != drift
+    assert abs(ask()[1] - before - 3.0) < 0.1
     set_all(0.0)
 
 

@@ -49,6 +49,21 @@ def test_importing_every_module_is_quiet():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+TRANSFORMED = """
+import jax, jax.numpy as jnp
+import bayesinf as bi
+data = jnp.ones(3)
+target = bi.Target(lambda x, y: -0.5 * jnp.sum((x - y) ** 2), data)
+bi.Target(jax.jit(target.logdensity))
+bi.kernels.ItoChain(jax.grad(target.logdensity), lambda x: 1.0, step_size=0.1)
+"""
+
+
+def test_transformed_functions_are_taken_without_a_warning():
+    done = subprocess.run([sys.executable, "-W", "always", "-c", TRANSFORMED], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def imports_of(name: str) -> set[str]:
     """The modules of this package that a module imports when it is imported itself."""
     imported = set()
