@@ -1,7 +1,7 @@
 """Speed of Langevin kernels: logistic regression with 1000 rows and 100 features, 128 chains.
 
 Every row is one scan in one jit, over the same log density and the same starts. The bound of a kernel is the time of
-its gradients and of its normal numbers, each measured alone in the same run: what is left is the kernel's own doing.
+its gradients and of its random numbers, each measured alone in the same run: what is left is the kernel's own doing.
 """
 
 import functools
@@ -16,7 +16,7 @@ from bayesinf import kernels
 
 NUM_ROWS, NUM_FEATURES, NUM_CHAINS, NUM_STEPS = 1000, 100, 128, 100
 STEP_SIZE = 1e-3
-GRADIENTS, NORMALS = "bare value_and_grad", "bare normals"
+GRADIENTS, NORMALS, UNIFORMS = "bare value_and_grad", "bare normals", "bare uniforms"
 
 
 def logdensity(position, data):
@@ -48,10 +48,10 @@ def run_gradients(data, positions):
     return jax.lax.scan(step, positions, length=NUM_STEPS)
 
 
-@jax.jit
-def run_normals(key, positions):
+@functools.partial(jax.jit, static_argnums=0)
+def run_random(draw, key, positions):
     def step(positions, t):
-        return positions + jax.random.normal(jax.random.fold_in(key, t), positions.shape), None
+        return positions + draw(jax.random.fold_in(key, t), positions.shape), None
 
     return jax.lax.scan(step, positions, jnp.arange(NUM_STEPS))[0]
 
@@ -118,14 +118,16 @@ def run_by_hand(data, key, positions, step_sizes, num_inner=1, keys_by_chain=Tru
 
 
 def share_of_bound(costs, shown):
-    """A note: gradients a second, and the bound over the time, given gradients and normals per coordinate of a step."""
+    """A note: gradients a second, and the bound over the time.
+
+    `costs` are, by name, gradients of a step and its normals and uniforms for each coordinate.
+    """
 
     def note(name, medians):
         if name not in costs:
             return shown(name, medians)
-        num_gradients, num_normals = costs[name]
-        bound = num_gradients * medians[GRADIENTS] + num_normals * medians[NORMALS]
-        rate = num_gradients * NUM_STEPS * NUM_CHAINS / medians[name]
+        bound = sum(num * medians[what] for num, what in zip(costs[name], (GRADIENTS, NORMALS, UNIFORMS), strict=True))
+        rate = costs[name][0] * NUM_STEPS * NUM_CHAINS / medians[name]
         return f"{rate:.3g} gradients/s, {bound / medians[name]:.0%} of the bound"
 
     return note
@@ -136,28 +138,34 @@ def bench_langevin(compare):
     target = bi.Target(logdensity, data)
     h = STEP_SIZE**0.5  # a kinetic step of the same length
     ours = {
-        "LMC": (kernels.LMC(target, STEP_SIZE), 1, 1),
-        "MALA": (kernels.MALA(target, STEP_SIZE), 1, 1),
-        "Barker": (kernels.Barker(target, h), 1, 1),
-        "RandomizedMidpoint": (kernels.RandomizedMidpoint(target, STEP_SIZE), 2, 2),
-        "KineticLangevin": (kernels.KineticLangevin(target, h), 1, 2),
-        "RandomizedMidpointKinetic": (kernels.RandomizedMidpointKinetic(target, h), 2, 4),
-        "BAOAB": (kernels.Splitting("BAOAB", target, h), 1, 1),
-        "OBABO": (kernels.Splitting("OBABO", target, h), 1, 2),
-        "UBU": (kernels.Splitting("UBU", target, h), 1, 4),
-        "BUB": (kernels.Splitting("BUB", target, h), 1, 2),
-        "GHMC": (kernels.GHMC(target, h), 1, 2),
+        "LMC": (kernels.LMC(target, STEP_SIZE), 1, 1, 0),
+        "MALA": (kernels.MALA(target, STEP_SIZE), 1, 1, 0),
+        "Barker": (kernels.Barker(target, h), 1, 1, 1),
+        "RandomizedMidpoint": (kernels.RandomizedMidpoint(target, STEP_SIZE), 2, 2, 0),
+        "ParallelMidpoint, R=4, Q=3": (kernels.ParallelMidpoint(target, STEP_SIZE), 9, 5, 0),
+        "KineticLangevin": (kernels.KineticLangevin(target, h), 1, 2, 0),
+        "RandomizedMidpointKinetic": (kernels.RandomizedMidpointKinetic(target, h), 2, 4, 0),
+        "BAOAB": (kernels.Splitting("BAOAB", target, h), 1, 1, 0),
+        "OBABO": (kernels.Splitting("OBABO", target, h), 1, 2, 0),
+        "UBU": (kernels.Splitting("UBU", target, h), 1, 4, 0),
+        "BUB": (kernels.Splitting("BUB", target, h), 1, 2, 0),
+        "GHMC": (kernels.GHMC(target, h), 1, 2, 0),
+        "MALT, L=4": (kernels.MALT(target, h, num_steps=4), 4, 9, 0),
     }
-    calls = {GRADIENTS: lambda: run_gradients(data, positions), NORMALS: lambda: run_normals(key, positions)}
+    calls = {
+        GRADIENTS: lambda: run_gradients(data, positions),
+        NORMALS: lambda: run_random(jax.random.normal, key, positions),
+        UNIFORMS: lambda: run_random(jax.random.uniform, key, positions),
+    }
     for name, (kernel, *_) in ours.items():
         calls[f"bayesinf {name}"] = lambda kernel=kernel: run_chains(kernel, key, positions)
     costs = {f"bayesinf {name}": cost for name, (_, *cost) in ours.items()}
     if has("blackjax"):
         calls["blackjax mala"] = lambda: run_blackjax(data, key, positions)
-        costs["blackjax mala"] = (1, 1)
+        costs["blackjax mala"] = (1, 1, 0)
 
     def shown(name, medians):
-        count, what = (1, "gradients") if name == GRADIENTS else (NUM_FEATURES, "normals")
+        count, what = (1, "gradients") if name == GRADIENTS else (NUM_FEATURES, name.removeprefix("bare "))
         return f"{count * NUM_STEPS * NUM_CHAINS / medians[name]:.3g} {what}/s"
 
     compare(

@@ -1,6 +1,6 @@
-"""The second run: the same model on new data of the same shape, by each library's own high-level call.
+"""The second run: new data of the same shape, or another step size, by each library's own high-level call.
 
-Every call is given data that were never seen. Whatever compiles again is about as slow warm as at first.
+Every call is given data or a step size that were never seen. Whatever compiles again is about as slow warm as at first.
 """
 
 import jax
@@ -22,51 +22,71 @@ def model(features, response):
     numpyro.sample("response", dist.Normal(features @ weights, 1.0), obs=response)
 
 
-def run_bayesinf(features, response):
-    kernel = bi.kernels.MALA(bi.Target.from_numpyro(model, features, response), step_size=STEP_SIZE)
+def run_bayesinf(features, response, step_size):
+    kernel = bi.kernels.MALA(bi.Target.from_numpyro(model, features, response), step_size=step_size)
     initial = {"weights": jnp.zeros((1, NUM_FEATURES))}
     return bi.sample(0, kernel, initial, num_samples=NUM_SAMPLES, progress=False, throw=False).samples
 
 
-def run_blackjax(features, response):
+def run_blackjax(features, response, step_size):
     import blackjax
     from blackjax.util import run_inference_algorithm
 
     def logdensity(weights):
         return -0.5 * jnp.sum(weights**2) - 0.5 * jnp.sum((response - features @ weights) ** 2)
 
-    algorithm = blackjax.mala(logdensity, STEP_SIZE)
+    algorithm = blackjax.mala(logdensity, step_size)
     start = jnp.zeros(NUM_FEATURES)
     return run_inference_algorithm(jax.random.key(0), algorithm, NUM_SAMPLES, initial_position=start)
 
 
-def numpyro_runner(jit_model_args):
+def numpyro_mcmc(step_size, jit_model_args=False):
     # HMC of one leapfrog step is MALA
-    one_step = HMC(model, step_size=STEP_SIZE, num_steps=1, adapt_step_size=False, adapt_mass_matrix=False)
-    mcmc = MCMC(one_step, num_warmup=0, num_samples=NUM_SAMPLES, progress_bar=False, jit_model_args=jit_model_args)
+    one_step = HMC(model, step_size=step_size, num_steps=1, adapt_step_size=False, adapt_mass_matrix=False)
+    options = {"progress_bar": False, "jit_model_args": jit_model_args}
+    return MCMC(one_step, num_warmup=0, num_samples=NUM_SAMPLES, **options)
 
-    def run(features, response):
-        mcmc.run(jax.random.key(0), features, response)
-        return mcmc.get_samples()
 
-    return run
+def run_numpyro(features, response, step_size):
+    return draw(numpyro_mcmc(step_size), features, response)
+
+
+def draw(mcmc, features, response):
+    mcmc.run(jax.random.key(0), features, response)
+    return mcmc.get_samples()
+
+
+def samplers():
+    calls = {"bayesinf sample": run_bayesinf}
+    if has("blackjax"):
+        calls["blackjax run_inference_algorithm"] = run_blackjax
+    return calls
+
+
+def make_data(rng):
+    features, response = rng.normal(size=(NUM_ROWS, NUM_FEATURES)), rng.normal(size=NUM_ROWS)
+    return jnp.asarray(features, jnp.float32), jnp.asarray(response, jnp.float32)
+
+
+RUN = f"{NUM_SAMPLES} MALA draws, one chain, regression, n={NUM_ROWS}, d={NUM_FEATURES}"
 
 
 def bench_new_data(compare):
     rng = np.random.default_rng(0)
+    calls = samplers()
+    for name, mcmc in {
+        "numpyro MCMC": numpyro_mcmc(STEP_SIZE),
+        "numpyro MCMC, jit_model_args=True": numpyro_mcmc(STEP_SIZE, jit_model_args=True),
+    }.items():
+        calls[name] = lambda features, response, step_size, mcmc=mcmc: draw(mcmc, features, response)
+    compare(f"{RUN}, new data at every call", calls, prepare=lambda: (*make_data(rng), STEP_SIZE))
 
-    def new_data():
-        features = rng.normal(size=(NUM_ROWS, NUM_FEATURES))
-        response = rng.normal(size=NUM_ROWS)
-        return jnp.asarray(features, jnp.float32), jnp.asarray(response, jnp.float32)
 
-    calls = {"bayesinf sample": run_bayesinf}
-    if has("blackjax"):
-        calls["blackjax run_inference_algorithm"] = run_blackjax
-    calls["numpyro MCMC"] = numpyro_runner(jit_model_args=False)
-    calls["numpyro MCMC, jit_model_args=True"] = numpyro_runner(jit_model_args=True)
+def bench_new_step_size(compare):
+    rng = np.random.default_rng(1)
+    data = make_data(rng)
     compare(
-        f"{NUM_SAMPLES} MALA draws, one chain, regression, n={NUM_ROWS}, d={NUM_FEATURES}, new data at every call",
-        calls,
-        prepare=new_data,
+        f"{RUN}, a new step size at every call",
+        samplers() | {"numpyro MCMC": run_numpyro},
+        prepare=lambda: (*data, STEP_SIZE * rng.uniform(0.5, 1.0)),
     )

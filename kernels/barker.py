@@ -16,6 +16,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, PyTree
 
 from bayesinf import errors
@@ -60,27 +61,29 @@ class Barker(Kernel):
     def step(self, key: Key[Array, ""], state: LangevinState) -> tuple[LangevinState, Info]:
         key_noise, key_turn, key_accept = jax.random.split(key, 3)
         (noise,) = normals(key_noise, state.position, 1)
-        turns = _logistics(key_turn, state.position)
         step = combine((jnp.sqrt(2 * self.step_size), noise))
-        # a logistic variable lies below z g with probability 1 / (1 + exp(-z g))
-        step = jax.tree.map(lambda z, g, t: jnp.where(t < z * g, z, -z), step, state.evaluation.grad, turns)
+        step = jax.tree.map(_turned, _uniforms(key_turn, step), step, state.evaluation.grad)
         position = combine((1, state.position), (1, step))
         proposed = LangevinState(position, self.target.evaluate(position, order=1))
 
-        log_back = sum(
-            jnp.sum(jax.nn.softplus(-d * g) - jax.nn.softplus(d * g_new))
-            for d, g, g_new in zip(
-                *map(jax.tree.leaves, (step, state.evaluation.grad, proposed.evaluation.grad)), strict=True
-            )
-        )
-        log_ratio = proposed.evaluation.logdensity - state.evaluation.logdensity + log_back
-        return accept(key_accept, log_ratio, proposed, state, num_gradients=1)
+        log_back = jax.tree.map(_log_back, step, state.evaluation.grad, proposed.evaluation.grad)
+        change = proposed.evaluation.logdensity - state.evaluation.logdensity
+        return accept(key_accept, change + sum(jax.tree.leaves(log_back)), proposed, state, num_gradients=1)
 
 
-def _logistics(key: Key[Array, ""], like: PyTree) -> PyTree:
-    """Independent standard logistic variables in the structure of `like`."""
-    leaves, treedef = jax.tree.flatten(like)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-        treedef, [jax.random.logistic(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+def _uniforms(key: Key[Array, ""], like: PyTree) -> PyTree:
+    flat, unravel = ravel_pytree(like)
+    return unravel(jax.random.uniform(key, flat.shape, flat.dtype))
+
+
+def _turned(uniform: Array, z: Array, g: Array) -> Array:
+    """The step z, with probability 1 / (1 + exp(-z g)), or -z."""
+    small = jnp.exp(-jnp.abs(z * g))
+    return jnp.where(uniform * (1 + small) < jnp.where(z * g > 0, 1, small), z, -z)
+
+
+def _log_back(d: Array, g: Array, g_new: Array) -> Float[Array, ""]:
+    """Sum of softplus(-d g) - softplus(d g_new), with one logarithm for each coordinate."""
+    forth, back = d * g, d * g_new
+    log_ratio = jnp.log((1 + jnp.exp(-jnp.abs(forth))) / (1 + jnp.exp(-jnp.abs(back))))
+    return jnp.sum(jax.nn.relu(-forth) - jax.nn.relu(back) + log_ratio)
