@@ -7,7 +7,7 @@ A warm-up is three pure functions that the driver calls inside its compiled loop
 so it is resumed, checkpointed and vmapped like the chain. `prepare` is called once before, on the host; `observe` is
 there for warm-ups that need more of a step than its info, and `pool` for what chains learn from one another. `StepSize`
 serves every kernel that names a `target_acceptance`; `Window` is Stan's schedule for kernels with a metric as well.
-Both are assembled from BlackJAX's dual averaging, Welford estimator and window schedule.
+Both are assembled from BlackJAX's dual averaging, Welford estimator and window schedule (`windows`).
 
 References:
     Nesterov (2009), doi:10.1007/s10107-007-0149-x; Hoffman and Gelman (2014), arXiv:1111.4246 (dual averaging).
@@ -15,36 +15,19 @@ References:
 """
 
 import abc
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bayesinf import errors, pooling
-from bayesinf.kernel import Kernel, select
+from bayesinf.kernel import Kernel
+from bayesinf.windows import Tuned, Windows, strong
 
 __all__ = ["StepSize", "Tuned", "Warmup", "Window", "default_warmup", "has_metric", "share_step_size"]
-
-
-class Tuned(NamedTuple):
-    """What a warm-up has found for one chain; `Draws.tuned` holds it with a leading axis of chains.
-
-    Attributes:
-        step_size: the step size to use next; a scalar, or one for each of several replicas.
-        inverse_mass_matrix: the metric to use next, the covariance of the target, shape (p, p), or its diagonal, shape
-            (p,), for p coordinates; None where only the step size is tuned.
-        averaging: state of the dual averaging.
-        estimator: state of the running covariance.
-    """
-
-    step_size: Float[Array, "..."]
-    inverse_mass_matrix: Float[Array, "..."] | None = None
-    averaging: PyTree = None
-    estimator: PyTree = None
 
 
 class Warmup(eqx.Module):
@@ -127,17 +110,31 @@ class StepSize(Warmup):
 
     def __check_init__(self):
         errors.check_fraction("target_acceptance", self.target_acceptance)
+        if not jnp.issubdtype(self.num_warmup.dtype, jnp.integer):
+            raise ValueError(f"num_warmup must be a whole number, got {self.num_warmup}")
         if errors.is_concrete(self.num_warmup) and int(self.num_warmup) < 1:
             raise ValueError(f"num_warmup must be at least 1, got {int(self.num_warmup)}")
 
     def init(self, kernel: Any, position: PyTree) -> Tuned:
         dtype = ravel_pytree(position)[0].dtype
         step_size = jnp.asarray(kernel.step_size, dtype)
-        return Tuned(step_size, averaging=_start_averaging(self.target_acceptance, step_size))
+        return Tuned(step_size, averaging=self.restart(step_size))
+
+    def restart(self, step_size: Float[Array, "..."]) -> PyTree:
+        """The averaging that begins at a step size."""
+        init, _, _ = _dual_averaging(self.target_acceptance)
+        return strong(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, step_size.shape), init(step_size)))
 
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
+        _, advance, final = _dual_averaging(self.target_acceptance)
+        rate = info.acceptance_rate
+        if state.step_size.ndim:
+            rate = getattr(info, "acceptance_rates", rate)
+        averaging = advance(state.averaging, rate)
         is_last = step == self.num_warmup - 1
-        return _average(self.target_acceptance, state, info, is_last)
+        step_size = jnp.where(is_last, final(averaging), jnp.exp(averaging.log_step_size))
+        moved = state._replace(step_size=step_size, averaging=averaging)
+        return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), moved, state)
 
     def pooling_steps(self) -> set[int]:
         return pooling.every(int(self.num_warmup)) if self.is_pooled else set()
@@ -157,13 +154,13 @@ class Window(Warmup):
     Args:
         num_warmup: number of steps, that of the run; of fewer than 20 no window fits, and only the step size is tuned.
         target_acceptance: in (0, 1).
-        is_dense: learn the whole covariance rather than its diagonal. Static.
+        is_dense: learn the whole covariance rather than its diagonal.
         is_pooled: learn one metric from the windows of all chains together, and one step size for all of them. With
-            many chains a short warm-up then suffices. Static.
+            many chains a short warm-up then suffices.
 
     Attributes:
-        schedule: of every step, whether its position counts for the metric and whether a window ends; 0 or 1, shape
-            (num_warmup, 2).
+        step_sizes: how the step size is tuned.
+        windows: where the windows lie.
 
     Raises:
         ValueError: an argument is out of range.
@@ -172,7 +169,7 @@ class Window(Warmup):
         >>> import jax.numpy as jnp
         >>> from bayesinf.adaptation import Window
         >>> warmup = Window(1_000, is_dense=True)  # for bi.sample(..., num_warmup=1_000, warmup=warmup)
-        >>> jnp.flatnonzero(warmup.schedule[:, 1]).tolist()
+        >>> [step for step in warmup.windows.ends.tolist() if step >= 0]
         [99, 149, 249, 449, 949]
         >>> sorted(Window(150, is_pooled=True).pooling_steps())  # the window ends after 100 steps
         [50, 100, 150]
@@ -181,72 +178,35 @@ class Window(Warmup):
         Stan reference manual, "Adaptation".
     """
 
-    schedule: Int[Array, "t 2"]
-    target_acceptance: Float[Array, ""]
-    is_dense: bool = eqx.field(static=True)
-    is_pooled: bool = eqx.field(static=True)
+    step_sizes: StepSize
+    windows: Windows
 
     def __init__(
         self, num_warmup: int, target_acceptance: float = 0.8, *, is_dense: bool = False, is_pooled: bool = False
     ):
-        from blackjax.adaptation.window_adaptation import build_schedule
-
-        errors.check_count("num_warmup", num_warmup)
-        self.schedule = jnp.asarray(np.asarray(build_schedule(num_warmup), np.int32).reshape(num_warmup, 2))
-        self.target_acceptance = jnp.asarray(target_acceptance)
-        errors.check_fraction("target_acceptance", self.target_acceptance)
-        self.is_dense = is_dense
-        self.is_pooled = is_pooled
+        self.windows = Windows(num_warmup, is_dense=is_dense, is_pooled=is_pooled)
+        self.step_sizes = StepSize(num_warmup, target_acceptance, is_pooled)  # type: ignore[arg-type]
 
     @property
-    def num_warmup(self) -> int:
-        return self.schedule.shape[0]
+    def num_warmup(self) -> Int[Array, ""]:
+        return self.step_sizes.num_warmup
 
     def init(self, kernel: Any, position: PyTree) -> Tuned:
-        flat, _ = ravel_pytree(position)
-        init_metric, _, _ = _welford(self.is_dense)
-        step_size = jnp.asarray(kernel.step_size, flat.dtype)
-        estimator = _strong(init_metric(flat.size))
-        metric = jnp.eye(flat.size, dtype=flat.dtype) if self.is_dense else jnp.ones_like(flat)
-        return Tuned(step_size, metric, _start_averaging(self.target_acceptance, step_size), estimator)
+        metric, estimator = self.windows.begin(position)
+        return self.step_sizes.init(kernel, position)._replace(inverse_mass_matrix=metric, estimator=estimator)
 
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
-        _, update_metric, end_window = _welford(self.is_dense)
-        is_slow, is_window_end = self._row(step)
-
-        averaged = _average(self.target_acceptance, state, info, step == self.num_warmup - 1)
-        estimator = select(is_slow == 1, update_metric(state.estimator, position), state.estimator)
-        if self.is_pooled:  # windows end in `pool`
-            return averaged._replace(estimator=estimator)
-        ended = end_window(estimator)
-        # a new metric asks for a new step size: the averaging starts again from the present one
-        averaging = _start_averaging(self.target_acceptance, averaged.step_size)
-        restarted = Tuned(averaged.step_size, ended.inverse_mass_matrix, averaging, ended)
-        return select(is_window_end == 1, restarted, averaged._replace(estimator=estimator))
+        averaged = self.step_sizes.update(state, step, position, info)
+        return self.windows.update(averaged, step, position, self.step_sizes.restart)
 
     def is_metric_new(self, step: Int[Array, ""]) -> Bool[Array, ""]:
-        return (self._row(step)[1] == 1) & (not self.is_pooled)
+        return self.windows.is_end(step)
 
     def pooling_steps(self) -> set[int]:
-        if not self.is_pooled:
-            return set()
-        return pooling.every(self.num_warmup) | {int(step) + 1 for step in np.flatnonzero(self.schedule[:, 1])}
+        return self.step_sizes.pooling_steps() | self.windows.pooling_steps()
 
     def pool(self, states: Tuned, step: int) -> Tuned:
-        states = share_step_size(states)
-        if self.schedule[step - 1, 1] == 0:
-            return states
-        _, _, end_window = _welford(self.is_dense)
-        one: Tuned = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), states)
-        merged = pooling.merge_welford(states.estimator.wc_state)
-        ended = _strong(end_window(one.estimator._replace(wc_state=jax.tree.map(jnp.asarray, merged))))
-        averaging = _start_averaging(self.target_acceptance, one.step_size)
-        restarted = Tuned(one.step_size, ended.inverse_mass_matrix, averaging, ended)
-        restarted = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), restarted, one)
-        return pooling.for_all_chains(restarted, states)
-
-    def _row(self, step: Int[Array, ""]) -> Int[Array, " 2"]:
-        return self.schedule[jnp.minimum(step, self.num_warmup - 1)]
+        return self.windows.pool(self.step_sizes.pool(states, step), step, self.step_sizes.restart)
 
 
 def default_warmup(kernel: Any, num_warmup: int) -> Warmup | None:
@@ -294,37 +254,7 @@ def has_metric(kernel: Any) -> bool:
     return isinstance(kernel, Kernel) and kernel.has_metric
 
 
-def _start_averaging(target: Float[Array, ""], step_size: Float[Array, "..."]) -> PyTree:
-    init, _, _ = _dual_averaging(target)
-    return _strong(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, step_size.shape), init(step_size)))
-
-
-def _average(target: Float[Array, ""], state: Tuned, info: Any, is_last: Array) -> Tuned:
-    _, update, final = _dual_averaging(target)
-    rate = (
-        info.acceptance_rate if state.step_size.ndim == 0 else getattr(info, "acceptance_rates", info.acceptance_rate)
-    )
-    averaging = update(state.averaging, rate)
-    step_size = jnp.where(is_last, final(averaging), jnp.exp(averaging.log_step_size))
-    moved = Tuned(step_size, state.inverse_mass_matrix, averaging, state.estimator)
-    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), moved, state)
-
-
-# BlackJAX is imported inside functions: importing it starts the XLA backend
-
-
 def _dual_averaging(target: Float[Array, ""]) -> Any:
-    from blackjax.adaptation.step_size import dual_averaging_adaptation
+    from blackjax.adaptation.step_size import dual_averaging_adaptation  # its import starts the XLA backend
 
     return dual_averaging_adaptation(target)  # type: ignore[arg-type]
-
-
-def _welford(is_dense: bool) -> Any:
-    from blackjax.adaptation.mass_matrix import mass_matrix_adaptation
-
-    return mass_matrix_adaptation(is_diagonal_matrix=not is_dense)
-
-
-def _strong(tree: PyTree) -> PyTree:
-    """Arrays without weak types, so that the loop's carry keeps its types."""
-    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, jnp.result_type(leaf)), tree)

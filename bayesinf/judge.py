@@ -14,7 +14,16 @@ from bayesinf.draws import Draws
 from bayesinf.kernel import Kernel, is_finite
 from bayesinf.target import Target
 
-__all__ = ["check_initial", "check_mesh", "check_start", "check_warmup", "judge", "known_target", "listed"]
+__all__ = [
+    "check_initial",
+    "check_mesh",
+    "check_start",
+    "check_warmup",
+    "describe_initial",
+    "judge",
+    "known_target",
+    "listed",
+]
 
 
 def check_warmup(warmup: Any, kernel: Any, num_warmup: int) -> None:
@@ -54,6 +63,16 @@ def check_initial(kernel: Any, initial: PyTree) -> PyTree:
     if sizes == {0}:
         raise ValueError("initial must hold at least one chain, got a leading axis of length 0")
     return initial
+
+
+def describe_initial(initial: PyTree) -> str:
+    """What `sample` takes the starting positions for: an axis that was forgotten shows in it."""
+    one = jax.tree.map(lambda leaf: jnp.shape(leaf)[1:], initial)
+    num_chains = jax.tree.leaves(initial)[0].shape[0] if jax.tree.leaves(initial) else 0
+    return (
+        f"initial was taken for {num_chains} chains, each at a position of shape {one}; of one position alone make "
+        "one chain by jax.tree.map(lambda leaf: leaf[None], position)"
+    )
 
 
 def check_start(kernel: Any, state: Any) -> None:

@@ -39,10 +39,15 @@ def merge_welford(states: Any) -> Any:
 
         n = sum n_c,   m = sum n_c m_c / n,   M = sum M_c + sum n_c (m_c - m)(m_c - m)^T
 
+    A chain that has not moved at all says nothing of the target, and is left out as long as others have.
+
     Args:
         states: states of BlackJAX's Welford estimator with a leading axis of chains, diagonal or dense.
     """
     means, squares, sizes = (np.asarray(leaf, np.float64) for leaf in (states.mean, states.m2, states.sample_size))
+    has_moved = np.any(squares.reshape(len(squares), -1) != 0, axis=1)
+    if np.any(has_moved):
+        sizes = np.where(has_moved, sizes, 0.0)
     size = np.sum(sizes)
     center = sizes @ means / size
     apart = means - center

@@ -23,7 +23,16 @@ from bayesinf.captured import captured, current
 from bayesinf.checkpoint import Checkpoint, fingerprint
 from bayesinf.diagnostics import SplitRHat
 from bayesinf.draws import Draws, variables
-from bayesinf.judge import check_initial, check_mesh, check_start, check_warmup, judge, known_target, listed
+from bayesinf.judge import (
+    check_initial,
+    check_mesh,
+    check_start,
+    check_warmup,
+    describe_initial,
+    judge,
+    known_target,
+    listed,
+)
 from bayesinf.loop import Chain, Collect, Plan, Runner, program, start
 from bayesinf.progress import Progress
 from bayesinf.store import Memory, Zarr
@@ -130,7 +139,11 @@ def sample(
     plan = Plan(kernel, warmup, Collect(captured(collect), captured(constrain)), tuple(current(list(reducers))))
 
     started = time.perf_counter()
-    chains, shapes = start(plan, key, initial)
+    try:
+        chains, shapes = start(plan, key, initial)
+    except Exception as error:
+        error.add_note(describe_initial(initial))
+        raise
     if throw:
         check_start(kernel, chains.state)
     variables(shapes[0])  # names that collide are told before the run

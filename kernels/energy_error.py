@@ -11,18 +11,22 @@ of the chain and rho the correlation of a step. So a bias b = lam s - 1 has its 
     LMC                        4 b^3 / (1 + b)^2                                                       exact
     Splitting OBABO            4 b^3 / (1 + b)^2                                                       exact
     Splitting BUB              4 (3b)^3 phi
-    Splitting BAOAB            y^3 (1 + eta) (2 - y (1 + eta)),  y = b / (1 + b)                       exact
+    Splitting UBU              4 (3b/2)^3 phi
+    Splitting BAOAB, ABOBA     y^3 (1 + eta) (2 - y (1 + eta)),  y = b / (1 + b)                       exact
     KineticLangevin            (gamma h b)^3 phi / (2 (1 + b))
     RandomizedMidpoint         z^2 (1 - e^(-2z)) / 4,  b = z^3 / 3 / (2 - 2z + z^2 - z^3 / 3)
+    ParallelMidpoint           z^2 (1 - e^(-2z)) / 4,  b = z^2 / (3 R^2) + ... <= its exact bias, z <= 1
     RandomizedMidpointKinetic  (24 gamma h b)^(3/2) phi / 16
 
-to leading order in the step, where eta = e^(-gamma h) and phi = 2 (gamma h - 1 + eta) / (gamma h)^2. BAOAB has no bias
-in x on Gaussians; there b is the bias of OBABO at the same step. The step size is then moved until the mean of
-e^2 / d is V(b),
+to leading order in the step, where eta = e^(-gamma h) and phi = 2 (gamma h - 1 + eta) / (gamma h)^2; for UBU b is the
+size of a bias that is negative. BAOAB and ABOBA have no bias in x on Gaussians; there b is that of OBABO at the same
+step. The step size is then moved until the mean of e^2 / d is V(b),
 
     log h_{t+1} = log h_t - log(1 + a_t (e_t^2 / (d V(b)) - 1)) / q,    a_t = 0.2, from a quarter on 3 / (t - t_0 + 15)
 
 with q the power of h that e^2 / V grows with: h is the root for a mean of e^2 / h^q over the last part of the warm-up.
+Where the metric is learnt too, it is set at the ends of windows that leave the last quarter to the step size, and a
+quarter is one of the steps since the last of them.
 
 Far from the bulk, as after a start with an unstable step, e is larger by about
 
@@ -44,17 +48,21 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from bayesinf import errors, pooling
-from bayesinf.adaptation import Tuned, Warmup, share_step_size
+from bayesinf.adaptation import Tuned, Warmup, has_metric, share_step_size
 from bayesinf.kernel import Evaluation
+from bayesinf.kernels.gaussian_error import parallel_midpoint_scheme
 from bayesinf.kernels.kinetic import KineticLangevin, Splitting
 from bayesinf.kernels.langevin import LMC
+from bayesinf.kernels.parallel_midpoint import ParallelMidpoint
 from bayesinf.kernels.precondition import Precondition
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint, RandomizedMidpointKinetic
 from bayesinf.kernels.vectors import combine, dot
+from bayesinf.windows import Windows
 
 __all__ = ["EnergyError"]
 
@@ -85,16 +93,21 @@ class Observed(NamedTuple):
 
 
 class EnergyError(Warmup):
-    """Tunes the step size of an unadjusted kernel so that variances are biased by a small share.
+    """Tunes an unadjusted kernel: the step size so that variances are biased by a small share, and the metric.
 
-    For LMC, RandomizedMidpoint, KineticLangevin, RandomizedMidpointKinetic, Splitting with the words BAOAB, OBABO and
-    BUB, and `Precondition` of these.
+    For LMC, RandomizedMidpoint, ParallelMidpoint, KineticLangevin, RandomizedMidpointKinetic, Splitting with the words
+    BAOAB, ABOBA, OBABO, UBU and BUB, and `Precondition` of these, whose metric is learnt in windows as `Window` does.
+    UBU and ABOBA spend two more gradients in every step of it, which `num_gradients` does not count.
 
     Args:
         num_warmup: number of steps, that of the run; some hundreds.
         bias: b in (0, 1), the relative bias of the variances that is allowed, in the mean over the directions of a
             Gaussian.
-        is_pooled: find one step size for all chains, the geometric mean of theirs, every 50 steps. Static.
+        is_pooled: find one step size for all chains, the geometric mean of theirs, every 50 steps, and one metric.
+        metric: what `Precondition` learns, "diagonal" or "dense"; "given" keeps the scale that it has.
+
+    Attributes:
+        windows: in which the metric is learnt; None if it is given.
 
     Raises:
         ValueError: an argument is out of range, or the kernel is none of these.
@@ -112,20 +125,33 @@ class EnergyError(Warmup):
         True
     """
 
-    num_warmup: Int[Array, ""] = eqx.field(converter=errors.as_array("num_warmup"))
-    bias: Float[Array, ""] = eqx.field(converter=errors.as_array("bias"), default=0.01)
-    is_pooled: bool = eqx.field(static=True, default=False)
+    num_warmup: Int[Array, ""]
+    bias: Float[Array, ""]
+    is_pooled: bool = eqx.field(static=True)
+    windows: Windows | None
 
-    def __check_init__(self):
-        errors.check_positive_scalar("num_warmup", self.num_warmup)
+    def __init__(self, num_warmup: int, bias: ArrayLike = 0.01, *, is_pooled: bool = False, metric: str = "diagonal"):
+        errors.check_count("num_warmup", num_warmup)
+        errors.check_choice("metric", metric, ("diagonal", "dense", "given"))
+        self.num_warmup = jnp.asarray(num_warmup)
+        self.bias = errors.as_array("bias")(bias)
         errors.check_fraction("bias", self.bias)
+        self.is_pooled = is_pooled
+        self.windows = None
+        if metric != "given":
+            options = {"is_dense": metric == "dense", "is_pooled": is_pooled}
+            self.windows = Windows(num_warmup, num_last=max(50, num_warmup // 4), **options)
 
     def prepare(self, kernel: Any, positions: PyTree, num_warmup: int) -> Any:
         _scheme(kernel, self.bias)  # speaks of a kernel that it does not know
         return kernel
 
     def init(self, kernel: Any, position: PyTree) -> Tuned:
-        return Tuned(jnp.asarray(kernel.step_size, ravel_pytree(position)[0].dtype))
+        tuned = Tuned(jnp.asarray(kernel.step_size, ravel_pytree(position)[0].dtype))
+        if self.windows is None or not has_metric(kernel):
+            return tuned
+        metric, estimator = self.windows.begin(position)
+        return tuned._replace(inverse_mass_matrix=metric, estimator=estimator)
 
     def observe(self, kernel: Any, before: Any, after: Any, info: Any) -> Observed:
         scheme = _scheme(kernel, self.bias)
@@ -135,23 +161,41 @@ class EnergyError(Warmup):
         return Observed(jnp.where(is_lost, 0.0, ratio), jnp.asarray(scheme.order), is_lost)
 
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Observed) -> Tuned:
-        late = jnp.maximum(step - self.num_warmup // 4, 0)
+        settled = self.num_warmup // 4
+        if self.windows is not None and state.inverse_mass_matrix is not None:
+            settled = jnp.maximum(settled, jnp.max(self.windows.ends) + 1)
+        late = jnp.maximum(step - settled, 0)
         rate = 3 / (late + 3 / RATE)
         # a step that was lost counts like one far too long; none changes the step size by more than half
         ratio = jnp.where(info.is_lost, 10 * 2**info.order, info.ratio)
         factor = jnp.minimum(1 + rate * (ratio - 1), 2**info.order) ** (-1 / info.order)
-        return state._replace(step_size=state.step_size * factor.astype(state.step_size.dtype))
+        state = state._replace(step_size=state.step_size * factor.astype(state.step_size.dtype))
+        if self.windows is None or state.inverse_mass_matrix is None:
+            return state
+        return self.windows.update(state, step, position, _no_averaging)
+
+    def is_metric_new(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
+        return True if self.windows is None else self.windows.is_end(step)
 
     def pooling_steps(self) -> set[int]:
-        return pooling.every(int(self.num_warmup)) if self.is_pooled else set()
+        if not self.is_pooled:
+            return set()
+        return pooling.every(int(self.num_warmup)) | (set() if self.windows is None else self.windows.pooling_steps())
 
     def pool(self, states: Tuned, step: int) -> Tuned:
-        return share_step_size(states)
+        states = share_step_size(states)
+        if self.windows is None or states.inverse_mass_matrix is None:
+            return states
+        return self.windows.pool(states, step, _no_averaging)
+
+
+def _no_averaging(step_size: Array) -> None:
+    """What a new metric starts again: nothing, since the step size moves on from where it is."""
 
 
 def _energy_error(kernel: Any, tau: Array, before: Any, after: Any) -> tuple[Float[Array, ""], int]:
     """e, and the number of coordinates; e is divided by R far from the bulk."""
-    old, new = before.evaluation, after.evaluation
+    old, new = (_evaluation(kernel, state) for state in (before, after))
     moved = combine((1, after.position), (-1, before.position))
     change = dot(combine((0.5, old.grad), (0.5, new.grad)), moved)
     g, g_new = _gradient(kernel, old), _gradient(kernel, new)
@@ -160,6 +204,12 @@ def _energy_error(kernel: Any, tau: Array, before: Any, after: Any) -> tuple[Flo
     bent = g - g_new
     distance = (g @ g) * dot(combine((1, old.grad), (-1, new.grad)), moved) / (g.size * (bent @ bent))
     return e / jnp.where(distance > FAR, distance, 1.0), g.size
+
+
+def _evaluation(kernel: Any, state: Any) -> Evaluation:
+    """At the position of a state, where the kernel may not have needed it."""
+    known = getattr(state, "evaluation", None)
+    return kernel.target.evaluate(state.position, order=1) if known is None else known
 
 
 def _gradient(kernel: Any, evaluation: Evaluation) -> Float[Array, " d"]:
@@ -180,7 +230,10 @@ def _scheme(kernel: Any, bias: ArrayLike) -> Scheme:
     match kernel:
         case LMC():
             return Scheme(kernel.step_size, 4 * b**3 / (1 + b) ** 2, 3)
-        case RandomizedMidpoint():
+        case ParallelMidpoint(num_sweeps=num) if num > 2:
+            z = _longest(b, kernel.num_nodes, kernel.num_sweeps)
+            return Scheme(kernel.step_size, -(z**2) * jnp.expm1(-2 * z) / 4, 3)
+        case RandomizedMidpoint() | ParallelMidpoint():
             z = (6 * b) ** (1 / 3)
             for _ in range(10):  # b = 0.1 is met to a millionth
                 z = (3 * b * (2 - 2 * z + z**2 - z**3 / 3)) ** (1 / 3)
@@ -193,18 +246,29 @@ def _scheme(kernel: Any, bias: ArrayLike) -> Scheme:
             return Scheme(tau, (24 * a * b) ** 1.5 * phi / 16, 4.5)
         case Splitting(word="OBABO"):
             return Scheme(_kinetic(kernel)[0], 4 * b**3 / (1 + b) ** 2, 6)
-        case Splitting(word="BUB"):
+        case Splitting(word="BUB" | "UBU"):
             tau, _, _, phi = _kinetic(kernel)
-            return Scheme(tau, 4 * (3 * b) ** 3 * phi, 6)
-        case Splitting(word="BAOAB"):
+            return Scheme(tau, 4 * ((3 if kernel.word == "BUB" else 1.5) * b) ** 3 * phi, 6)
+        case Splitting(word="BAOAB" | "ABOBA"):
             tau, _, eta, _ = _kinetic(kernel)
             y = b / (1 + b)
             return Scheme(tau, y**3 * (1 + eta) * (2 - y * (1 + eta)), 6)
     word = f"({kernel.word!r})" if isinstance(kernel, Splitting) else ""
     raise ValueError(
-        "warmup=EnergyError(...) knows LMC, RandomizedMidpoint, KineticLangevin, RandomizedMidpointKinetic and "
-        f"Splitting with the words BAOAB, OBABO and BUB, got {type(kernel).__name__}{word}"
+        "warmup=EnergyError(...) knows LMC, RandomizedMidpoint, ParallelMidpoint, KineticLangevin, "
+        "RandomizedMidpointKinetic and Splitting with the words BAOAB, ABOBA, OBABO, UBU and BUB, got "
+        f"{type(kernel).__name__}{word}"
     )
+
+
+def _longest(b: Array, num_nodes: int, num_sweeps: int) -> Array:
+    """The z = h lam up to which the exact bias of `ParallelMidpoint` stays below b; at most 1, or sweeps diverge."""
+    grid = np.geomspace(1e-4, 1.0, 65)
+    squared, noise = parallel_midpoint_scheme(grid, 1.0, num_nodes, num_sweeps).second_moment_map()
+    with np.errstate(divide="ignore"):
+        biases = grid * noise[:, 0] / np.maximum(1 - squared[:, 0, 0], 0.0) - 1
+    largest = np.maximum.accumulate(np.abs(biases) + 1e-12 * grid)  # so far, and growing
+    return jnp.exp(jnp.interp(jnp.log(b), np.log(largest), np.log(grid)))
 
 
 def _kinetic(kernel: Any) -> tuple[Array, Array, Array, Array]:

@@ -4,7 +4,7 @@ On pi = N(0, diag(1 / lam)) every scheme is a linear map with Gaussian noise, in
 
     z' = A_U z + n,   n ~ N(0, Q_U),         m' = E[A] m,     S' = E[A S A^T] + E[Q],    S = E[z z^T],
 
-with z = x or (x, v), and U the random time of the randomized midpoint (no U for the others). So the law of the chain,
+with z = x or (x, v), and U the random times of randomized midpoints (no U for the others). So the law of the chain,
 stationary or after n steps from a point, has known moments, and
 
     W2^2 = |E x|^2 + sum_i (sd_i - lam_i^(-1/2))^2.
@@ -29,12 +29,15 @@ from jaxtyping import ArrayLike, Float
 from bayesinf import errors
 from bayesinf.kernels.kinetic import KineticLangevin, Splitting
 from bayesinf.kernels.langevin import LMC
+from bayesinf.kernels.parallel_midpoint import ParallelMidpoint
+from bayesinf.kernels.precondition import Precondition
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint, RandomizedMidpointKinetic
 
-__all__ = ["GaussianError", "LinearScheme", "gaussian_error", "linear_scheme"]
+__all__ = ["GaussianError", "LinearScheme", "gaussian_error", "linear_scheme", "parallel_midpoint_scheme"]
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 _NODES, _WEIGHTS = 0.5 * (_NODES + 1.0), 0.5 * _WEIGHTS  # of the mean over U ~ Uniform(0, 1)
+_MOST_TIMES = 10_000  # of several midpoints, in all combinations
 
 
 class GaussianError(NamedTuple):
@@ -102,8 +105,8 @@ def gaussian_error(
     """The exact error of `kernel` on a Gaussian whose precision has the eigenvalues `spectrum`.
 
     Args:
-        kernel: LMC, RandomizedMidpoint, KineticLangevin, RandomizedMidpointKinetic or Splitting, with concrete
-            parameters; its target is not looked at.
+        kernel: LMC, RandomizedMidpoint, ParallelMidpoint, KineticLangevin, RandomizedMidpointKinetic or Splitting, with
+            concrete parameters; its target is not looked at.
         spectrum: d eigenvalues > 0 of the precision matrix, the Hessian of -log pi.
         num_steps: how many steps from a point; None for the stationary law.
         start: where the chain starts, relative to the mode and in the eigenvectors' coordinates; a scalar or shape
@@ -169,6 +172,8 @@ def linear_scheme(kernel: Any, lam: Float[np.ndarray, " d"]) -> LinearScheme:
             h = float(kernel.step_size)
             z, U = h * lam, _NODES[:, None]
             return _scheme(_WEIGHTS, 1 - z * (1 - z * U), 2 * h * (U * (1 - z) ** 2 + (1 - U)))
+        case ParallelMidpoint():
+            return parallel_midpoint_scheme(lam, float(kernel.step_size), kernel.num_nodes, kernel.num_sweeps)
         case KineticLangevin():
             h, g, u = _parameters(kernel)
             F, C, lag = _free_flow(h, g, u)
@@ -179,9 +184,14 @@ def linear_scheme(kernel: Any, lam: Float[np.ndarray, " d"]) -> LinearScheme:
             return _randomized_midpoint_kinetic(lam, *_parameters(kernel))
         case Splitting():
             return _splitting(kernel.word, lam, *_parameters(kernel))
+        case Precondition():
+            raise ValueError(
+                "kernel is a Precondition, whose error is that of the kernel inside on the spectrum that it sees: pass "
+                "kernel.kernel, and the eigenvalues of L^T H L with L its scale and H the Hessian of -log pi"
+            )
     raise ValueError(
-        f"gaussian_error knows LMC, RandomizedMidpoint, KineticLangevin, RandomizedMidpointKinetic and Splitting, got "
-        f"{type(kernel).__name__}; Metropolis-adjusted kernels have no bias to compute"
+        "gaussian_error knows LMC, RandomizedMidpoint, ParallelMidpoint, KineticLangevin, RandomizedMidpointKinetic "
+        f"and Splitting, got {type(kernel).__name__}; Metropolis-adjusted kernels have no bias to compute"
     )
 
 
@@ -217,6 +227,38 @@ def _transient(scheme: LinearScheme, start: np.ndarray, num_steps: int) -> tuple
         if not scheme.is_gaussian:
             variance = variance - mean**2
     return mean, np.where(np.isfinite(variance), np.maximum(variance, 0.0), np.inf)
+
+
+def parallel_midpoint_scheme(lam: np.ndarray, h: float, num_nodes: int, num_sweeps: int) -> LinearScheme:
+    """One step of `ParallelMidpoint`: its sweeps, on coefficients of x and of the increments of W between the times.
+
+    The moments are polynomials of degree 2 Q - 2 in each of the R times at most: Q Gauss-Legendre nodes are exact.
+    """
+    if num_sweeps**num_nodes > _MOST_TIMES:
+        raise ValueError(
+            f"num_nodes must be smaller: the exact error of ParallelMidpoint is a mean over num_sweeps^num_nodes = "
+            f"{num_sweeps}^{num_nodes} combinations of times, at most {_MOST_TIMES}"
+        )
+    nodes, weights = np.polynomial.legendre.leggauss(num_sweeps)
+    edges = np.arange(num_nodes) / num_nodes
+    grid = np.stack(np.meshgrid(*[0.5 * (nodes + 1.0)] * num_nodes, indexing="ij"), -1).reshape(-1, num_nodes)
+    times = edges + grid / num_nodes  # (k, r)
+    probabilities = np.prod(np.stack(np.meshgrid(*[0.5 * weights] * num_nodes, indexing="ij"), -1), -1).ravel()
+    parts = np.clip(times[:, :, None] - edges, 0.0, 1 / num_nodes)  # a_rj
+    variances = 2 * h * np.diff(times, axis=1, prepend=0.0, append=1.0)
+
+    z = h * lam[:, None, None]
+    # x and W, at the times and at the end
+    free = np.concatenate([np.ones((num_nodes + 1, 1)), np.tri(num_nodes + 1)], axis=1)
+    scheme = []
+    for a, variance in zip(parts, variances, strict=True):
+        points = np.broadcast_to(free[0] * (np.arange(num_nodes + 2) == 0), (len(lam), num_nodes, num_nodes + 2))
+        for _ in range(num_sweeps - 1):
+            points = free[:-1] - z * (a @ points)
+        end = free[-1] - z[..., 0] * points.mean(axis=1)
+        scheme.append((end[:, 0], end[:, 1:] ** 2 @ variance))
+    A, Q = zip(*scheme, strict=True)
+    return _scheme(probabilities, np.stack(A), np.stack(Q))
 
 
 def _randomized_midpoint_kinetic(lam: np.ndarray, h: float, g: float, u: float) -> LinearScheme:

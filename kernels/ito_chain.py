@@ -15,6 +15,7 @@ References:
     Kloeden and Platen (1992), doi:10.1007/978-3-662-12616-5, section 14.1 (simplified weak schemes).
 """
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -87,6 +88,7 @@ class ItoChain(Kernel):
         for name in ("drift", "diffusion"):
             if not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be a function of the position, got {getattr(self, name)!r}")
+            _check_arguments(name, getattr(self, name), self.data is not None)
         if not callable(self.noise):
             errors.check_choice("noise", self.noise, ("gaussian", "rademacher"))
 
@@ -161,6 +163,13 @@ def _times(sigma: Any, noise: PyTree) -> PyTree:
         f"diffusion must return a scalar, a pytree like the position, with shapes {like}, or a matrix of shape "
         f"{(flat.size, flat.size)}; got shapes {shapes}"
     )
+
+
+def _check_arguments(name: str, function: Any, has_data: bool) -> None:
+    function = getattr(function, "function", function)  # as it was before it was captured
+    if _takes_key(function):
+        function = functools.partial(function, key=None)
+    errors.check_arguments(name, function, "position, data" if has_data else "position")
 
 
 def _takes_key(drift: Any) -> bool:

@@ -157,6 +157,11 @@ def _find_mode(target: Target, position: PyTree) -> tuple[PyTree, np.ndarray]:
         value, gradient = _negative(target, unravel(jnp.asarray(x, flat.dtype)))
         return float(value), np.asarray(gradient, np.float64)
 
+    if not all(np.all(np.isfinite(part)) for part in value_and_gradient(np.asarray(flat, np.float64))):
+        raise ValueError(
+            f"position: the log density or its gradient is not finite there. {target.explain(position)} Start the "
+            "search for the mode elsewhere"
+        )
     result = scipy.optimize.minimize(
         value_and_gradient, np.asarray(flat, np.float64), jac=True, method="L-BFGS-B", options={"maxiter": 2_000}
     )

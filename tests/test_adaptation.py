@@ -96,6 +96,14 @@ def test_rate_must_lie_between_zero_and_one(value):
         Window(20, value)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_steps_are_counted_in_whole_numbers():
+    with pytest.raises(ValueError, match=r"num_warmup must be a whole number, got 10\.5"):
+        StepSize(10.5, 0.8)
+    with pytest.raises(ValueError, match="num_warmup must be at least 1"):
+        StepSize(0, 0.8)
+
+
 @pytest.mark.parametrize("is_dense", [False, True])
 @pytest.mark.parametrize("is_pooled", [False, True])
 def test_the_metric_is_renewed_where_its_window_ends(is_dense, is_pooled):

@@ -34,7 +34,7 @@ def learn(is_dense, is_pooled, num_warmup=150):
         states = update(states, jnp.asarray(t), x)
         if t + 1 in warmup.pooling_steps():
             states = jax.tree.map(jnp.asarray, warmup.pool(states, t + 1))
-    return np.asarray(states.inverse_mass_matrix, np.float64), int(np.sum(warmup.schedule[:, 0]))
+    return np.asarray(states.inverse_mass_matrix, np.float64), int(warmup.windows.ends[0] - warmup.windows.first + 1)
 
 
 @pytest.mark.parametrize("is_dense", [False, True])
@@ -73,6 +73,28 @@ def test_merged_welford_is_that_of_the_union():
         np.testing.assert_allclose(covariance, np.diagonal(expected) if is_diagonal else expected, rtol=1e-4, atol=1e-2)
         np.testing.assert_allclose(mean, union.mean(axis=0), rtol=1e-5)
         assert size == 13
+
+
+def test_chains_that_stand_still_are_left_out():
+    from blackjax.adaptation.mass_matrix import welford_algorithm
+
+    init, update, _ = welford_algorithm(True)
+
+    def learn(rows):
+        state = init(2)
+        for row in rows:
+            state = update(state, jnp.asarray(row))
+        return jax.tree.map(jnp.asarray, state)
+
+    rng = np.random.default_rng(0)
+    moving = [learn(rng.normal(size=(5, 2))) for _ in range(3)]
+    still = learn(np.full((5, 2), 1e3))
+
+    def merged(states):
+        return merge_welford(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+    jax.tree.map(np.testing.assert_array_equal, merged([*moving, still]), merged(moving))
+    assert float(merged([still, still]).sample_size) == 10
 
 
 @pytest.fixture(scope="module")

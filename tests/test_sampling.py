@@ -326,6 +326,12 @@ def test_all_forms_of_a_key_agree():
     assert same(typed.samples, run(num_warmup=0, num_samples=5).samples)
 
 
+def test_a_forgotten_axis_of_chains_shows_in_the_error():
+    with pytest.raises(ValueError, match="matmul") as caught:
+        bi.sample(0, bi.kernels.MALA(bi.Target(lambda x: -0.5 * x @ x), 0.1), jnp.zeros(5), num_samples=1)
+    assert "taken for 5 chains, each at a position of shape ()" in caught.value.__notes__[-1]
+
+
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_a_bad_starting_point_is_named(value):
     with pytest.raises(InitializationError, match="chain 1 starts where"):

@@ -22,6 +22,9 @@ def case(name, target=nowhere, h=H):
         return kernels.LMC(target, h), lambda lam: closed_forms.lmc(h, lam)
     if name == "RandomizedMidpoint":
         return kernels.RandomizedMidpoint(target, h), lambda lam: closed_forms.randomized_midpoint(h, lam)
+    if name == "ParallelMidpoint":
+        scheme = lambda lam: closed_forms.parallel_midpoint(h, lam, 3, 3)  # noqa: E731
+        return kernels.ParallelMidpoint(target, h, num_nodes=3, num_sweeps=3), scheme
     if name == "KineticLangevin":
         return kernels.KineticLangevin(target, h, G, U), lambda lam: closed_forms.kinetic(h, lam, G, U)
     if name == "RandomizedMidpointKinetic":
@@ -30,7 +33,7 @@ def case(name, target=nowhere, h=H):
     return kernels.Splitting(name, target, h, G, U), lambda lam: closed_forms.splitting(name, h, lam, G, U)
 
 
-RANDOMIZED = ("RandomizedMidpoint", "RandomizedMidpointKinetic")
+RANDOMIZED = ("RandomizedMidpoint", "ParallelMidpoint", "RandomizedMidpointKinetic")
 NAMES = ("LMC", "KineticLangevin", *RANDOMIZED, "BAOAB", "ABOBA", "OBABO", "OABAO", "UBU", "BUB", "ABO", "BABAOABAB")
 
 
@@ -132,3 +135,7 @@ def test_bad_arguments_are_refused():
         kernels.gaussian_error(kernel, SPECTRUM, num_steps=1, start=np.nan)
     with pytest.raises(ValueError, match="Metropolis-adjusted"):
         kernels.gaussian_error(kernels.MALA(nowhere, 0.1), SPECTRUM)
+    with pytest.raises(ValueError, match=r"pass kernel\.kernel, and the eigenvalues of L\^T H L"):
+        kernels.gaussian_error(kernels.Precondition(kernel), SPECTRUM)
+    with pytest.raises(ValueError, match=r"num_sweeps\^num_nodes = 3\^9 combinations"):
+        kernels.gaussian_error(kernels.ParallelMidpoint(nowhere, 0.1, num_nodes=9), SPECTRUM)

@@ -90,6 +90,10 @@ def test_what_cannot_be_planned_is_refused():
         kernels.plan(rotated(SPECTRUM), 0.1)
     with pytest.raises(ValueError, match="4096"):
         kernels.plan(rotated(SPECTRUM), 0.1, position=jnp.ones(5_000))
+    with pytest.raises(
+        ValueError, match=r"position: the log density or its gradient is not finite there\. .* elsewhere"
+    ):
+        kernels.plan(lambda x: jnp.sum(jnp.log(x) - x), 0.1, position=-jnp.ones(2))
     with pytest.raises(ValueError, match="Hessian"):
         kernels.plan(lambda x: -0.5 * (x[0] - x[1]) ** 2, 0.1, position=jnp.ones(2))
     with pytest.raises(ValueError, match=r"4\.2 standard deviations away"):
