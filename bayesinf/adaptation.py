@@ -118,12 +118,18 @@ class StepSize(Warmup):
     def init(self, kernel: Any, position: PyTree) -> Tuned:
         dtype = ravel_pytree(position)[0].dtype
         step_size = jnp.asarray(kernel.step_size, dtype)
-        return Tuned(step_size, averaging=self.restart(step_size))
+        return self._begin(step_size)
 
-    def restart(self, step_size: Float[Array, "..."]) -> PyTree:
-        """The averaging that begins at a step size."""
+    def restart(self, tuned: Tuned) -> Tuned:
+        """Begins anew, at the average of the step sizes so far."""
+        _, _, final = _dual_averaging(self.target_acceptance)
+        begun = self._begin(final(tuned.averaging))
+        return tuned._replace(step_size=begun.step_size, averaging=begun.averaging)
+
+    def _begin(self, step_size: Float[Array, "..."]) -> Tuned:
         init, _, _ = _dual_averaging(self.target_acceptance)
-        return strong(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, step_size.shape), init(step_size)))
+        averaging = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, step_size.shape), init(step_size))
+        return Tuned(step_size, averaging=strong(averaging))
 
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:
         _, advance, final = _dual_averaging(self.target_acceptance)
@@ -149,7 +155,8 @@ class Window(Warmup):
         metric = n / (n + 5) S + 5 / (n + 5) 10^-3 I
 
     with S the covariance of the n positions of a window, or its diagonal. At the end of a window the metric is set, and
-    the averaging of the step size starts again. For kernels with a metric: HMC, NUTS, and `kernels.Precondition`.
+    the averaging of the step size starts again from what it has found. For kernels with a metric: HMC, NUTS, and
+    `kernels.Precondition`.
 
     Args:
         num_warmup: number of steps, that of the run; of fewer than 20 no window fits, and only the step size is tuned.

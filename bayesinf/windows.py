@@ -86,14 +86,14 @@ class Windows(eqx.Module):
         """Whether a chain sets its metric at this step; where it is learnt together, `pool` does."""
         return jnp.any(step == self.ends) & (not self.is_pooled)
 
-    def update(self, tuned: Tuned, step: Int[Array, ""], position: PyTree, restart: Callable[[Array], PyTree]) -> Tuned:
+    def update(self, tuned: Tuned, step: Int[Array, ""], position: PyTree, restart: Callable[[Tuned], Tuned]) -> Tuned:
         """`tuned` with the position of this step learnt, and at the end of a window with its metric.
 
         Args:
             tuned: with the step size and its averaging after this step.
             step: its number.
             position: where the chain is.
-            restart: the averaging that begins at a step size; a new metric asks for another.
+            restart: begins the averaging of the step size anew; a new metric asks for another.
         """
         _, learn, end = _welford(self.is_dense)
         is_inside = (step >= self.first) & (step <= jnp.max(self.ends))
@@ -101,14 +101,14 @@ class Windows(eqx.Module):
         if self.is_pooled:
             return tuned._replace(estimator=estimator)
         ended = end(estimator)
-        restarted = Tuned(tuned.step_size, ended.inverse_mass_matrix, restart(tuned.step_size), ended)
+        restarted = restart(tuned)._replace(inverse_mass_matrix=ended.inverse_mass_matrix, estimator=ended)
         return select(self.is_end(step), restarted, tuned._replace(estimator=estimator))
 
     def pooling_steps(self) -> set[int]:
         """Numbers of steps after which windows end for all chains together."""
         return {int(step) + 1 for step in np.asarray(self.ends) if step >= 0} if self.is_pooled else set()
 
-    def pool(self, states: Tuned, step: int, restart: Callable[[Array], PyTree]) -> Tuned:
+    def pool(self, states: Tuned, step: int, restart: Callable[[Tuned], Tuned]) -> Tuned:
         """The states of all chains, which have one step size, with one metric for all if a window ends here."""
         if step not in self.pooling_steps():
             return states
@@ -116,7 +116,7 @@ class Windows(eqx.Module):
         one: Tuned = jax.tree.map(lambda leaf: jnp.asarray(leaf[0]), states)
         merged = pooling.merge_welford(states.estimator.wc_state)
         ended = strong(end(one.estimator._replace(wc_state=jax.tree.map(jnp.asarray, merged))))
-        restarted = Tuned(one.step_size, ended.inverse_mass_matrix, restart(one.step_size), ended)
+        restarted = restart(one)._replace(inverse_mass_matrix=ended.inverse_mass_matrix, estimator=ended)
         restarted = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), restarted, one)
         return pooling.for_all_chains(restarted, states)
 

@@ -172,7 +172,7 @@ class EnergyError(Warmup):
         state = state._replace(step_size=state.step_size * factor.astype(state.step_size.dtype))
         if self.windows is None or state.inverse_mass_matrix is None:
             return state
-        return self.windows.update(state, step, position, _no_averaging)
+        return self.windows.update(state, step, position, _as_it_is)
 
     def is_metric_new(self, step: Int[Array, ""]) -> Bool[Array, ""] | bool:
         return True if self.windows is None else self.windows.is_end(step)
@@ -186,11 +186,12 @@ class EnergyError(Warmup):
         states = share_step_size(states)
         if self.windows is None or states.inverse_mass_matrix is None:
             return states
-        return self.windows.pool(states, step, _no_averaging)
+        return self.windows.pool(states, step, _as_it_is)
 
 
-def _no_averaging(step_size: Array) -> None:
+def _as_it_is(tuned: Tuned) -> Tuned:
     """What a new metric starts again: nothing, since the step size moves on from where it is."""
+    return tuned
 
 
 def _energy_error(kernel: Any, tau: Array, before: Any, after: Any) -> tuple[Float[Array, ""], int]:

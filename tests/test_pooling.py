@@ -53,6 +53,22 @@ def test_pooled_metric_has_the_law_of_all_draws_together(is_dense):
     assert min(p_values) > FALSE_ALARM
 
 
+def test_chains_that_agree_tune_the_step_size_as_one_alone():
+    """Over the whole schedule, where the averaging begins anew at the end of a window too."""
+    pooled, alone = Window(150, is_pooled=True), Window(150)
+    kernel = bi.kernels.NUTS(TARGET, 1.0)
+    together = jax.vmap(lambda x: pooled.init(kernel, x))(jnp.zeros((2, DIM)))
+    single = alone.init(kernel, jnp.zeros(DIM))
+    update = jax.jit(jax.vmap(pooled.update, in_axes=(0, None, None, None)))
+    rates = np.random.default_rng(0).beta(8, 2, size=150)
+    for t in range(150):
+        x, info = jax.random.normal(jax.random.key(t), (DIM,)), INFO._replace(acceptance_rate=jnp.asarray(rates[t]))
+        together, single = update(together, jnp.asarray(t), x, info), alone.update(single, jnp.asarray(t), x, info)
+        if t + 1 in pooled.pooling_steps():
+            together = jax.tree.map(jnp.asarray, pooled.pool(together, t + 1))
+        np.testing.assert_allclose(together.step_size, jnp.full(2, single.step_size), rtol=1e-4)
+
+
 def test_merged_welford_is_that_of_the_union():
     """Of samples of different sizes and means."""
     from blackjax.adaptation.mass_matrix import welford_algorithm

@@ -187,6 +187,36 @@ def test_the_metric_is_learnt_and_the_step_size_for_it(name, metric):
     assert mean_p_value(np.asarray(ratios)[:, None], np.ones(1)) > FALSE_ALARM
 
 
+def test_the_metric_is_renewed_where_its_window_ends():
+    """What is applied at the window ends alone makes the same chain, bit for bit, as applying it after every step."""
+
+    class EveryStep(kernels.EnergyError):
+        def is_metric_new(self, step):
+            return True
+
+    kernel = kernels.Precondition(KERNELS["BAOAB"][0])
+    draws = [
+        bi.sample(0, kernel, jnp.ones((2, 6)), num_samples=5, num_warmup=160, progress=False, warmup=warmup)
+        for warmup in (kernels.EnergyError(160, metric="dense"), EveryStep(160, metric="dense"))
+    ]
+    np.testing.assert_array_equal(draws[0]["x"], draws[1]["x"])
+    assert not np.array_equal(draws[0].tuned.inverse_mass_matrix[0], np.eye(6))
+
+
+@pytest.mark.parametrize("has_metric", [False, True])
+def test_gains_fall_once_the_metric_is_set(has_metric):
+    """log h moves by -log(1 + a (ratio - 1)) / q, with a = 0.2 until a quarter of the steps, or the last window."""
+    warmup, kernel = kernels.EnergyError(1_000), KERNELS["OBABO"][0]
+    kernel = kernels.Precondition(kernel) if has_metric else kernel
+    last = 1_000 // 4 if not has_metric else int(warmup.windows.ends.max()) + 1
+    assert last == (750 if has_metric else 250)
+    state = warmup.init(kernel, jnp.zeros(6))
+    observed = Observed(jnp.asarray(1.5), jnp.asarray(6.0), jnp.asarray(False))
+    for step, gain in ((last - 1, 0.2), (last, 0.2), (last + 30, 3 / 45)):
+        moved = warmup.update(state, jnp.asarray(step), jnp.ones(6), observed)
+        np.testing.assert_allclose(moved.step_size / state.step_size, (1 + gain / 2) ** (-1 / 6), rtol=1e-6)
+
+
 def test_the_metric_is_learnt_together():
     target = bi.Target(lambda x: -0.5 * jnp.sum((x / jnp.asarray(WIDTHS)) ** 2))
     kernel = kernels.Precondition(at("BAOAB", 0.01).with_target(target))
