@@ -232,15 +232,25 @@ def invert64(masses: Float[Array, " n"], points: Float[Array, "..."]) -> Int[Arr
     """The index of positive mass at which the cumulative masses, over their sum, pass each point in (0, 1).
 
     A parallel sum is flat at a mass of zero only up to rounding; where a point falls between, with probability 1e-16,
-    the largest mass takes its place. Only to be used inside `with jax.enable_x64(True)`.
+    largest mass takes its place. Only to be used inside `with jax.enable_x64(True)`.
     """
+    return inverse64(masses)(points)
+
+
+def inverse64(masses: Float[Array, " n"]) -> Callable[[Float[Array, "..."]], Int[Array, "..."]]:
+    """`invert64` of these masses, as a function of the points: they are cumulated once."""
     with jax.enable_x64(True):
         sums = _cumulate(jnp.add, jnp.cumsum, masses.astype(jnp.float64))
-        total = sums[-1]
-        indices = jnp.searchsorted(sums / jnp.where(total > 0, total, 1.0), points, side="right", method="scan")
-        indices = jnp.minimum(indices, masses.shape[0] - 1)
+        shares = sums / jnp.where(sums[-1] > 0, sums[-1], 1.0)
         largest = jax.lax.argmax(masses.astype(jnp.float32), 0, jnp.int32)
-        return jnp.where(masses[indices] > 0, indices, largest).astype(jnp.int32)
+
+    def invert(points: Float[Array, "..."]) -> Int[Array, "..."]:
+        with jax.enable_x64(True):
+            indices = jnp.searchsorted(shares, points, side="right", method="scan")
+            indices = jnp.minimum(indices, masses.shape[0] - 1)
+            return jnp.where(masses[indices] > 0, indices, largest).astype(jnp.int32)
+
+    return invert
 
 
 def _draw(scheme: Callable[..., Array], key, log_weights: Array, num_samples: int) -> Array:

@@ -10,6 +10,8 @@ with m_t the transition density, also where the filter moved its particles by an
     "mcmc"    one independent Metropolis-Hastings step from the ancestor of x with proposals from W_{t-1}: a constant
               cost for every x. It leaves the backward law invariant and its start is a draw from it, so estimates stay
               consistent; each step breaks up part of the genealogy, more where m_t is flat in its first argument.
+    "reject"  proposals from W_{t-1}, accepted by m_t over its bound; the same law as "exact", one density a proposal,
+              at a cost that depends on how much m_t overlaps with W_{t-1} (`rejection`).
     "auto"    exact while that takes at most 2**22 densities a time step (N = 2048 for a whole population, any number of
               particles for a single path), else mcmc.
 
@@ -20,6 +22,7 @@ References:
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -29,11 +32,12 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bayesinf import errors, resampling, weights
 from bayesinf.kernels.particle_filter import FilterResult, History
+from bayesinf.kernels.rejection import Counts, draw_by_rejection
 from bayesinf.models.state_space import StateSpaceModel, log_prob
 
-__all__ = ["BACKWARD_METHODS", "backward_sample", "draw_backward"]
+__all__ = ["BACKWARD_METHODS", "backward_sample", "draw_backward", "draw_counted"]
 
-BACKWARD_METHODS = ("auto", "exact", "mcmc")
+BACKWARD_METHODS = ("auto", "exact", "mcmc", "reject")
 
 _AUTO_DENSITIES = 2**22  # what "auto" spends on the exact law at one time step
 _TILE = 2**20  # densities held in memory at once
@@ -58,7 +62,7 @@ def backward_sample(
         model: the model that was filtered.
         filtered: of `particle_filter(..., store="full")`.
         num_paths: how many paths.
-        method: "exact", "mcmc" or "auto"; see `draw_backward`.
+        method: "exact", "mcmc", "reject" or "auto"; see `draw_backward`.
         throw: whether to raise if the filter lost its weights; else its last particles stand for what is not known.
 
     Returns:
@@ -140,13 +144,13 @@ def draw_backward(
             ancestor independent over draws, and the answer of any method for a particle that nothing at t - 1 could
             have moved to.
         num_draws: m >= 1.
-        method: "exact", "mcmc" or "auto".
+        method: "exact", "mcmc", "reject" or "auto".
 
     Returns:
         Indices in [0, N), int32, of shape (n, m).
 
     Raises:
-        ValueError: `method` is unknown, or `num_draws` no whole number of at least 1.
+        ValueError: `method` is unknown, or `num_draws` no whole number of at least 1, or "reject" has no bound.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -162,24 +166,59 @@ def draw_backward(
     References:
         Dau and Chopin (2023), doi:10.1214/23-EJS2173.
     """
+    return draw_counted(key, model, particles_prev, log_weights_prev, particles, t, ancestors, num_draws, method)[0]
+
+
+def draw_counted(
+    key: Key[Array, ""],
+    model: StateSpaceModel,
+    particles_prev: PyTree,
+    log_weights_prev: Float[Array, " N"],
+    particles: PyTree,
+    t: Int[Array, ""],
+    ancestors: Int[Array, " n"],
+    num_draws: int = 1,
+    method: str = "auto",
+) -> tuple[Int[Array, "n m"], Counts]:
+    """`draw_backward`, and what it cost."""
     errors.check_choice("method", method, BACKWARD_METHODS)
     errors.check_count("num_draws", num_draws)
     num, num_prev = ancestors.shape[0], log_weights_prev.shape[0]
     if method == "auto":
         method = "exact" if num * num_prev <= _AUTO_DENSITIES else "mcmc"
-    draw = _draw_exact if method == "exact" else _draw_mcmc
-    arrays = (particles_prev, weights.clean(log_weights_prev), particles, ancestors)
-    return draw(key, model, *jax.lax.stop_gradient(arrays), t, num_draws)
+    particles_prev, log_weights_prev, particles, ancestors = jax.lax.stop_gradient(
+        (particles_prev, weights.clean(log_weights_prev), particles, ancestors)
+    )
+    none, all_of_them = jnp.zeros((), jnp.int32), jnp.asarray(num * num_draws, jnp.int32)
+    if method == "mcmc":
+        indices = _draw_mcmc(key, model, particles_prev, log_weights_prev, particles, ancestors, t, num_draws)
+        return indices, Counts(num_proposals=all_of_them, num_exact=none)
+
+    draw_row = _exact_row(model, particles_prev, log_weights_prev, t)
+    if method == "reject":
+
+        def draw_exact(keys: Array, rows: Int[Array, " b"]) -> Int[Array, " b"]:
+            x = resampling.gather(particles, rows)
+            return jax.vmap(lambda key, x, ancestor: draw_row(key, x, ancestor, 1)[0])(keys, x, ancestors[rows])
+
+        return draw_by_rejection(key, model, particles_prev, log_weights_prev, particles, t, num_draws, draw_exact)
+
+    rows = (jax.random.split(key, num), particles, ancestors)
+    batch_size = max(1, min(num, _TILE // num_prev))
+    indices = jax.lax.map(lambda row: draw_row(*row, num_draws), rows, batch_size=batch_size)
+    return indices, Counts(num_proposals=none, num_exact=all_of_them)
 
 
-def _draw_exact(key, model, particles_prev, log_weights_prev, particles, ancestors, t, num_draws):
-    num, num_prev = ancestors.shape[0], log_weights_prev.shape[0]
+def _exact_row(
+    model: StateSpaceModel, particles_prev: PyTree, log_weights_prev: Float[Array, " N"], t: Int[Array, ""]
+) -> Callable[..., Int[Array, " m"]]:
+    """Draws from the categorical law of one particle."""
+    num_prev = log_weights_prev.shape[0]
     width = math.isqrt(num_prev - 1) + 1  # of a block, about sqrt(N)
     num_blocks = -(-num_prev // width)
     padding = num_blocks * width - num_prev
 
-    def draw_row(row):
-        key, x, ancestor = row
+    def draw_row(key: Array, x: PyTree, ancestor: Array, num_draws: int) -> Array:
         log_transition = jax.vmap(lambda x_prev: log_prob(model.transition(x_prev, t), x))(particles_prev)
         log_masses = weights.clean(log_weights_prev + log_transition)
         largest = jnp.max(log_masses)
@@ -193,8 +232,7 @@ def _draw_exact(key, model, particles_prev, log_weights_prev, particles, ancesto
             place = jax.vmap(resampling.invert64)(blocks[block], u_place)
         return jnp.where(is_possible, block * width + place, ancestor)
 
-    rows = (jax.random.split(key, num), particles, ancestors)
-    return jax.lax.map(draw_row, rows, batch_size=max(1, min(num, _TILE // num_prev)))
+    return draw_row
 
 
 def _draw_mcmc(key, model, particles_prev, log_weights_prev, particles, ancestors, t, num_draws):

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bayesinf import errors
 from bayesinf.captured import captured, current
-from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
+from bayesinf.kernels.backward import BACKWARD_METHODS, draw_counted
 from bayesinf.kernels.cloud import Cloud, scan_steps
 from bayesinf.kernels.particle_filter import (
     check_proposal,
@@ -39,6 +39,7 @@ from bayesinf.kernels.particle_filter import (
     weigh,
     weigh_initial,
 )
+from bayesinf.kernels.rejection import Counts
 from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, sample
 from bayesinf.resampling import SCHEMES, gather
 from bayesinf.weights import compensated_sum, ess, normalize
@@ -89,6 +90,9 @@ class ParisResult(NamedTuple):
         log_evidence: log Zhat of the filter; Zhat is unbiased for p(y_{0:T-1}).
         ess: effective sample size of the filter's weights at every t.
         num_invalid: how many log weights were NaN or +inf at t; they count as weights of zero.
+        num_proposals: indices that backward draws proposed on the way to t, accepted or not; none for "exact".
+        num_exact: backward draws on the way to t that looked at all particles; for "reject", those that were not served
+            in time.
     """
 
     estimate: PyTree
@@ -96,6 +100,8 @@ class ParisResult(NamedTuple):
     log_evidence: Float[Array, ""]
     ess: Float[Array, " t"]
     num_invalid: Int[Array, " t"]
+    num_proposals: Int[Array, " t"]
+    num_exact: Int[Array, " t"]
 
 
 def paris(
@@ -121,8 +127,8 @@ def paris(
         functional: what is smoothed.
         num_particles: N >= 1.
         num_backward: M >= 1 backward draws a particle; 2 is the choice of the paper.
-        method: how backward draws are made: "exact", at N^2 densities a step; "mcmc", at a constant cost for each; or
-            "auto", exact up to 2048 particles.
+        method: how backward draws are made: "exact", at N^2 densities a step; "mcmc", at a constant cost for each;
+            "reject", exact too, at a cost that depends on the model; or "auto", exact up to 2048 particles.
         proposal: "bootstrap", or "guided" by the model's own `initial_proposal` and `proposal`.
         resampling: one of `bayesinf.resampling.SCHEMES`; independent draws at every step are those of the paper.
         ess_threshold: resample where ess <= ess_threshold * N; 1 means always.
@@ -201,17 +207,19 @@ def _run(
         parents = gather(cloud_prev.particles, ancestors)
         particles = propagate(keys[1], model, parents, y, t, proposal)
         log_weights, *counts = reweigh(log_carried, weigh(model, parents, particles, y, t, proposal))
-        J = draw_backward(
+        J, costs = draw_counted(
             keys[2], model, cloud_prev.particles, cloud_prev.log_weights, particles, t, ancestors, num_backward, method
         )
         cloud = Cloud(particles, log_weights)
         tau = update_statistics(functional, tau, cloud_prev, cloud, J, t)
-        return (cloud, tau), (weighted_mean(cloud, tau), *counts, ess(log_weights))
+        return (cloud, tau), (weighted_mean(cloud, tau), *counts, ess(log_weights), costs)
 
-    kept_0 = (weighted_mean(start, tau_0), *counts, ess(log_weights))
-    _, (estimates, increments, num_invalid, ess_each) = scan_steps(step, (start, tau_0), kept_0, key_steps, 3, ys)
+    zero = jnp.zeros((), jnp.int32)
+    kept_0 = (weighted_mean(start, tau_0), *counts, ess(log_weights), Counts(zero, zero))
+    _, kept = scan_steps(step, (start, tau_0), kept_0, key_steps, 3, ys)
+    estimates, increments, num_invalid, ess_each, costs = kept
     estimate = jax.tree.map(lambda leaf: leaf[-1], estimates)
-    return ParisResult(estimate, estimates, compensated_sum(increments), ess_each, num_invalid)
+    return ParisResult(estimate, estimates, compensated_sum(increments), ess_each, num_invalid, *costs)
 
 
 # ---- the statistics, shared with the Parisian kernel ----

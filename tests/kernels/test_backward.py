@@ -10,9 +10,10 @@ import pytest
 import scipy.stats
 
 import bayesinf as bi
-from bayesinf import errors, resampling
+from bayesinf import errors, kernels, resampling
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels import backward, backward_sample, draw_backward, particle_filter
+from bayesinf.kernels import backward, backward_sample, draw_backward, particle_filter, rejection
+from bayesinf.kernels.backward import draw_counted
 from bayesinf.models import LinearGaussian, StateSpaceModel, kalman_filter, rts_smoother
 
 REPLICATES = 50_000
@@ -37,6 +38,9 @@ class Drift(StateSpaceModel):
 
     def observation(self, x, t):
         return dist.Normal(x["x"], 1.0)
+
+    def log_transition_bound(self, t):
+        return jnp.log(0.9) + dist.Normal(0.0, 0.5 + 0.1 * t).log_prob(0.0)
 
 
 def cloud(num, key):
@@ -87,7 +91,7 @@ def draw(keys, method, log_weights=LOG_WEIGHTS):
     return jax.vmap(one)(keys)
 
 
-@pytest.mark.parametrize("method", ["exact", "mcmc"])
+@pytest.mark.parametrize("method", ["exact", "mcmc", "reject"])
 def test_indices_have_the_backward_law(method):
     """For mcmc the ancestors are drawn from the law, as a filter that resamples draws them: the step preserves it."""
     indices, ancestors = map(np.asarray, draw(jax.random.split(jax.random.key(5), REPLICATES), method))
@@ -98,7 +102,7 @@ def test_indices_have_the_backward_law(method):
         p = np.exp(log_p[i] - log_p[i].max())
         for j in range(2):
             assert chi_square(indices[:, i, j], p) > FALSE_ALARM
-        if method == "exact":  # the two draws are independent
+        if method != "mcmc":  # the two draws are independent
             pairs = indices[:, i, 0] * 23 + indices[:, i, 1]
             assert chi_square(pairs, np.outer(p, p).ravel()) > FALSE_ALARM
         else:  # given the ancestor; and they do leave it
@@ -141,13 +145,96 @@ def test_small_weights_keep_their_share_in_float32():
     previous = {"regime": jnp.zeros(num, jnp.int32), "x": jnp.zeros(num)}
     now = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], (1_000,)), NOW)
     ancestors = jnp.zeros(1_000, jnp.int32)
-    for method in ("exact", "mcmc"):
+    for method in ("exact", "mcmc", "reject"):
         indices = draw_backward(jax.random.key(0), Drift(), previous, log_weights, now, T3, ancestors, 400, method)
         count = int(jnp.sum(indices > 0))
         assert scipy.stats.binomtest(count, 400_000, 1e-4 / (1 + 1e-4)).pvalue > FALSE_ALARM
 
 
-@pytest.mark.parametrize("method", ["exact", "mcmc"])
+class LowBound(Drift):
+    """Says that its density is lower than it is."""
+
+    def log_transition_bound(self, t):
+        return super().log_transition_bound(t) - 3.0
+
+
+@pytest.mark.parametrize(
+    ("model", "num_rounds", "shrink"),
+    [(Drift(), 0, 4), (Drift(), 1, 4), (Drift(), 2, 2), (Drift(), 32, 2), (LowBound(), 32, 4)],
+)
+def test_rejection_keeps_the_law_whatever_it_is_forced_to(monkeypatch, model, num_rounds, shrink):
+    """To draw from the categorical law, all or the rest; to gather early; to find out that its bound is none."""
+    monkeypatch.setattr(rejection, "_ROUNDS", num_rounds)
+    monkeypatch.setattr(rejection, "_SHRINK", shrink)
+    ancestors, num_draws = jnp.zeros(3, jnp.int32), 64
+
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        return draw_counted(key, model, PREVIOUS, LOG_WEIGHTS, NOW, T3, ancestors, num_draws, "reject")
+
+    indices, counts = draw(jax.random.split(jax.random.key(8), 200))
+    p = np.exp(np.asarray(log_law(PREVIOUS, LOG_WEIGHTS, NOW), np.float64))
+    p[:, [3, 7]] = 0
+    for i in range(3):
+        assert chi_square(np.asarray(indices[:, i]).ravel(), p[i]) > FALSE_ALARM
+        assert chi_square(np.asarray(indices[:, i]).ravel(), p[i - 1]) < FALSE_ALARM
+    if num_rounds == 0:
+        assert np.all(counts.num_proposals == 0)
+    if num_rounds == 0 or isinstance(model, LowBound):
+        assert np.all(counts.num_exact == 3 * num_draws)
+    elif num_rounds == 32:
+        assert np.all(counts.num_exact == 0)
+    else:
+        assert np.all((counts.num_exact > 0) & (counts.num_exact < 3 * num_draws))
+
+
+@pytest.mark.parametrize(
+    ("law", "peak"),
+    [
+        (lambda x: dist.Normal(x, 1 + x**2), dist.Normal(0.0, 1.0).log_prob(0.0)),
+        (lambda x: dist.StudentT(3.0, x, 0.5), dist.StudentT(3.0, 0.0, 0.5).log_prob(0.0)),
+        (lambda x: dist.Laplace(jnp.full(2, x), 2.0).to_event(1), 2 * dist.Laplace(0.0, 2.0).log_prob(0.0)),
+        (
+            lambda x: dist.MultivariateNormal(jnp.full(2, x), 4.0 * jnp.eye(2)),
+            2 * dist.Normal(0.0, 2.0).log_prob(0.0),
+        ),
+    ],
+)
+def test_the_bound_is_the_highest_peak_of_a_location_family(law, peak):
+    """Over the particles that have weight: the highest of all, at 0, or at 5 which has none, does not count."""
+
+    class Model(Drift):
+        def transition(self, x_prev, t):
+            return law(x_prev)
+
+    previous = jnp.array([0.0, 1.0, 5.0])
+    found = rejection.log_bound(Model(), previous, jnp.array([0.0, 0.0, -jnp.inf]), T3)
+    np.testing.assert_allclose(found, peak, rtol=1e-6)
+    if law(0.0).shape() == ():
+        without = rejection.log_bound(Model(), previous, jnp.array([-jnp.inf, 0.0, -jnp.inf]), T3)
+        np.testing.assert_allclose(without, law(1.0).log_prob(1.0), rtol=1e-6)
+
+
+def test_a_law_without_a_known_bound_is_named():
+    class Model(StateSpaceModel):
+        def initial(self):
+            return dist.Gamma(2.0, 1.0)
+
+        def transition(self, x_prev, t):
+            return dist.Gamma(2.0, 2.0 / x_prev)
+
+        def observation(self, x, t):
+            return dist.Normal(x, 1.0)
+
+    total = kernels.AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x)
+    with pytest.raises(
+        ValueError, match=r"method='reject' needs a method log_transition_bound\(t\) of the model Model"
+    ):
+        kernels.paris(0, Model(), jnp.zeros(3), total, num_particles=10, method="reject")
+
+
+@pytest.mark.parametrize("method", ["exact", "mcmc", "reject"])
 def test_where_nothing_could_have_come_from_the_ancestor_is_the_answer(method):
     now = {"regime": jnp.zeros(2, jnp.int32), "x": jnp.array([jnp.nan, 0.0])}
     ancestors = jnp.array([11, 12], jnp.int32)
@@ -166,8 +253,8 @@ def test_auto_is_exact_while_that_is_cheap(monkeypatch):
 
 def test_unknown_methods_are_named():
     arguments = (jax.random.key(0), Drift(), PREVIOUS, LOG_WEIGHTS, NOW, T3, jnp.zeros(3, jnp.int32), 1)
-    with pytest.raises(ValueError, match="method must be one of 'auto', 'exact', 'mcmc', got 'reject'"):
-        draw_backward(*arguments, "reject")
+    with pytest.raises(ValueError, match="method must be one of 'auto', 'exact', 'mcmc', 'reject', got 'gumbel'"):
+        draw_backward(*arguments, "gumbel")
     with pytest.raises(ValueError, match="num_draws must be at least 1"):
         draw_backward(*arguments[:-1], 0)
 
@@ -274,7 +361,7 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="num_paths must be at least 1"):
         backward_sample(0, MODEL, filtered, 0)
     with pytest.raises(ValueError, match="method must be one of"):
-        backward_sample(0, MODEL, filtered, 5, "reject")
+        backward_sample(0, MODEL, filtered, 5, "gumbel")
     lost = filtered._replace(log_evidence=jnp.asarray(-jnp.inf))
     with pytest.raises(errors.DegenerateWeightsError, match="nothing to smooth"):
         backward_sample(0, MODEL, lost, 5)

@@ -27,6 +27,7 @@ def _replicates(name, num, last=50, **options):
     "options",
     [
         {"method": "mcmc"},
+        pytest.param({"method": "reject"}, marks=pytest.mark.slow),
         pytest.param(
             {"method": "exact", "proposal": "guided", "resampling": "systematic", "ess_threshold": 0.5},
             marks=pytest.mark.slow,
@@ -38,6 +39,20 @@ def test_the_bias_vanishes_with_the_number_of_particles(options):
     small, smoothed = _replicates("OW", 1_000, num_particles=40, **options)
     large, _ = _replicates("OW", 1_000, num_particles=80, **options)
     assert mean_p_value(2 * large - small, smoothed.totals) > FALSE_ALARM
+
+
+@pytest.mark.parametrize("method", ["exact", "mcmc", "reject"])
+def test_what_backward_draws_cost_is_told(method):
+    model, ys, _ = problem("OW", 20)
+    result = paris(0, model, ys, TOTALS, num_particles=30, num_backward=2, method=method)
+    assert result.num_proposals[0] == result.num_exact[0] == 0
+    proposals, exact = np.asarray(result.num_proposals[1:]), np.asarray(result.num_exact[1:])
+    if method == "reject":
+        assert np.all(proposals + exact >= 60)
+        assert np.any(proposals > 60)
+    else:
+        assert np.all(proposals == (60 if method == "mcmc" else 0))
+        assert np.all(exact == (60 if method == "exact" else 0))
 
 
 def test_few_particles_have_a_visible_bias():
