@@ -161,7 +161,8 @@ class Window(Warmup):
     Args:
         num_warmup: number of steps, that of the run; of fewer than 20 no window fits, and only the step size is tuned.
         target_acceptance: in (0, 1).
-        is_dense: learn the whole covariance rather than its diagonal.
+        is_dense: learn the whole covariance rather than its diagonal. Until the first window ends the metric is that of
+            the kernel, or its diagonal.
         is_pooled: learn one metric from the windows of all chains together, and one step size for all of them. With
             many chains a short warm-up then suffices.
 
@@ -199,7 +200,7 @@ class Window(Warmup):
         return self.step_sizes.num_warmup
 
     def init(self, kernel: Any, position: PyTree) -> Tuned:
-        metric, estimator = self.windows.begin(position)
+        metric, estimator = self.windows.begin(kernel, position)
         return self.step_sizes.init(kernel, position)._replace(inverse_mass_matrix=metric, estimator=estimator)
 
     def update(self, state: Tuned, step: Int[Array, ""], position: PyTree, info: Any) -> Tuned:

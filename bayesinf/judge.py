@@ -137,6 +137,12 @@ def _failure(draws: Draws, is_stuck: np.ndarray, num_steps: int) -> str | None:
         return None
     if np.any(share > 0.5):
         return f"chains {listed(share > 0.5)} diverged at more than half of their {num_steps} steps"
+    step_sizes = np.asarray(getattr(draws.tuned, "step_size", 1.0))
+    is_none = np.any(
+        (~(step_sizes > 0) | np.isinf(step_sizes)).reshape(step_sizes.shape[0] if step_sizes.ndim else 1, -1), 1
+    )
+    if np.any(is_none):
+        return f"warm-up left chains {listed(is_none)} with a step size of {step_sizes.min():g}"
     if np.any(is_stuck):
         is_lost = np.any(draws.stats["is_accepted"], axis=1)[is_stuck]
         why = ", though moves were accepted: they are too small for the precision" if np.all(is_lost) else ""

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
-__all__ = ["Evaluation", "Info", "Kernel", "accept", "is_finite", "keep_finite", "select"]
+__all__ = ["Evaluation", "Info", "Kernel", "accept", "is_finite", "keep_finite", "refreshed", "select"]
 
 S = TypeVar("S")
 K = TypeVar("K", bound="Kernel")
@@ -145,9 +145,23 @@ class Kernel(eqx.Module):
         return None
 
     @property
+    def metric(self) -> Float[Array, "..."] | None:
+        """The covariance, or its diagonal, that `with_metric` would set to what it is; None where it is all ones."""
+        return getattr(self, "inverse_mass_matrix", None)
+
+    @property
     def has_metric(self) -> bool:
         """Whether `with_metric` has something to set: a field `inverse_mass_matrix`, or it is the kernel's own."""
         return hasattr(self, "inverse_mass_matrix") or type(self).with_metric is not Kernel.with_metric
+
+
+def refreshed(kernel: Any, key: Key[Array, ""], state: Any) -> Any:
+    """The state with a velocity, or what else it holds besides the position, drawn from its law; else as it is.
+
+    `init` cannot draw: a chain forgets that it began at rest, but particles that are moved a few times do not.
+    """
+    refresh = getattr(kernel, "refresh", None)  # of kernels on paths it is a word
+    return refresh(key, state) if callable(refresh) else state
 
 
 def is_finite(tree: PyTree) -> Bool[Array, ""]:

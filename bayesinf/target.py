@@ -213,6 +213,9 @@ def as_target(target: Any) -> Any:
     """A target from a target or a function of the position; what kernels convert their `target` with."""
     if hasattr(target, "evaluate"):
         return target
+    owner = getattr(target, "__self__", None)
+    if isinstance(owner, Target) and getattr(target, "__name__", "") == "logdensity":
+        return owner  # with its data as arguments
     if callable(target):
         return Target(target)
     raise ValueError(f"target must be a Target or a function of the position, got {type(target).__name__}")

@@ -71,15 +71,19 @@ class Windows(eqx.Module):
         schedule = np.asarray(build_schedule(num_warmup, final_buffer_size=num_last), np.int32).reshape(-1, 2)
         in_window, ends = (np.flatnonzero(column) for column in schedule.T)
         self.first = jnp.asarray(in_window[0] if len(in_window) else num_warmup, jnp.int32)
-        self.ends = jnp.full(_MOST, -1, jnp.int32).at[: len(ends)].set(ends)
+        self.ends = jnp.asarray(np.pad(ends, (0, _MOST - len(ends)), constant_values=-1), jnp.int32)
         self.is_dense = is_dense
         self.is_pooled = is_pooled
 
-    def begin(self, position: PyTree) -> tuple[Float[Array, "..."], PyTree]:
-        """A first metric, of ones, and an estimator that has seen nothing."""
+    def begin(self, kernel: Any, position: PyTree) -> tuple[Float[Array, "..."], PyTree]:
+        """The metric that the kernel has, until a window ends, and an estimator that has seen nothing."""
         flat, _ = ravel_pytree(position)
         init, _, _ = _welford(self.is_dense)
-        metric = jnp.eye(flat.size, dtype=flat.dtype) if self.is_dense else jnp.ones_like(flat)
+        metric = jnp.ones_like(flat) if kernel.metric is None else jnp.asarray(kernel.metric, flat.dtype)
+        if metric.ndim < 2 and self.is_dense:
+            metric = jnp.diag(jnp.broadcast_to(metric, flat.shape))
+        elif metric.ndim == 2 and not self.is_dense:
+            metric = jnp.diagonal(metric)
         return metric, strong(init(flat.size))
 
     def is_end(self, step: Int[Array, ""]) -> Bool[Array, ""]:

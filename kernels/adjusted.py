@@ -70,6 +70,8 @@ class Metropolize(Wrapping):
         1
     """
 
+    is_exact: ClassVar[bool] = True  # type: ignore[misc]
+
     kernel: Any
 
     def __check_init__(self):

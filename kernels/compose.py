@@ -44,6 +44,7 @@ from bayesinf.kernels.parts import (
     gather_parts,
     merge_infos,
     plain_info,
+    refresh_parts,
     scale_steps,
     start,
     step_part,
@@ -102,6 +103,13 @@ class Cycle(Kernel):
     @property
     def target_acceptance(self) -> float | None:  # type: ignore[override]
         return common_target_acceptance(self.kernels)
+
+    def refresh(self, key: Key[Array, ""], state: SharedState | PartsState) -> SharedState | PartsState:
+        return refresh_parts(bind(self.kernels, self.target), key, state)
+
+    @property
+    def is_exact(self) -> bool:  # type: ignore[override]
+        return all(getattr(part, "is_exact", True) for part in self.kernels)
 
     @property
     def is_sequential(self) -> bool:  # type: ignore[override]
@@ -202,6 +210,13 @@ class Mixture(Kernel):
         # the step of a kernel that is not tunable would be taken for a perfect one
         is_tunable = all(getattr(part, "target_acceptance", None) is not None for part in self.kernels)
         return common_target_acceptance(self.kernels) if is_tunable else None
+
+    def refresh(self, key: Key[Array, ""], state: SharedState | PartsState) -> SharedState | PartsState:
+        return refresh_parts(bind(self.kernels, self.target), key, state)
+
+    @property
+    def is_exact(self) -> bool:  # type: ignore[override]
+        return all(getattr(part, "is_exact", True) for part in self.kernels)
 
     @property
     def is_sequential(self) -> bool:  # type: ignore[override]

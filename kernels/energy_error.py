@@ -25,8 +25,11 @@ step. The step size is then moved until the mean of e^2 / d is V(b),
     log h_{t+1} = log h_t - log(1 + a_t (e_t^2 / (d V(b)) - 1)) / q,    a_t = 0.2, from a quarter on 3 / (t - t_0 + 15)
 
 with q the power of h that e^2 / V grows with: h is the root for a mean of e^2 / h^q over the last part of the warm-up.
-Where the metric is learnt too, it is set at the ends of windows that leave the last quarter to the step size, and a
-quarter is one of the steps since the last of them.
+Where the metric is learnt too, it is set at the ends of windows, which leave about a quarter of the steps to the step
+size alone, and t_0 is the end of the last one.
+
+A step size at which ten steps from the starts lose more than 10 d of log density is halved until they do not: an
+unstable chain is soon so far out that no warm-up brings it back.
 
 Far from the bulk, as after a start with an unstable step, e is larger by about
 
@@ -47,6 +50,7 @@ References:
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
@@ -55,7 +59,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from bayesinf import errors, pooling
 from bayesinf.adaptation import Tuned, Warmup, has_metric, share_step_size
 from bayesinf.kernel import Evaluation
-from bayesinf.kernels.gaussian_error import parallel_midpoint_scheme
+from bayesinf.kernels.gaussian_error import MOST_TIMES, parallel_midpoint_scheme
 from bayesinf.kernels.kinetic import KineticLangevin, Splitting
 from bayesinf.kernels.langevin import LMC
 from bayesinf.kernels.parallel_midpoint import ParallelMidpoint
@@ -68,6 +72,8 @@ __all__ = ["EnergyError"]
 
 RATE = 0.2
 FAR = 100.0  # R, where a chain is taken to be out of the bulk
+_NUM_TRIED = 10  # steps from the start, after which an unstable step size shows
+_MOST_HALVINGS = 60
 
 
 class Scheme(NamedTuple):
@@ -100,7 +106,7 @@ class EnergyError(Warmup):
     UBU and ABOBA spend two more gradients in every step of it, which `num_gradients` does not count.
 
     Args:
-        num_warmup: number of steps, that of the run; some hundreds.
+        num_warmup: number of steps, that of the run; some hundreds. Before them an unstable step size is halved.
         bias: b in (0, 1), the relative bias of the variances that is allowed, in the mean over the directions of a
             Gaussian.
         is_pooled: find one step size for all chains, the geometric mean of theirs, every 50 steps, and one metric.
@@ -144,13 +150,23 @@ class EnergyError(Warmup):
 
     def prepare(self, kernel: Any, positions: PyTree, num_warmup: int) -> Any:
         _scheme(kernel, self.bias)  # speaks of a kernel that it does not know
+        given = kernel.metric
+        if self.windows is not None and not self.windows.is_dense and given is not None and given.ndim == 2:
+            raise ValueError(
+                "metric='diagonal' would drop the correlations of the scale that the kernel has; pass metric='dense' "
+                "to learn them anew, or metric='given' to keep them"
+            )
+        for _ in range(_MOST_HALVINGS):
+            if _holds(kernel, positions) >= 0.75:
+                break
+            kernel = kernel.with_step_size(kernel.step_size / 2)
         return kernel
 
     def init(self, kernel: Any, position: PyTree) -> Tuned:
         tuned = Tuned(jnp.asarray(kernel.step_size, ravel_pytree(position)[0].dtype))
         if self.windows is None or not has_metric(kernel):
             return tuned
-        metric, estimator = self.windows.begin(position)
+        metric, estimator = self.windows.begin(kernel, position)
         return tuned._replace(inverse_mass_matrix=metric, estimator=estimator)
 
     def observe(self, kernel: Any, before: Any, after: Any, info: Any) -> Observed:
@@ -194,6 +210,24 @@ def _as_it_is(tuned: Tuned) -> Tuned:
     return tuned
 
 
+@jax.jit
+def _holds(kernel: Any, positions: PyTree) -> Float[Array, ""]:
+    """The share of chains that some steps do not throw out: whose log density does not fall below the bulk's."""
+
+    def chain(key: Array, position: PyTree) -> Bool[Array, ""]:
+        def step(t: Array, carry: tuple[Any, Array]) -> tuple[Any, Array]:
+            state, info = kernel.step(jax.random.fold_in(key, t), carry[0])
+            return state, carry[1] & ~info.is_divergent
+
+        begun = kernel.init(position)
+        state, is_ok = jax.lax.fori_loop(0, _NUM_TRIED, step, (begun, jnp.asarray(True)))
+        dim = ravel_pytree(position)[0].size  # in the bulk the log density is dim / 2 below its peak
+        return is_ok & (kernel.target.logdensity(state.position) > kernel.target.logdensity(begun.position) - 10 * dim)
+
+    num_chains = jax.tree.leaves(positions)[0].shape[0]
+    return jnp.mean(jax.vmap(chain)(jax.random.split(jax.random.key(0), num_chains), positions))
+
+
 def _energy_error(kernel: Any, tau: Array, before: Any, after: Any) -> tuple[Float[Array, ""], int]:
     """e, and the number of coordinates; e is divided by R far from the bulk."""
     old, new = (_evaluation(kernel, state) for state in (before, after))
@@ -232,6 +266,11 @@ def _scheme(kernel: Any, bias: ArrayLike) -> Scheme:
         case LMC():
             return Scheme(kernel.step_size, 4 * b**3 / (1 + b) ** 2, 3)
         case ParallelMidpoint(num_sweeps=num) if num > 2:
+            if kernel.num_sweeps**kernel.num_nodes > MOST_TIMES:
+                raise ValueError(
+                    f"EnergyError tunes ParallelMidpoint for num_sweeps^num_nodes of at most {MOST_TIMES}, got "
+                    f"{kernel.num_sweeps}^{kernel.num_nodes}: its bias is not known for more; take fewer nodes"
+                )
             z = _longest(b, kernel.num_nodes, kernel.num_sweeps)
             return Scheme(kernel.step_size, -(z**2) * jnp.expm1(-2 * z) / 4, 3)
         case RandomizedMidpoint() | ParallelMidpoint():

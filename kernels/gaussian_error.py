@@ -33,11 +33,11 @@ from bayesinf.kernels.parallel_midpoint import ParallelMidpoint
 from bayesinf.kernels.precondition import Precondition
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint, RandomizedMidpointKinetic
 
-__all__ = ["GaussianError", "LinearScheme", "gaussian_error", "linear_scheme", "parallel_midpoint_scheme"]
+__all__ = ["MOST_TIMES", "GaussianError", "LinearScheme", "gaussian_error", "linear_scheme", "parallel_midpoint_scheme"]
 
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(24)
 _NODES, _WEIGHTS = 0.5 * (_NODES + 1.0), 0.5 * _WEIGHTS  # of the mean over U ~ Uniform(0, 1)
-_MOST_TIMES = 10_000  # of several midpoints, in all combinations
+MOST_TIMES = 10_000  # of several midpoints, in all combinations
 
 
 class GaussianError(NamedTuple):
@@ -234,10 +234,10 @@ def parallel_midpoint_scheme(lam: np.ndarray, h: float, num_nodes: int, num_swee
 
     The moments are polynomials of degree 2 Q - 2 in each of the R times at most: Q Gauss-Legendre nodes are exact.
     """
-    if num_sweeps**num_nodes > _MOST_TIMES:
+    if num_sweeps**num_nodes > MOST_TIMES:
         raise ValueError(
             f"num_nodes must be smaller: the exact error of ParallelMidpoint is a mean over num_sweeps^num_nodes = "
-            f"{num_sweeps}^{num_nodes} combinations of times, at most {_MOST_TIMES}"
+            f"{num_sweeps}^{num_nodes} combinations of times, at most {MOST_TIMES}"
         )
     nodes, weights = np.polynomial.legendre.leggauss(num_sweeps)
     edges = np.arange(num_nodes) / num_nodes

@@ -21,7 +21,7 @@ import jax
 from jaxtyping import Array, Key, PyTree
 
 from bayesinf.captured import captured
-from bayesinf.kernel import Info, Kernel
+from bayesinf.kernel import Info, Kernel, refreshed
 from bayesinf.kernels.foreign import as_kernel
 from bayesinf.kernels.parts import (
     PartsState,
@@ -114,6 +114,19 @@ class Gibbs(Kernel):
             infos.append(info)
             num_starting += cost
         return PartsState(position, tuple(memory)), merge_infos(infos, kernels, num_starting)
+
+    def refresh(self, key: Key[Array, ""], state: PartsState) -> PartsState:
+        memory = []
+        keys = jax.random.split(key, len(self.blocks))
+        for path, own, key_block in zip(self.blocks, state.memory, keys, strict=True):
+            kernel = self._kernel(path, state.position)
+            before, _ = attach(kernel, own, get(state.position, path), None)
+            memory.append(detach(refreshed(kernel, key_block, before)))
+        return state._replace(memory=tuple(memory))
+
+    @property
+    def is_exact(self) -> bool:  # type: ignore[override]
+        return all(getattr(part, "is_exact", True) for part in self.blocks.values())
 
     def with_step_size(self, step_size: Any) -> "Gibbs":
         parts = scale_steps(bind(list(self.blocks.values()), self.target), step_size)

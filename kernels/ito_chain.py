@@ -89,7 +89,9 @@ class ItoChain(Kernel):
             if not callable(getattr(self, name)):
                 raise ValueError(f"{name} must be a function of the position, got {getattr(self, name)!r}")
             _check_arguments(name, getattr(self, name), self.data is not None)
-        if not callable(self.noise):
+        if callable(self.noise):
+            errors.check_arguments("noise", getattr(self.noise, "function", self.noise), "key, position")
+        else:
             errors.check_choice("noise", self.noise, ("gaussian", "rademacher"))
 
     def init(self, position: PyTree) -> ItoState:

@@ -39,8 +39,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from bayesinf import errors, weights
 from bayesinf.adaptation import has_metric
 from bayesinf.captured import captured
-from bayesinf.kernel import Kernel
-from bayesinf.kernels.adjusted import Metropolize
+from bayesinf.kernel import Kernel, refreshed
 from bayesinf.kernels.foreign import as_kernel
 from bayesinf.kernels.lineage import Lineage, descend
 from bayesinf.kernels.parts import check_untied
@@ -155,7 +154,11 @@ class Mutation(eqx.Module):
     def _move(self, key: Key[Array, ""], target: Target, start: PyTree, step_size: Any) -> tuple[PyTree, Moves]:
         num = jax.tree.leaves(start)[0].shape[0]
         metric = self.metric(start)
-        states = each(self.bind(target, step_size, metric).init, self.batch_size, start)
+        kernel = self.bind(target, step_size, metric)
+        states = each(kernel.init, self.batch_size, start)
+        key_refresh, key = jax.random.split(key)
+        keys = jax.random.split(key_refresh, num)
+        states = each(lambda key, state: refreshed(kernel, key, state), self.batch_size, keys, states)
         num_starting = num if getattr(getattr(states, "evaluation", None), "grad", None) is not None else 0
 
         def move(k: Array, carry: tuple[Any, Moves]) -> tuple[Any, Moves]:
@@ -303,12 +306,11 @@ def as_mutation(
 
 def _unadjusted(part: Any) -> list[str]:
     """The names of the kernels in `part`, itself or inside of it, that no Metropolis test corrects."""
-    if isinstance(part, Metropolize):
-        return []
     if isinstance(part, Kernel):
-        if not part.is_exact:
-            return [type(part).__name__]
-        part = [getattr(part, field.name) for field in dataclasses.fields(part)]
-    elif isinstance(part, Mapping):
+        if part.is_exact:
+            return []
+        inside = _unadjusted([getattr(part, field.name) for field in dataclasses.fields(part)])
+        return inside or [type(part).__name__]
+    if isinstance(part, Mapping):
         part = list(part.values())
     return [name for one in part for name in _unadjusted(one)] if isinstance(part, list | tuple) else []

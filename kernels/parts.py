@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.kernel import Evaluation, Info
+from bayesinf.kernel import Evaluation, Info, refreshed
 from bayesinf.kernels.foreign import as_kernel
 from bayesinf.target import Target, as_target
 
@@ -33,6 +33,7 @@ __all__ = [
     "gather_parts",
     "merge_infos",
     "plain_info",
+    "refresh_parts",
     "scale_steps",
     "start",
     "step_part",
@@ -164,6 +165,15 @@ def step_part(parts: Sequence[Any], i: int, key: Key[Array, ""], state: Any) -> 
     if hasattr(after, "evaluation"):
         return SharedState(after.position, after.evaluation, memory), info
     return PartsState(after.position, memory), info
+
+
+def refresh_parts(parts: Sequence[Any], key: Key[Array, ""], state: Any) -> Any:
+    """The state of the composition with the memory of every part drawn anew."""
+    memory = []
+    for part, own, key_part in zip(parts, state.memory, jax.random.split(key, len(parts)), strict=True):
+        before, _ = attach(part, own, state.position, getattr(state, "evaluation", None))
+        memory.append(detach(refreshed(part, key_part, before)))
+    return state._replace(memory=tuple(memory))
 
 
 def complete(target: Target | None, state: Any, like: Any) -> tuple[Any, int]:

@@ -21,7 +21,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.kernel import Evaluation, select
+from bayesinf.kernel import Evaluation, refreshed, select
 from bayesinf.kernels.parts import PartsState, SharedState, attach, check_target, check_untied, detach
 from bayesinf.kernels.vectors import as_position, combine
 from bayesinf.kernels.wrapping import Wrapping
@@ -62,6 +62,11 @@ class Precondition(Wrapping):
     def __check_init__(self):
         check_target(self.kernel)
         check_untied("kernel", self.kernel)
+        if not hasattr(self.kernel.target, "evaluate"):
+            raise ValueError(
+                f"kernel must be on a Target, got {type(self.kernel).__name__} on {type(self.kernel.target).__name__}, "
+                "which cannot be seen in other coordinates: write its terms in better ones"
+            )
         if self.scale is None:
             return
         shape = jnp.shape(self.scale)
@@ -80,10 +85,8 @@ class Precondition(Wrapping):
 
     def refresh(self, key: Key[Array, ""], state: SharedState | PartsState) -> SharedState | PartsState:
         """The state with a fresh velocity, where the kernel has one."""
-        if not hasattr(self.kernel, "refresh"):
-            return state
         inner, _ = self._inner(state)
-        return state._replace(memory=(detach(self.kernel.refresh(key, inner)),))
+        return state._replace(memory=(detach(refreshed(self.kernel, key, inner)),))
 
     def step(self, key: Key[Array, ""], state: SharedState | PartsState) -> tuple[SharedState | PartsState, Any]:
         before, num_starting = self._inner(state)
@@ -105,6 +108,12 @@ class Precondition(Wrapping):
     def with_metric(self, covariance: Float[Array, "..."]) -> "Precondition":
         scale = jnp.sqrt(covariance) if covariance.ndim == 1 else jnp.linalg.cholesky(covariance)
         return Precondition(self.kernel, scale)
+
+    @property
+    def metric(self) -> Float[Array, "..."] | None:
+        if self.scale is None:
+            return None
+        return self.scale**2 if self.scale.ndim == 1 else self.scale @ self.scale.T
 
     @property
     def has_metric(self) -> bool:

@@ -17,6 +17,7 @@ References:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -119,7 +120,7 @@ def draw_by_rejection(
         def goes_on(now: _Progress, level: int = level, enough: int = enough) -> Array:
             return (jnp.sum(~now.is_done) > enough) & (now.num_rounds < (level + 1) * _ROUNDS)
 
-        now = jax.lax.while_loop(goes_on, lambda now, rows=rows: one_round(rows, now), now)
+        now = jax.lax.while_loop(goes_on, partial(one_round, rows), now)
         size = max(size // _SHRINK, 1)
 
     # a bound that does not hold has favoured some: no draw that it decided about is kept
@@ -156,7 +157,7 @@ def log_bound(
             f"method='reject' needs a method log_transition_bound(t) of the model {type(model).__name__}, the log of "
             "sup m_t(x_prev, x): the peak of its transition law is not known; define it, or take method='exact'"
         )
-    return jnp.asarray(model.log_transition_bound(t))
+    return jnp.asarray(model.log_transition_bound(t))  # type: ignore[attr-defined]
 
 
 def _location(law: Any) -> Any:

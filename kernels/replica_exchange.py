@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.kernel import Evaluation, Info, is_finite
+from bayesinf.kernel import Evaluation, Info, is_finite, refreshed
 from bayesinf.kernels.parts import SharedState, attach, check_target, detach, plain_info
 from bayesinf.kernels.posterior import as_prior
 from bayesinf.kernels.temper import Temper, as_reference
@@ -150,7 +150,7 @@ class ReplicaExchange(Wrapping):
 
         def fresh(kernel: Any, key: Array, own: Any, position: PyTree, evaluation: Evaluation) -> Any:
             before, _ = attach(kernel, own, position, evaluation)
-            return detach(kernel.refresh(key, before))
+            return detach(refreshed(kernel, key, before))
 
         keys = jax.random.split(key, self._moving.size)
         own = self._each(fresh, keys, state.memory.own, *_joined(state))

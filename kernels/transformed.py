@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from numpyro.distributions.transforms import Transform
 
 from bayesinf import errors
-from bayesinf.kernel import Evaluation, select
+from bayesinf.kernel import Evaluation, refreshed, select
 from bayesinf.kernels.parts import PartsState, SharedState, check_target
 from bayesinf.kernels.paths import Path, as_path, get, put
 from bayesinf.kernels.vectors import as_position, combine, differ
@@ -117,10 +117,8 @@ class Transformed(Wrapping):
 
     def refresh(self, key: Key[Array, ""], state: SharedState | PartsState) -> SharedState | PartsState:
         """The state with a fresh velocity, where the kernel has one."""
-        if not hasattr(self.kernel, "refresh"):
-            return state
         latent: Latent = state.memory
-        return state._replace(memory=latent._replace(inner=self._pulled().refresh(key, latent.inner)))
+        return state._replace(memory=latent._replace(inner=refreshed(self._pulled(), key, latent.inner)))
 
     def step(self, key: Key[Array, ""], state: SharedState | PartsState) -> tuple[SharedState | PartsState, Any]:
         before = self._behind(state)

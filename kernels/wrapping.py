@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import equinox as eqx
 from jaxtyping import Array, Key
 
-from bayesinf.kernel import Kernel
+from bayesinf.kernel import Kernel, refreshed
 
 __all__ = ["Wrapping"]
 
@@ -36,7 +36,7 @@ class Wrapping(Kernel):
 
     def refresh(self, key: Key[Array, ""], state: Any) -> Any:
         """The state with a fresh velocity, where the kernel has one."""
-        return self.kernel.refresh(key, state) if hasattr(self.kernel, "refresh") else state
+        return refreshed(self.kernel, key, state)
 
     @property
     def target(self) -> Any:
@@ -53,6 +53,14 @@ class Wrapping(Kernel):
     @property
     def target_acceptance(self) -> float | None:  # type: ignore[override]
         return getattr(self.kernel, "target_acceptance", None)
+
+    @property
+    def is_exact(self) -> bool:  # type: ignore[override]
+        return getattr(self.kernel, "is_exact", True)
+
+    @property
+    def metric(self) -> Any:
+        return getattr(self.kernel, "metric", None)
 
     @property
     def has_metric(self) -> bool:

@@ -153,6 +153,20 @@ def test_says_whether_it_is_exact(name):
     assert (INVARIANT | UNADJUSTED)[name].is_exact == (name in INVARIANT)
 
 
+def test_a_composite_is_as_exact_as_its_parts():
+    lmc = kernels.LMC(TARGET, 0.05)
+    for biased in (
+        kernels.Cycle([MALA, lmc]),
+        kernels.Mixture([MALA, lmc]),
+        kernels.Repeat(lmc, 2),
+        kernels.Jitter(lmc),
+        kernels.Precondition(kernels.Repeat(lmc, 2)),
+        kernels.Gibbs({"x": MALA, "y": lmc}),
+    ):
+        assert not biased.is_exact
+    assert kernels.Repeat(kernels.Metropolize(lmc), 2).is_exact
+
+
 @pytest.mark.parametrize("name", [*INVARIANT, *UNADJUSTED])
 def test_contract_on_vectors(name):
     # replicas are exchanged although their moves have been undone

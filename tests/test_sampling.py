@@ -326,6 +326,16 @@ def test_all_forms_of_a_key_agree():
     assert same(typed.samples, run(num_warmup=0, num_samples=5).samples)
 
 
+def test_a_warmup_that_leaves_no_step_size_is_told_of():
+    class Vanishing(bi.adaptation.StepSize):
+        def update(self, state, step, position, info):
+            return state._replace(step_size=jnp.where(step == 9, 0.0, state.step_size))
+
+    options = {"num_samples": 100, "num_warmup": 10, "warmup": Vanishing(10, 0.5), "progress": False}
+    with pytest.raises(SamplingError, match=r"warm-up left chains \[0, 1\] with a step size of 0"):
+        bi.sample(0, bi.kernels.MALA(bi.Target(lambda x: -0.5 * x @ x), 0.1), jnp.zeros((2, 3)), **options)
+
+
 def test_a_forgotten_axis_of_chains_shows_in_the_error():
     with pytest.raises(ValueError, match="matmul") as caught:
         bi.sample(0, bi.kernels.MALA(bi.Target(lambda x: -0.5 * x @ x), 0.1), jnp.zeros(5), num_samples=1)

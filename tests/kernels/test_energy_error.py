@@ -125,7 +125,7 @@ def test_warmup_finds_it(name):
     assert mean_p_value(ratios[:, None], np.ones(1)) > FALSE_ALARM
 
 
-@pytest.mark.parametrize(("name", "step_size"), [("OBABO", 1e-3), ("OBABO", 3.0), ("LMC", 30.0)])
+@pytest.mark.parametrize(("name", "step_size"), [("OBABO", 1e-3), ("OBABO", 3.0), ("BAOAB", 10.0), ("LMC", 30.0)])
 def test_start_may_be_far_off(name, step_size):
     """Also where the kernel is unstable at first, which throws the chain far out of the bulk."""
     kernel = at(name, jnp.asarray(step_size))
@@ -215,6 +215,39 @@ def test_gains_fall_once_the_metric_is_set(has_metric):
     for step, gain in ((last - 1, 0.2), (last, 0.2), (last + 30, 3 / 45)):
         moved = warmup.update(state, jnp.asarray(step), jnp.ones(6), observed)
         np.testing.assert_allclose(moved.step_size / state.step_size, (1 + gain / 2) ** (-1 / 6), rtol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["diagonal", "dense"])
+def test_a_given_scale_is_where_the_metric_begins(metric):
+    widths = jnp.array([0.01, 1.0, 10.0])
+    scale = jnp.diag(widths) if metric == "dense" else widths
+    target = bi.Target(lambda x: -0.5 * jnp.sum((x / widths) ** 2))
+    kernel = kernels.Precondition(kernels.Splitting("BAOAB", target, 0.3), scale)
+    given = np.asarray(scale**2)
+    for warmup in (kernels.EnergyError(15, 0.02, metric=metric), kernels.EnergyError(300, 0.02, metric=metric)):
+        np.testing.assert_allclose(warmup.init(kernel, jnp.zeros(3)).inverse_mass_matrix, given)
+        num = int(warmup.num_warmup)
+        draws = bi.sample(
+            0, kernel, widths * jnp.ones((4, 3)), num_samples=200, num_warmup=num, warmup=warmup, progress=False
+        )
+        if num < 20:  # no window fits: it stays
+            np.testing.assert_allclose(draws.tuned.inverse_mass_matrix, np.broadcast_to(given, (4, *given.shape)))
+        assert np.all(np.abs(draws["x"]) < 10 * np.asarray(widths))
+    if metric == "dense":
+        with pytest.raises(ValueError, match="metric='diagonal' would drop the correlations"):
+            kernels.EnergyError(100).prepare(kernel, jnp.zeros((2, 3)), 100)
+
+
+@pytest.mark.parametrize("name", ["BAOAB", "KineticLangevin", "LMC"])
+def test_an_unstable_step_size_is_halved_before_the_first_step(name):
+    """BAOAB is stable below 2 / sqrt(4) on this spectrum, LMC below 2 / 4; a stable step size stays as it is."""
+    limit = {"BAOAB": 1.0, "LMC": 0.5}.get(name, 1.0)
+    starts = jnp.ones((4, SPECTRUM.size))
+    for factor in (0.4, 20.0, 1e6):
+        kernel = at(name, jnp.asarray(factor * limit))
+        prepared = kernels.EnergyError(100).prepare(kernel, starts, 100)
+        found = float(prepared.step_size)
+        assert found == float(kernel.step_size) if factor < 1 else 0.25 * limit < found < 2 * limit
 
 
 def test_the_metric_is_learnt_together():

@@ -225,6 +225,7 @@ def test_what_is_not_finite_is_undone():
         ({"diffusion": 1.0}, "diffusion must be a function"),
         ({"drift": lambda x, rate: -rate * x}, r"drift must be called as drift\(position\), but it has \(x, rate\)"),
         ({"drift": lambda x, key: x, "data": 1.0}, r"drift must be called as drift\(position, data\)"),
+        ({"noise": lambda key: 1.0}, r"noise must be called as noise\(key, position\)"),
         ({"diffusion": lambda: 1.0}, r"diffusion must be called as diffusion\(position\)"),
         ({"drift": lambda x: x[:1]}, r"drift must return a pytree like the position, with shapes \(2,\)"),
         ({"noise": lambda key, x: x[0]}, "noise must return a pytree like the position"),

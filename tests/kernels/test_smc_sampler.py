@@ -630,6 +630,40 @@ def test_a_mutation_with_a_bias_is_told_of(build, name):
     smc_sampler(0, NORMAL, gaussian, adjusted, num_particles=20, temperatures=(0.5, 1.0), **FIXED)
 
 
+VARIANCES = jnp.array([0.2, 1.0])
+KINETIC = {
+    "GHMC": lambda t: kernels.GHMC(t, 0.3),
+    "Metropolize": lambda t: kernels.Metropolize(kernels.Splitting("BAOAB", t, 0.3)),
+    "Precondition": lambda t: kernels.Precondition(kernels.GHMC(t, 0.5), jnp.sqrt(VARIANCES)),
+    "Cycle": lambda t: kernels.Cycle([kernels.GHMC(t, 0.3), kernels.GHMC(t, 0.1)]),
+    "Mixture": lambda t: kernels.Mixture([kernels.GHMC(t, 0.3), kernels.GHMC(t, 0.1)]),
+    "Gibbs": lambda t: kernels.Gibbs({0: kernels.GHMC(t, 0.3), 1: kernels.GHMC(t, 0.3)}),
+}
+
+
+@pytest.mark.parametrize("name", some(["GHMC", "Cycle", "Gibbs"], KINETIC))
+def test_kinetic_kernels_leave_a_population_as_it_is(name, monkeypatch):
+    """Particles drawn from the target keep its law over two moves; if they were started at rest they would contract."""
+    target = Target(lambda x: -0.5 * (x[0] ** 2 / VARIANCES[0] + x[1] ** 2 / VARIANCES[1]))
+    start = [jnp.sqrt(v) * jax.random.normal(jax.random.key(i), (20_000,)) for i, v in enumerate(VARIANCES)]
+    start = start if name == "Gibbs" else jnp.stack(start, axis=1)
+
+    def p_value():
+        mutation = as_mutation(
+            KINETIC[name], target, 20_000, num_moves=2, max_moves=2, waste_free=False, tune=False,
+            resampling="systematic", batch_size=None,
+        )  # fmt: skip
+        moved, _ = mutation._move(jax.random.key(5), target, start, None)
+        moved = np.stack(moved, axis=1) if name == "Gibbs" else np.asarray(moved)
+        return mean_p_value(moved**2, np.asarray(VARIANCES))
+
+    assert p_value() > FALSE_ALARM
+    monkeypatch.setattr(
+        importlib.import_module("bayesinf.kernels.mutation"), "refreshed", lambda kernel, key, state: state
+    )
+    assert p_value() < FALSE_ALARM
+
+
 def test_a_model_with_observed_sites_has_its_likelihood():
     target = Target.from_numpyro(numpyro_model, DATA["counts"], wins=DATA["wins"])
     with pytest.raises(ValueError, match="observes"):
