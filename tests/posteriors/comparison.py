@@ -61,7 +61,7 @@ def unadjusted(target: bi.Target) -> dict[str, np.ndarray]:
     learnt = chains_of(kernels.Precondition(kernels.MALA(target, 0.1)), target, 1)
     scale = jnp.linalg.cholesky(learnt.tuned.inverse_mass_matrix[0])
     kernel = kernels.Precondition(kernels.Splitting("BAOAB", target, 0.1), scale)
-    warmup = kernels.EnergyError(NUM_WARMUP, BIAS, is_pooled=True)
+    warmup = kernels.EnergyError(NUM_WARMUP, BIAS, is_pooled=True, metric="given")
     initial = learnt.final_state.position
     return bi.sample(
         3, kernel, initial, num_samples=2_000, num_warmup=NUM_WARMUP, warmup=warmup, progress=False
