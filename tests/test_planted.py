@@ -34,6 +34,7 @@ def exact(key):
 TARGET = bi.Target(logdensity)
 SUM = bi.kernels.AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x_prev * x)
 POSITION = jnp.array([1.0, 0.3])
+MALA = bi.kernels.MALA(TARGET, 0.4)
 
 WRONG_LAW = {
     "log ratio times 0.95": metropolis.ShrunkLogRatio(TARGET, 1.0),
@@ -44,6 +45,10 @@ WRONG_LAW = {
     "forgotten Jacobian": bi.kernels.MALA(metropolis.without_jacobian(TARGET), 0.4),
     "stale cycle": composition.StaleCycle(metropolis.RandomWalk(TARGET, 1.0), metropolis.RandomWalk(TARGET, 0.5)),
     "Gibbs given the old block": composition.OldBlockGibbs(TARGET, 1.0),
+    "mixture by place": composition.MixtureByPlace([MALA, bi.kernels.MALA(TARGET, 0.05)]),
+    "repeat until accepted": composition.RepeatUntilAccepted(MALA, 3),
+    "jitter by place": composition.JitterByPlace(MALA),
+    "unscaled gradient": composition.UnscaledGradient(MALA, jnp.array([0.6, 1.2])),
 }
 
 WRONG_LAW_OF_PATHS = {

@@ -1,4 +1,4 @@
-"""Blocks and cycles that forget what the other half did."""
+"""Compositions with one bug each: halves that forget the other one, and choices that look at where the chain is."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 import bayesinf as bi
 from bayesinf.kernel import Evaluation
+from bayesinf.kernels.parts import attach
 from planted.metropolis import RandomWalk, State
 
 
@@ -57,3 +58,37 @@ class OldBlockGibbs(bi.Kernel):
         second, info = block(key_second, 1)
         position = jnp.stack([first.position, second.position])
         return State(position, self.target.evaluate(position)), info
+
+
+class MixtureByPlace(bi.kernels.Mixture):
+    """Chooses its kernel by where the chain is."""
+
+    def step(self, key, state):
+        return self.step_part((state.position[0] > 1.0).astype(jnp.int32), key, state)
+
+
+class RepeatUntilAccepted(bi.kernels.Repeat):
+    """Stops as soon as a proposal has been accepted."""
+
+    def step(self, key, state):
+        def one(t, carry):
+            state, info = self.kernel.step(jax.random.fold_in(key, t), carry[0])
+            return jax.tree.map(lambda new, old: jnp.where(carry[1].is_accepted, old, new), (state, info), carry)
+
+        return jax.lax.fori_loop(1, self.num_steps, one, self.kernel.step(jax.random.fold_in(key, 0), state))
+
+
+class JitterByPlace(bi.kernels.Jitter):
+    """Takes longer steps the further out the chain is."""
+
+    def step(self, key, state):
+        factor = jnp.exp(0.5 * jnp.tanh(state.position[0]))
+        return self.kernel.with_step_size(self.kernel.step_size * factor).step(key, state)
+
+
+class UnscaledGradient(bi.kernels.Precondition):
+    """Takes the gradient by x that it has kept for the one by z."""
+
+    def _inner(self, state):
+        origin = jax.tree.map(jnp.zeros_like, state.position)
+        return attach(self._at(state.position), state.memory[0], origin, state.evaluation)
