@@ -27,7 +27,6 @@ def _replicates(name, num, last=50, **options):
     "options",
     [
         {"method": "mcmc"},
-        pytest.param({"method": "reject"}, marks=pytest.mark.slow),
         pytest.param(
             {"method": "exact", "proposal": "guided", "resampling": "systematic", "ess_threshold": 0.5},
             marks=pytest.mark.slow,
