@@ -47,6 +47,7 @@ References:
     Robnik, De Luca, Silverstein, Seljak (2023), arXiv:2212.08549 (the energy variance as a target).
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -303,12 +304,18 @@ def _scheme(kernel: Any, bias: ArrayLike) -> Scheme:
 
 def _longest(b: Array, num_nodes: int, num_sweeps: int) -> Array:
     """The z = h lam up to which the exact bias of `ParallelMidpoint` stays below b; at most 1, or sweeps diverge."""
+    log_z, log_bias = _bias_table(num_nodes, num_sweeps)
+    return jnp.exp(jnp.interp(jnp.log(b), log_bias, log_z))
+
+
+@cache  # every trace asks for it
+def _bias_table(num_nodes: int, num_sweeps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log z, and the log of the largest bias up to there."""
     grid = np.geomspace(1e-4, 1.0, 65)
     squared, noise = parallel_midpoint_scheme(grid, 1.0, num_nodes, num_sweeps).second_moment_map()
     with np.errstate(divide="ignore"):
         biases = grid * noise[:, 0] / np.maximum(1 - squared[:, 0, 0], 0.0) - 1
-    largest = np.maximum.accumulate(np.abs(biases) + 1e-12 * grid)  # so far, and growing
-    return jnp.exp(jnp.interp(jnp.log(b), np.log(largest), np.log(grid)))
+    return np.log(grid), np.log(np.maximum.accumulate(np.abs(biases) + 1e-12 * grid))  # so far, and growing
 
 
 def _kinetic(kernel: Any) -> tuple[Array, Array, Array, Array]:
