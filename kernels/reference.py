@@ -2,7 +2,8 @@
 
 They are the reference that every other kernel is held against. What differs from BlackJAX: a kernel is a pytree (new
 data, step sizes or metrics of the same shape compile nothing), the state shares its evaluation with other kernels on
-the target, and a log density of +inf is a divergence (BlackJAX would accept it with certainty and never leave).
+the target, and a log density of +inf and a negative kinetic energy are divergences (BlackJAX would accept them with
+certainty and never leave).
 
 BlackJAX is imported inside functions: importing it starts the XLA backend.
 
@@ -111,9 +112,9 @@ class HMC(Kernel):
         start = hmc.HMCState(state.position, _wide(state.evaluation.logdensity), state.evaluation.grad)
         step: Any = hmc.build_kernel()
         end, told = step(key, start, _guarded(self.target), *_parameters(self, state), self.num_integration_steps)
-        moved, is_ok, log_work = _settle(end, state)
+        moved, is_ok, log_work = _settle(end, told.energy, state)
         info = HMCInfo(
-            acceptance_rate=jnp.minimum(told.acceptance_rate, 1.0),
+            acceptance_rate=jnp.where(is_ok, jnp.minimum(told.acceptance_rate, 1.0), 0.0),
             is_accepted=told.is_accepted & is_ok,
             is_divergent=told.is_divergent | ~is_ok,
             num_gradients=jnp.asarray(told.num_integration_steps, jnp.int32),
@@ -165,9 +166,9 @@ class NUTS(Kernel):
         start = hmc.HMCState(state.position, _wide(state.evaluation.logdensity), state.evaluation.grad)
         step: Any = nuts.build_kernel()
         end, told = step(key, start, _guarded(self.target), *_parameters(self, state), self.max_num_doublings)
-        moved, is_ok, log_work = _settle(end, state)
+        moved, is_ok, log_work = _settle(end, told.energy, state)
         info = NUTSInfo(
-            acceptance_rate=jnp.clip(told.acceptance_rate, 0.0, 1.0),
+            acceptance_rate=jnp.where(is_ok, jnp.clip(told.acceptance_rate, 0.0, 1.0), 0.0),
             is_accepted=differ(moved.position, state.position),
             is_divergent=told.is_divergent | ~is_ok,
             num_gradients=jnp.asarray(told.num_integration_steps, jnp.int32),
@@ -227,10 +228,17 @@ def _wide(value: Array) -> Any:
     return jnp.asarray(value, jnp.result_type(float))
 
 
-def _settle(end: Any, state: LangevinState) -> tuple[LangevinState, Bool[Array, ""], Float[Array, ""]]:
-    """The state after the step, whether it is finite, and the log work of a kernel that leaves the target invariant."""
+def _settle(
+    end: Any, energy: Float[Array, ""], state: LangevinState
+) -> tuple[LangevinState, Bool[Array, ""], Float[Array, ""]]:
+    """The state after the step, whether it is to be trusted, and the log work of an invariant kernel.
+
+    The kinetic energy in a dense metric is a sum of terms of both signs. Where they overflow, or cancel by rounding, it
+    comes out negative, to -inf, and BlackJAX accepts a proposal of any log density with certainty.
+    """
     logdensity = jnp.asarray(end.logdensity, state.evaluation.logdensity.dtype)
     proposed = LangevinState(end.position, Evaluation(logdensity, end.logdensity_grad))
-    is_ok = is_finite(proposed.evaluation)
+    rounding = jnp.sqrt(jnp.finfo(energy.dtype).eps) * (1.0 + jnp.abs(end.logdensity))
+    is_ok = is_finite(proposed.evaluation) & (energy + end.logdensity >= -rounding)
     settled = select(is_ok, proposed, state)
     return settled, is_ok, state.evaluation.logdensity - settled.evaluation.logdensity

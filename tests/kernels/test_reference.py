@@ -49,6 +49,29 @@ def test_infinite_log_densities_are_divergences(name):
 
 
 @pytest.mark.parametrize("name", KERNELS)
+def test_kinetic_energies_that_overflow_are_divergences(name):
+    """In a dense metric their terms have both signs: BlackJAX alone accepts -inf with certainty, whatever is there."""
+    weights = jnp.asarray([1.4, *8 * [1.0]])
+    arrow = np.eye(9)
+    arrow[0, 1:] = arrow[1:, 0] = -0.35  # the first term is -2.0 where each of the other eight is 0.5
+    metric = jnp.asarray(arrow)
+    largest = np.sqrt(np.finfo(metric.dtype).max)
+
+    def cliff(x, slope):
+        return jnp.where(jnp.any(x != 0), -1e30, 0.0) + slope * jnp.dot(weights, x - jax.lax.stop_gradient(x))
+
+    def fall(slope):
+        kernel = KERNELS[name](bi.Target(cliff, slope), inverse_mass_matrix=metric)
+        return kernel.step(jax.random.key(0), kernel.init(jnp.zeros(9)))
+
+    state, info = jax.vmap(fall)(jnp.geomspace(1e-2 * largest, 1e2 * largest, 400))
+    assert np.any(np.isneginf(info.energy))  # the case occurs
+    assert np.all(state.evaluation.logdensity == 0)
+    assert np.all(info.is_divergent)
+    assert np.all(info.acceptance_rate[np.isneginf(info.energy)] == 0)
+
+
+@pytest.mark.parametrize("name", KERNELS)
 def test_evaluation_is_that_of_the_position(name):
     kernel = KERNELS[name](closed_forms.gaussian())
     state, info = kernel.step(jax.random.key(1), kernel.init(jnp.ones(2)))
