@@ -3,6 +3,7 @@
 if __name__ != "bayesinf.kernels":
     raise ImportError("import bayesinf.kernels, not kernels: this folder is only a part of bayesinf")
 
+from bayesinf.kernels.additive import AdditiveFunctional as AdditiveFunctional
 from bayesinf.kernels.adjusted import GHMC as GHMC
 from bayesinf.kernels.adjusted import MALT as MALT
 from bayesinf.kernels.adjusted import Metropolize as Metropolize
@@ -33,8 +34,9 @@ from bayesinf.kernels.langevin import MALA as MALA
 from bayesinf.kernels.mclmc import MCLMC as MCLMC
 from bayesinf.kernels.mclmc_warmup import MCLMCWarmup as MCLMCWarmup
 from bayesinf.kernels.minibatch import Minibatch as Minibatch
+from bayesinf.kernels.online_filter import ParticleFilter as ParticleFilter
 from bayesinf.kernels.parallel_midpoint import ParallelMidpoint as ParallelMidpoint
-from bayesinf.kernels.paris import AdditiveFunctional as AdditiveFunctional
+from bayesinf.kernels.paris import Paris as Paris
 from bayesinf.kernels.paris import paris as paris
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs as ParisianGibbs
 from bayesinf.kernels.parisian_gibbs import ppg as ppg

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from bayesinf.kernels.particle_filter import propagate, propagate_initial, weigh, weigh_initial
+from bayesinf.kernels.filter_steps import propagate, propagate_initial, weigh, weigh_initial
 from bayesinf.models.state_space import StateSpaceModel
 from bayesinf.resampling import gather, iid
 

@@ -33,7 +33,8 @@ from bayesinf import errors
 from bayesinf.kernel import Kernel, select
 from bayesinf.kernels import cloud as clouds
 from bayesinf.kernels.backward import backward_sample
-from bayesinf.kernels.particle_filter import check_proposal, particle_filter
+from bayesinf.kernels.filter_steps import check_proposal
+from bayesinf.kernels.particle_filter import particle_filter
 from bayesinf.models.state_space import (
     StateSpaceModel,
     check_model,

@@ -13,72 +13,151 @@ References:
     Olsson and Westerborn (2017), doi:10.3150/16-BEJ801.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.captured import captured, current
-from bayesinf.kernels.backward import BACKWARD_METHODS, draw_counted
-from bayesinf.kernels.cloud import Cloud, scan_steps
-from bayesinf.kernels.particle_filter import (
-    check_proposal,
-    check_threshold,
-    choose_ancestors,
-    cure_of_vanished,
-    propagate,
-    propagate_initial,
-    reweigh,
-    warn_of_invalid,
-    weigh,
-    weigh_initial,
+from bayesinf.captured import current
+from bayesinf.kernels.additive import (
+    AdditiveFunctional,
+    check_functional,
+    check_terms,
+    start_statistics,
+    update_statistics,
+    weighted_mean,
 )
-from bayesinf.kernels.rejection import Counts
-from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, sample
-from bayesinf.resampling import SCHEMES, gather
-from bayesinf.weights import compensated_sum, ess, normalize
+from bayesinf.kernels.backward import BACKWARD_METHODS, draw_counted
+from bayesinf.kernels.cloud import Cloud
+from bayesinf.kernels.filter_steps import cure_of_vanished, warn_of_invalid
+from bayesinf.kernels.online_filter import FilterInfo, FilterState, ParticleFilter, as_row, begin, move_on
+from bayesinf.models.state_space import StateSpaceModel, check_observations
+from bayesinf.weights import compensated_sum
 
-__all__ = ["AdditiveFunctional", "ParisResult", "paris"]
-
-
-def _as_pytree(function: Any) -> Any:
-    """A function that may travel through jit as an argument: a pytree whose code is static."""
-    is_pytree = isinstance(function, eqx.Module | jax.tree_util.Partial)
-    return function if is_pytree or not callable(function) else jax.tree_util.Partial(captured(function))
+__all__ = ["Paris", "ParisInfo", "ParisResult", "ParisState", "paris"]
 
 
-class AdditiveFunctional(eqx.Module):
-    """h(x_{0:T-1}) = initial(x_0) + sum_{t >= 1} increment(x_{t-1}, x_t, t).
+class ParisState(NamedTuple):
+    """Where PaRIS stands after y_t: the filter, and the statistics tau of its particles, with leading axis N."""
 
-    Both terms return pytrees of one structure and shape, so that several functionals are smoothed at once. A function
-    is compiled once; to give it arrays that change, pass `jax.tree_util.Partial(function, arrays)`.
+    filter: FilterState
+    statistics: PyTree
+
+
+class ParisInfo(NamedTuple):
+    """What one step of PaRIS tells.
 
     Attributes:
-        initial: a function of x_0.
-        increment: a function of x_{t-1}, x_t and t.
-
-    Example:
-        >>> import bayesinf as bi
-        >>> moments = bi.kernels.AdditiveFunctional(
-        ...     initial=lambda x0: {"sum": x0, "lagged": 0.0 * x0},
-        ...     increment=lambda x_prev, x, t: {"sum": x, "lagged": x_prev * x},
-        ... )
-        >>> moments.increment(2.0, 3.0, 1)
-        {'sum': 3.0, 'lagged': 6.0}
+        estimate: of E[h(x_{0:t}) | y_{0:t}], of the functional's structure; NaN where no weight is left.
+        log_evidence_increment: an estimate of log p(y_t | y_0..y_{t-1}).
+        ess: effective sample size of the weights.
+        is_resampled: whether the particles were resampled on the way to t.
+        num_invalid: how many log weights were NaN or +inf; they count as weights of zero.
+        num_proposals: indices that backward draws proposed on the way to t, accepted or not; none for "exact".
+        num_exact: backward draws on the way to t that looked at all particles; for "reject", those that were not served
+            in time.
     """
 
-    initial: Callable[..., Any] = eqx.field(converter=_as_pytree)
-    increment: Callable[..., Any] = eqx.field(converter=_as_pytree)
+    estimate: PyTree
+    log_evidence_increment: Float[Array, ""]
+    ess: Float[Array, ""]
+    is_resampled: Bool[Array, ""]
+    num_invalid: Int[Array, ""]
+    num_proposals: Int[Array, ""]
+    num_exact: Int[Array, ""]
 
-    def __check_init__(self):
-        errors.check_arguments("initial", self.initial, "x_0")
-        errors.check_arguments("increment", self.increment, "x_prev, x, t")
+
+class Paris(eqx.Module):
+    """PaRIS of data that arrive one at a time: smooths an additive functional in a memory that does not grow.
+
+    After `init` at y_0 and T - 1 steps it stands where `paris` of the whole series with the same key stands.
+
+    Attributes:
+        filter: the particle filter; an independent draw of ancestors at every step is the choice of the paper.
+        functional: what is smoothed.
+        num_backward: M >= 1 backward draws a particle.
+        method: how backward draws are made, see `paris`.
+
+    Raises:
+        ValueError: a parameter is out of its range.
+
+    Example:
+        >>> import jax
+        >>> import bayesinf as bi
+        >>> model = bi.models.StochasticVolatility(mean=-1.0, persistence=0.9, scale=0.3)
+        >>> _, ys = bi.models.simulate(jax.random.key(0), model, num_steps=50)
+        >>> total = bi.kernels.AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x)
+        >>> stream = bi.kernels.Paris(model, total, num_particles=100)
+        >>> state, info = stream.init(1, ys[0])
+        >>> for y in ys[1:]:
+        ...     state, info = stream.step(state, y)
+        >>> whole = bi.kernels.paris(1, model, ys, total, num_particles=100)
+        >>> bool(abs(info.estimate - whole.estimate) < 1e-3)
+        True
+    """
+
+    filter: ParticleFilter
+    functional: AdditiveFunctional
+    num_backward: int = eqx.field(static=True)
+    method: str = eqx.field(static=True)
+
+    def __init__(
+        self,
+        model: StateSpaceModel,
+        functional: AdditiveFunctional,
+        *,
+        num_particles: int,
+        num_backward: int = 2,
+        method: str = "auto",
+        proposal: str = "bootstrap",
+        resampling: str = "multinomial",
+        ess_threshold: Float[Array, ""] | float = 1.0,
+        lookahead: bool = False,
+    ):
+        self.filter = ParticleFilter(
+            model,
+            num_particles=num_particles,
+            proposal=proposal,
+            resampling=resampling,
+            ess_threshold=ess_threshold,
+            lookahead=lookahead,
+        )
+        self.functional = functional
+        self.num_backward = errors.check_count("num_backward", num_backward)
+        self.method = method
+        errors.check_choice("method", method, BACKWARD_METHODS)
+        check_functional(functional)
+
+    def init(self, key: errors.KeyLike, y: PyTree) -> tuple[ParisState, ParisInfo]:
+        """The particles and their statistics at t = 0.
+
+        Args:
+            key: PRNG key or seed.
+            y: the first observation; NaN where missing.
+
+        Returns:
+            (state, info).
+        """
+        ys = check_observations(self.filter.model, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], y))
+        return _begin(current(self), errors.as_key(key), jax.tree.map(lambda leaf: leaf[0], ys))
+
+    def step(self, state: ParisState, y: PyTree) -> tuple[ParisState, ParisInfo]:
+        """The particles and their statistics at the next time.
+
+        Args:
+            state: of `init` or `step`.
+            y: the next observation, like the first; NaN where missing.
+
+        Returns:
+            (state, info).
+        """
+        keys = _keys_of(state.filter.key, state.filter.t + 1)
+        return _move_on(current(self), state, keys, as_row(y))
 
 
 class ParisResult(NamedTuple):
@@ -116,6 +195,7 @@ def paris(
     proposal: str = "bootstrap",
     resampling: str = "multinomial",
     ess_threshold: Float[Array, ""] | float = 1.0,
+    lookahead: bool = False,
     throw: bool = True,
 ) -> ParisResult:
     """Smooths an additive functional online, with PaRIS.
@@ -132,6 +212,7 @@ def paris(
         proposal: "bootstrap", or "guided" by the model's own `initial_proposal` and `proposal`.
         resampling: one of `bayesinf.resampling.SCHEMES`; independent draws at every step are those of the paper.
         ess_threshold: resample where ess <= ess_threshold * N; 1 means always.
+        lookahead: choose ancestors with an eye on y_t, by `model.lookahead`.
         throw: whether to raise if the weights vanish.
 
     Returns:
@@ -153,26 +234,19 @@ def paris(
     References:
         Olsson and Westerborn (2017), doi:10.3150/16-BEJ801.
     """
-    errors.check_count("num_particles", num_particles)
-    errors.check_count("num_backward", num_backward)
-    errors.check_choice("method", method, BACKWARD_METHODS)
-    errors.check_choice("resampling", resampling, SCHEMES)
-    check_threshold(ess_threshold)
-    check_functional(functional)
     ys = check_observations(model, ys)
-    check_proposal(model, proposal)
-    result = _run(
-        errors.as_key(key),
+    one = Paris(
         model,
-        ys,
-        current(functional),
-        ess_threshold,
-        num_particles,
-        num_backward,
-        method,
-        proposal,
-        resampling,
+        functional,
+        num_particles=num_particles,
+        num_backward=num_backward,
+        method=method,
+        proposal=proposal,
+        resampling=resampling,
+        ess_threshold=ess_threshold,
+        lookahead=lookahead,
     )
+    result = _run(current(one), errors.as_key(key), ys)
     if throw and errors.is_concrete(result) and not np.isfinite(result.log_evidence):
         step = int(np.argmax(np.asarray(result.ess) == 0))
         raise errors.DegenerateWeightsError(
@@ -185,101 +259,70 @@ def paris(
     return result
 
 
-@partial(jax.jit, static_argnames=("num_particles", "num_backward", "method", "proposal", "resampling"))
-def _run(
-    key, model, ys, functional, ess_threshold, num_particles, num_backward, method, proposal, resampling
-) -> ParisResult:
-    check_model(model)
-    check_terms(functional, model)
-    key_start, key_steps = jax.random.split(key)
-    y_0 = gather(ys, jnp.zeros((), jnp.int32))
-    particles = propagate_initial(key_start, model, y_0, num_particles, proposal)
-    log_increments = weigh_initial(model, particles, y_0, proposal)
-    log_weights, *counts = reweigh(jnp.full_like(log_increments, -jnp.log(num_particles)), log_increments)
-    start = Cloud(particles, log_weights)
-    tau_0 = start_statistics(functional, start)
+@jax.jit
+def _run(self: Paris, key: Key[Array, ""], ys: PyTree) -> ParisResult:
+    first, rest = jax.tree.map(lambda leaf: leaf[0], ys), jax.tree.map(lambda leaf: leaf[1:], ys)
+    start, info = _begin(self, key, first)
+    # the keys of all steps are made at once, where that is a single operation
+    keys = jax.vmap(partial(_keys_of, start.filter.key))(jnp.arange(1, jax.tree.leaves(ys)[0].shape[0]))
+    _, infos = jax.lax.scan(lambda state, row: _move_on(self, state, *row), start, (keys, rest))
+    infos = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), info, infos)
+    estimate = jax.tree.map(lambda leaf: leaf[-1], infos.estimate)
+    return ParisResult(
+        estimate,
+        infos.estimate,
+        compensated_sum(infos.log_evidence_increment),
+        infos.ess,
+        infos.num_invalid,
+        infos.num_proposals,
+        infos.num_exact,
+    )
 
-    def step(carry, row):
-        (cloud_prev, tau), (t, keys, y) = carry, row
-        ancestors, log_carried, _ = choose_ancestors(
-            keys[0], cloud_prev.log_weights, ess_threshold=ess_threshold, resampling=resampling
-        )
-        parents = gather(cloud_prev.particles, ancestors)
-        particles = propagate(keys[1], model, parents, y, t, proposal)
-        log_weights, *counts = reweigh(log_carried, weigh(model, parents, particles, y, t, proposal))
-        J, costs = draw_counted(
-            keys[2], model, cloud_prev.particles, cloud_prev.log_weights, particles, t, ancestors, num_backward, method
-        )
-        cloud = Cloud(particles, log_weights)
-        tau = update_statistics(functional, tau, cloud_prev, cloud, J, t)
-        return (cloud, tau), (weighted_mean(cloud, tau), *counts, ess(log_weights), costs)
 
+@jax.jit
+def _begin(self: Paris, key: Key[Array, ""], y: PyTree) -> tuple[ParisState, ParisInfo]:
+    check_terms(self.functional, self.filter.model)
+    filtered, info = begin(self.filter, key, y)
+    cloud = Cloud(filtered.particles, filtered.log_weights)
+    state = ParisState(filtered, start_statistics(self.functional, cloud))
     zero = jnp.zeros((), jnp.int32)
-    kept_0 = (weighted_mean(start, tau_0), *counts, ess(log_weights), Counts(zero, zero))
-    _, kept = scan_steps(step, (start, tau_0), kept_0, key_steps, 3, ys)
-    estimates, increments, num_invalid, ess_each, costs = kept
-    estimate = jax.tree.map(lambda leaf: leaf[-1], estimates)
-    return ParisResult(estimate, estimates, compensated_sum(increments), ess_each, num_invalid, *costs)
+    return state, _describe(state, info, zero, zero)
 
 
-# ---- the statistics, shared with the Parisian kernel ----
+@jax.jit
+def _move_on(self: Paris, state: ParisState, keys: Key[Array, "3"], y: PyTree) -> tuple[ParisState, ParisInfo]:
+    before = state.filter
+    filtered, info = move_on(self.filter, before, keys[:2], y)
+    J, costs = draw_counted(
+        keys[2],
+        self.filter.model,
+        before.particles,
+        before.log_weights,
+        filtered.particles,
+        filtered.t,
+        info.ancestors,
+        self.num_backward,
+        self.method,
+    )
+    clouds = (Cloud(now.particles, now.log_weights) for now in (before, filtered))
+    state = ParisState(filtered, update_statistics(self.functional, state.statistics, *clouds, J, filtered.t))
+    return state, _describe(state, info, *costs)
 
 
-def start_statistics(functional: AdditiveFunctional, cloud: Cloud) -> PyTree:
-    """tau_0^i = h_0(X_0^i), in the dtype of the weights."""
-    return _as_statistics(jax.vmap(functional.initial)(cloud.particles), cloud)
+def _keys_of(key: Key[Array, ""], t: Int[Array, ""]) -> Key[Array, "3"]:
+    """Those of the filter at time t, and what draws backward."""
+    key_filter, key_back = jax.random.split(jax.random.fold_in(key, t))
+    return jnp.concatenate([jax.random.split(key_filter), key_back[None]])
 
 
-def update_statistics(
-    functional: AdditiveFunctional,
-    tau: PyTree,
-    cloud_prev: Cloud,
-    cloud: Cloud,
-    J: Int[Array, "N m"],
-    t: Int[Array, ""],
-) -> PyTree:
-    """tau_t^i, the mean over j of tau_{t-1}^{J^{i,j}} + h_t(X_{t-1}^{J^{i,j}}, X_t^i)."""
-
-    def increments(x, parents):
-        return jax.vmap(lambda j: functional.increment(gather(cloud_prev.particles, j), x, t))(parents)
-
-    h = _as_statistics(jax.vmap(increments)(cloud.particles, J), cloud)
-    return jax.tree.map(lambda old, new: jnp.mean(old + new, axis=1), gather(tau, J), h)
-
-
-def weighted_mean(cloud: Cloud, tau: PyTree) -> PyTree:
-    """sum_i W_t^i tau_t^i; NaN where no weight is positive."""
-    log_weights, log_mean = normalize(cloud.log_weights)
-    weights = jnp.where(jnp.isfinite(log_mean), jnp.exp(log_weights), jnp.nan)
-    return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), tau)
-
-
-def check_functional(functional: Any) -> None:
-    """An AdditiveFunctional."""
-    if not isinstance(functional, AdditiveFunctional):
-        raise ValueError(
-            f"functional must be an AdditiveFunctional(initial, increment), got {type(functional).__name__}"
-        )
-
-
-def check_terms(functional: AdditiveFunctional, model: StateSpaceModel) -> None:
-    """That both terms are real, of one structure and shape, for the states of the model; for tracing."""
-    x = jax.eval_shape(lambda key: sample(key, model.initial()), jax.random.key(0))
-    terms = {
-        "initial": jax.eval_shape(functional.initial, x),
-        "increment": jax.eval_shape(functional.increment, x, x, jnp.ones((), jnp.int32)),
-    }
-    shapes = {name: jax.tree.map(lambda leaf: leaf.shape, term) for name, term in terms.items()}
-    if shapes["initial"] != shapes["increment"]:
-        raise ValueError(
-            "functional.initial and functional.increment must return pytrees of one structure and shape, got the "
-            f"shapes {shapes['initial']} and {shapes['increment']}"
-        )
-    for name, term in terms.items():
-        leaves = jax.tree.leaves(term)
-        if not leaves or any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in leaves):
-            raise ValueError(f"functional.{name} must return real numbers, got {term}")
-
-
-def _as_statistics(values: PyTree, cloud: Cloud) -> PyTree:
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, cloud.log_weights.dtype), values)
+def _describe(state: ParisState, info: FilterInfo, num_proposals: Array, num_exact: Array) -> ParisInfo:
+    estimate = weighted_mean(Cloud(state.filter.particles, state.filter.log_weights), state.statistics)
+    return ParisInfo(
+        estimate,
+        info.log_evidence_increment,
+        info.ess,
+        info.is_resampled,
+        info.num_invalid,
+        num_proposals,
+        num_exact,
+    )

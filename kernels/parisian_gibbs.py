@@ -32,9 +32,7 @@ from bayesinf import errors
 from bayesinf.captured import current
 from bayesinf.kernel import Kernel
 from bayesinf.kernels import cloud as clouds
-from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
-from bayesinf.kernels.conditional_smc import PathState, check_path, draw_last, finish_sweep, first_paths
-from bayesinf.kernels.paris import (
+from bayesinf.kernels.additive import (
     AdditiveFunctional,
     check_functional,
     check_terms,
@@ -42,7 +40,9 @@ from bayesinf.kernels.paris import (
     update_statistics,
     weighted_mean,
 )
-from bayesinf.kernels.particle_filter import check_proposal, cure_of_vanished, warn_of_invalid
+from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
+from bayesinf.kernels.conditional_smc import PathState, check_path, draw_last, finish_sweep, first_paths
+from bayesinf.kernels.filter_steps import check_proposal, cure_of_vanished, warn_of_invalid
 from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, check_series
 from bayesinf.resampling import gather
 

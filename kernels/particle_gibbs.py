@@ -35,8 +35,9 @@ from bayesinf.captured import captured, current
 from bayesinf.kernel import Kernel
 from bayesinf.kernels.backward import backward_sample
 from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC, PathState
+from bayesinf.kernels.filter_steps import PROPOSALS
 from bayesinf.kernels.innovations import innovations, path_of
-from bayesinf.kernels.particle_filter import PROPOSALS, particle_filter
+from bayesinf.kernels.particle_filter import particle_filter
 from bayesinf.kernels.parts import (
     PartsState,
     attach,

@@ -10,7 +10,7 @@ from ppg_models import TOTALS, problem
 from bayesinf import conformance, errors
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.kernels import AdditiveFunctional, paris
-from bayesinf.kernels.paris import check_functional
+from bayesinf.kernels.additive import check_functional
 
 
 @eqx.filter_jit

@@ -9,7 +9,7 @@ from bayesinf import resampling
 from bayesinf.kernels import ConditionalSMC, ParisianGibbs, ParticleGibbs, cloud, parisian_gibbs
 from bayesinf.kernels.backward import draw_backward
 from bayesinf.kernels.cloud import Cloud
-from bayesinf.kernels.particle_filter import propagate, propagate_initial, weigh, weigh_initial
+from bayesinf.kernels.filter_steps import propagate, propagate_initial, weigh, weigh_initial
 from bayesinf.resampling import gather, iid
 
 

@@ -1,0 +1,126 @@
+"""Additive functionals of a path, and the statistics of them that PaRIS carries with every particle.
+
+    h(x_{0:T-1}) = h_0(x_0) + sum_t h_t(x_{t-1}, x_t)
+    tau_0^i = h_0(X_0^i),    tau_t^i = (1/M) sum_{j=1..M} [tau_{t-1}^{J_t^{i,j}} + h_t(X_{t-1}^{J_t^{i,j}}, X_t^i)]
+
+References:
+    Olsson and Westerborn (2017), doi:10.3150/16-BEJ801.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree
+
+from bayesinf import errors
+from bayesinf.captured import captured
+from bayesinf.kernels.cloud import Cloud
+from bayesinf.models.state_space import StateSpaceModel, sample
+from bayesinf.resampling import gather
+from bayesinf.weights import normalize
+
+__all__ = [
+    "AdditiveFunctional",
+    "check_functional",
+    "check_terms",
+    "start_statistics",
+    "update_statistics",
+    "weighted_mean",
+]
+
+
+def _as_pytree(function: Any) -> Any:
+    """A function that may travel through jit as an argument: a pytree whose code is static."""
+    is_pytree = isinstance(function, eqx.Module | jax.tree_util.Partial)
+    return function if is_pytree or not callable(function) else jax.tree_util.Partial(captured(function))
+
+
+class AdditiveFunctional(eqx.Module):
+    """h(x_{0:T-1}) = initial(x_0) + sum_{t >= 1} increment(x_{t-1}, x_t, t).
+
+    Both terms return pytrees of one structure and shape, so that several functionals are smoothed at once. A function
+    is compiled once; to give it arrays that change, pass `jax.tree_util.Partial(function, arrays)`.
+
+    Attributes:
+        initial: a function of x_0.
+        increment: a function of x_{t-1}, x_t and t.
+
+    Example:
+        >>> import bayesinf as bi
+        >>> moments = bi.kernels.AdditiveFunctional(
+        ...     initial=lambda x0: {"sum": x0, "lagged": 0.0 * x0},
+        ...     increment=lambda x_prev, x, t: {"sum": x, "lagged": x_prev * x},
+        ... )
+        >>> moments.increment(2.0, 3.0, 1)
+        {'sum': 3.0, 'lagged': 6.0}
+    """
+
+    initial: Callable[..., Any] = eqx.field(converter=_as_pytree)
+    increment: Callable[..., Any] = eqx.field(converter=_as_pytree)
+
+    def __check_init__(self):
+        errors.check_arguments("initial", self.initial, "x_0")
+        errors.check_arguments("increment", self.increment, "x_prev, x, t")
+
+
+def start_statistics(functional: AdditiveFunctional, cloud: Cloud) -> PyTree:
+    """tau_0^i = h_0(X_0^i), in the dtype of the weights."""
+    return _as_statistics(jax.vmap(functional.initial)(cloud.particles), cloud)
+
+
+def update_statistics(
+    functional: AdditiveFunctional,
+    tau: PyTree,
+    cloud_prev: Cloud,
+    cloud: Cloud,
+    J: Int[Array, "N m"],
+    t: Int[Array, ""],
+) -> PyTree:
+    """tau_t^i, the mean over j of tau_{t-1}^{J^{i,j}} + h_t(X_{t-1}^{J^{i,j}}, X_t^i)."""
+
+    def increments(x, parents):
+        return jax.vmap(lambda j: functional.increment(gather(cloud_prev.particles, j), x, t))(parents)
+
+    h = _as_statistics(jax.vmap(increments)(cloud.particles, J), cloud)
+    return jax.tree.map(lambda old, new: jnp.mean(old + new, axis=1), gather(tau, J), h)
+
+
+def weighted_mean(cloud: Cloud, tau: PyTree) -> PyTree:
+    """sum_i W_t^i tau_t^i; NaN where no weight is positive."""
+    log_weights, log_mean = normalize(cloud.log_weights)
+    weights = jnp.where(jnp.isfinite(log_mean), jnp.exp(log_weights), jnp.nan)
+    return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), tau)
+
+
+def check_functional(functional: Any) -> None:
+    """An AdditiveFunctional."""
+    if not isinstance(functional, AdditiveFunctional):
+        raise ValueError(
+            f"functional must be an AdditiveFunctional(initial, increment), got {type(functional).__name__}"
+        )
+
+
+def check_terms(functional: AdditiveFunctional, model: StateSpaceModel) -> None:
+    """That both terms are real, of one structure and shape, for the states of the model; for tracing."""
+    x = jax.eval_shape(lambda key: sample(key, model.initial()), jax.random.key(0))
+    terms = {
+        "initial": jax.eval_shape(functional.initial, x),
+        "increment": jax.eval_shape(functional.increment, x, x, jnp.ones((), jnp.int32)),
+    }
+    shapes = {name: jax.tree.map(lambda leaf: leaf.shape, term) for name, term in terms.items()}
+    if shapes["initial"] != shapes["increment"]:
+        raise ValueError(
+            "functional.initial and functional.increment must return pytrees of one structure and shape, got the "
+            f"shapes {shapes['initial']} and {shapes['increment']}"
+        )
+    for name, term in terms.items():
+        leaves = jax.tree.leaves(term)
+        if not leaves or any(jnp.issubdtype(leaf.dtype, jnp.complexfloating) for leaf in leaves):
+            raise ValueError(f"functional.{name} must return real numbers, got {term}")
+
+
+def _as_statistics(values: PyTree, cloud: Cloud) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, cloud.log_weights.dtype), values)
