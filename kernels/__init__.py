@@ -50,6 +50,10 @@ from bayesinf.kernels.randomized_midpoint import RandomizedMidpointKinetic as Ra
 from bayesinf.kernels.reference import HMC as HMC
 from bayesinf.kernels.reference import NUTS as NUTS
 from bayesinf.kernels.replica_exchange import ReplicaExchange as ReplicaExchange
+from bayesinf.kernels.saem import saem as saem
+from bayesinf.kernels.score import observed_information as observed_information
+from bayesinf.kernels.score import score_functional as score_functional
+from bayesinf.kernels.score_ascent import score_ascent as score_ascent
 from bayesinf.kernels.smc_sampler import SMCResult as SMCResult
 from bayesinf.kernels.smc_sampler import smc_sampler as smc_sampler
 from bayesinf.kernels.stochastic_gradient import SGHMC as SGHMC

@@ -24,6 +24,7 @@ from bayesinf.weights import normalize
 
 __all__ = [
     "AdditiveFunctional",
+    "as_pytree",
     "check_functional",
     "check_terms",
     "start_statistics",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 
-def _as_pytree(function: Any) -> Any:
+def as_pytree(function: Any) -> Any:
     """A function that may travel through jit as an argument: a pytree whose code is static."""
     is_pytree = isinstance(function, eqx.Module | jax.tree_util.Partial)
     return function if is_pytree or not callable(function) else jax.tree_util.Partial(captured(function))
@@ -45,8 +46,9 @@ class AdditiveFunctional(eqx.Module):
     is compiled once; to give it arrays that change, pass `jax.tree_util.Partial(function, arrays)`.
 
     Attributes:
-        initial: a function of x_0.
-        increment: a function of x_{t-1}, x_t and t.
+        initial: a function of x_0, or of x_0 and y_0.
+        increment: a function of x_{t-1}, x_t and t, or of x_{t-1}, x_t, y_t and t.
+        is_given_data: whether both terms are given the observation too. Static.
 
     Example:
         >>> import bayesinf as bi
@@ -56,19 +58,41 @@ class AdditiveFunctional(eqx.Module):
         ... )
         >>> moments.increment(2.0, 3.0, 1)
         {'sum': 3.0, 'lagged': 6.0}
+        >>> errors = bi.kernels.AdditiveFunctional(
+        ...     lambda x, y: (y - x) ** 2, lambda x_prev, x, y, t: (y - x) ** 2, is_given_data=True
+        ... )
     """
 
-    initial: Callable[..., Any] = eqx.field(converter=_as_pytree)
-    increment: Callable[..., Any] = eqx.field(converter=_as_pytree)
+    initial: Callable[..., Any] = eqx.field(converter=as_pytree)
+    increment: Callable[..., Any] = eqx.field(converter=as_pytree)
+    is_given_data: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
-        errors.check_arguments("initial", self.initial, "x_0")
-        errors.check_arguments("increment", self.increment, "x_prev, x, t")
+        errors.check_arguments("initial", self.initial, "x_0, y_0" if self.is_given_data else "x_0")
+        arguments = "x_prev, x, y, t" if self.is_given_data else "x_prev, x, t"
+        errors.check_arguments("increment", self.increment, arguments)
+
+    def first_term(self, x: PyTree, y: PyTree) -> PyTree:
+        """h_0, which may know y_0."""
+        return self.initial(x, y) if self.is_given_data else self.initial(x)
+
+    def term(self, x_prev: PyTree, x: PyTree, y: PyTree, t: Int[Array, ""]) -> PyTree:
+        """h_t, which may know y_t."""
+        return self.increment(x_prev, x, y, t) if self.is_given_data else self.increment(x_prev, x, t)
+
+    def of_path(self, path: PyTree, ys: PyTree) -> PyTree:
+        """h(x_{0:T-1}) of one path, with leading axis T."""
+        first = self.first_term(*(jax.tree.map(lambda leaf: leaf[0], series) for series in (path, ys)))
+        before = jax.tree.map(lambda leaf: leaf[:-1], path)
+        after, rows = (jax.tree.map(lambda leaf: leaf[1:], series) for series in (path, ys))
+        ts = jnp.arange(1, jax.tree.leaves(path)[0].shape[0])
+        terms = jax.vmap(self.term)(before, after, rows, ts)
+        return jax.tree.map(lambda a, b: a + jnp.sum(b, axis=0), first, terms)
 
 
-def start_statistics(functional: AdditiveFunctional, cloud: Cloud) -> PyTree:
+def start_statistics(functional: AdditiveFunctional, cloud: Cloud, y: PyTree) -> PyTree:
     """tau_0^i = h_0(X_0^i), in the dtype of the weights."""
-    return _as_statistics(jax.vmap(functional.initial)(cloud.particles), cloud)
+    return _as_statistics(jax.vmap(lambda x: functional.first_term(x, y))(cloud.particles), cloud)
 
 
 def update_statistics(
@@ -77,12 +101,13 @@ def update_statistics(
     cloud_prev: Cloud,
     cloud: Cloud,
     J: Int[Array, "N m"],
+    y: PyTree,
     t: Int[Array, ""],
 ) -> PyTree:
     """tau_t^i, the mean over j of tau_{t-1}^{J^{i,j}} + h_t(X_{t-1}^{J^{i,j}}, X_t^i)."""
 
     def increments(x, parents):
-        return jax.vmap(lambda j: functional.increment(gather(cloud_prev.particles, j), x, t))(parents)
+        return jax.vmap(lambda j: functional.term(gather(cloud_prev.particles, j), x, y, t))(parents)
 
     h = _as_statistics(jax.vmap(increments)(cloud.particles, J), cloud)
     return jax.tree.map(lambda old, new: jnp.mean(old + new, axis=1), gather(tau, J), h)
@@ -103,12 +128,12 @@ def check_functional(functional: Any) -> None:
         )
 
 
-def check_terms(functional: AdditiveFunctional, model: StateSpaceModel) -> None:
-    """That both terms are real, of one structure and shape, for the states of the model; for tracing."""
+def check_terms(functional: AdditiveFunctional, model: StateSpaceModel, y: PyTree) -> None:
+    """That both terms are real, of one structure and shape, for the states of the model and a row y; for tracing."""
     x = jax.eval_shape(lambda key: sample(key, model.initial()), jax.random.key(0))
     terms = {
-        "initial": jax.eval_shape(functional.initial, x),
-        "increment": jax.eval_shape(functional.increment, x, x, jnp.ones((), jnp.int32)),
+        "initial": jax.eval_shape(functional.first_term, x, y),
+        "increment": jax.eval_shape(functional.term, x, x, y, jnp.ones((), jnp.int32)),
     }
     shapes = {name: jax.tree.map(lambda leaf: leaf.shape, term) for name, term in terms.items()}
     if shapes["initial"] != shapes["increment"]:

@@ -281,10 +281,10 @@ def _run(self: Paris, key: Key[Array, ""], ys: PyTree) -> ParisResult:
 
 @jax.jit
 def _begin(self: Paris, key: Key[Array, ""], y: PyTree) -> tuple[ParisState, ParisInfo]:
-    check_terms(self.functional, self.filter.model)
+    check_terms(self.functional, self.filter.model, y)
     filtered, info = begin(self.filter, key, y)
     cloud = Cloud(filtered.particles, filtered.log_weights)
-    state = ParisState(filtered, start_statistics(self.functional, cloud))
+    state = ParisState(filtered, start_statistics(self.functional, cloud, y))
     zero = jnp.zeros((), jnp.int32)
     return state, _describe(state, info, zero, zero)
 
@@ -305,7 +305,8 @@ def _move_on(self: Paris, state: ParisState, keys: Key[Array, "3"], y: PyTree) -
         self.method,
     )
     clouds = (Cloud(now.particles, now.log_weights) for now in (before, filtered))
-    state = ParisState(filtered, update_statistics(self.functional, state.statistics, *clouds, J, filtered.t))
+    tau = update_statistics(self.functional, state.statistics, *clouds, J, y, filtered.t)
+    state = ParisState(filtered, tau)
     return state, _describe(state, info, *costs)
 
 

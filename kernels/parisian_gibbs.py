@@ -104,7 +104,7 @@ class ParisianGibbs(Kernel):
         check_observations(self.model, self.ys)
         check_model(self.model)
         check_functional(self.functional)
-        check_terms(self.functional, self.model)
+        check_terms(self.functional, self.model, jax.tree.map(lambda leaf: leaf[0], self.ys))
 
     def init(self, position: PyTree) -> PathState:
         return PathState(check_path(self.model, self.ys, position))
@@ -138,10 +138,10 @@ class ParisianGibbs(Kernel):
                 self.num_backward,
                 self.method,
             )
-            tau = update_statistics(self.functional, tau, cloud_prev, cloud, J, t)
+            tau = update_statistics(self.functional, tau, cloud_prev, cloud, J, y, t)
             return (cloud, tau), (cloud, J[:, 0])
 
-        first = (start, start_statistics(self.functional, start))
+        first = (start, start_statistics(self.functional, start, y_0))
         own = jnp.arange(self.num_particles, dtype=jnp.int32)
         last, (cloud, parents) = clouds.scan_steps(step, first, (start, own), key_steps, 3, (reference, self.ys))
         indices = clouds.trace_indices(draw_last(key_last, cloud.log_weights), parents)

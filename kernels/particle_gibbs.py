@@ -47,7 +47,7 @@ from bayesinf.kernels.parts import (
     merge_infos,
     scale_steps,
 )
-from bayesinf.models.state_space import StateSpaceModel, check_series, log_prob, observation_log_prob
+from bayesinf.models.state_space import StateSpaceModel, check_series, log_joint, log_likelihood
 from bayesinf.target import Target
 
 __all__ = ["ParticleGibbs", "ParticleGibbsInfo"]
@@ -273,13 +273,7 @@ class _GivenPath:
 
     def __call__(self, theta: PyTree, data: tuple[Target, PyTree, PyTree]) -> Array:
         prior, ys, path = data
-        model = self.build(prior.constrain(theta))
-        first = jax.tree.map(lambda leaf: leaf[0], path)
-        before, after = (jax.tree.map(lambda leaf: leaf[:-1], path), jax.tree.map(lambda leaf: leaf[1:], path))
-        ts = jnp.arange(1, 1 + jax.tree.leaves(before)[0].shape[0])
-        moves = jax.vmap(lambda x_prev, x, t: log_prob(model.transition(x_prev, t), x))(before, after, ts)
-        log_path = log_prob(model.initial(), first) + jnp.sum(moves)
-        return prior.logdensity(theta) + log_path + _log_likelihood(model, path, ys)
+        return prior.logdensity(theta) + log_joint(self.build(prior.constrain(theta)), path, ys)
 
 
 @dataclass(frozen=True)
@@ -291,12 +285,7 @@ class _GivenInnovations:
     def __call__(self, theta: PyTree, data: tuple[Target, PyTree, PyTree]) -> Array:
         prior, ys, z = data
         model = self.build(prior.constrain(theta))
-        return prior.logdensity(theta) + _log_likelihood(model, path_of(model, z), ys)
-
-
-def _log_likelihood(model: StateSpaceModel, path: PyTree, ys: PyTree) -> Array:
-    ts = jnp.arange(jax.tree.leaves(ys)[0].shape[0])
-    return jnp.sum(jax.vmap(lambda x, y, t: observation_log_prob(model, x, y, t))(path, ys, ts))
+        return prior.logdensity(theta) + log_likelihood(model, path_of(model, z), ys)
 
 
 def _as_part(name: str, part: Any, target: Target) -> Kernel:

@@ -29,6 +29,8 @@ __all__ = [
     "check_model",
     "check_observations",
     "check_series",
+    "log_joint",
+    "log_likelihood",
     "log_prob",
     "observation_log_prob",
     "rows_outside_support",
@@ -146,6 +148,21 @@ def observation_log_prob(model: StateSpaceModel, x: PyTree, y: PyTree, t: Int[Ar
     safe = jnp.where(jnp.expand_dims(partly, event), _inside(law, y), y)
     log_probs = _discrete_log_prob(law, safe) if law.support.is_discrete else law.log_prob(safe)  # pyright: ignore[reportOptionalMemberAccess]
     return jnp.sum(jnp.where(missing, 0.0, jnp.where(partly, jnp.nan, log_probs)))
+
+
+def log_joint(model: StateSpaceModel, path: PyTree, ys: PyTree) -> Float[Array, ""]:
+    """Log p(x_{0:T-1}, y_{0:T-1}), all steps at once; `path` and `ys` have a leading axis T."""
+    first = jax.tree.map(lambda leaf: leaf[0], path)
+    before, after = (jax.tree.map(lambda leaf: leaf[:-1], path), jax.tree.map(lambda leaf: leaf[1:], path))
+    ts = jnp.arange(1, 1 + jax.tree.leaves(before)[0].shape[0])
+    moves = jax.vmap(lambda x_prev, x, t: log_prob(model.transition(x_prev, t), x))(before, after, ts)
+    return log_prob(model.initial(), first) + jnp.sum(moves) + log_likelihood(model, path, ys)
+
+
+def log_likelihood(model: StateSpaceModel, path: PyTree, ys: PyTree) -> Float[Array, ""]:
+    """Log p(y_{0:T-1} | x_{0:T-1}) of what is there of ys."""
+    ts = jnp.arange(jax.tree.leaves(ys)[0].shape[0])
+    return jnp.sum(jax.vmap(lambda x, y, t: observation_log_prob(model, x, y, t))(path, ys, ts))
 
 
 def _discrete_log_prob(law: dist.Distribution, y: Array) -> Array:
