@@ -43,6 +43,7 @@ from bayesinf.kernels.parisian_gibbs import ppg as ppg
 from bayesinf.kernels.particle_filter import FilterResult as FilterResult
 from bayesinf.kernels.particle_filter import particle_filter as particle_filter
 from bayesinf.kernels.particle_gibbs import ParticleGibbs as ParticleGibbs
+from bayesinf.kernels.particle_marginal import ParticleMarginal as ParticleMarginal
 from bayesinf.kernels.plan import plan as plan
 from bayesinf.kernels.precondition import Precondition as Precondition
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint as RandomizedMidpoint

@@ -304,8 +304,8 @@ def _move_on(self: Paris, state: ParisState, keys: Key[Array, "3"], y: PyTree) -
         self.num_backward,
         self.method,
     )
-    clouds = (Cloud(now.particles, now.log_weights) for now in (before, filtered))
-    tau = update_statistics(self.functional, state.statistics, *clouds, J, y, filtered.t)
+    cloud_prev, cloud = (Cloud(now.particles, now.log_weights) for now in (before, filtered))
+    tau = update_statistics(self.functional, state.statistics, cloud_prev, cloud, J, y, filtered.t)
     state = ParisState(filtered, tau)
     return state, _describe(state, info, *costs)
 

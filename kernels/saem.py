@@ -133,8 +133,10 @@ def saem(
     sums = jax.tree.map(lambda term: jnp.zeros(term.shape), jax.eval_shape(statistics.of_path, path, ys))
     _check_maximize(maximize, sums, theta)
     fixed = _Approximation(smoother, freely, statistics, maximize, num_exploring, exponent)
-    (_, _, path), kept = iterate(_approximate, fixed, (theta, sums, path), key_steps, num_iterations, progress)
-    return settle(freely, *kept, path, throw=throw)
+    (_, _, path), (trace, log_evidence, is_failed) = iterate(
+        _approximate, fixed, (theta, sums, path), key_steps, num_iterations, progress
+    )
+    return settle(freely, trace, log_evidence, is_failed, path, throw=throw)
 
 
 def _approximate(fixed: _Approximation, state, key, iteration):

@@ -123,8 +123,8 @@ def score_ascent(
     if path is None:
         path, _ = smoother.first_path(key_path, build(theta))
     state = (free, optimizer.init(free), errors.as_arrays("initial_path", path))
-    (_, _, path), kept = iterate(_climb, ascent, state, key_steps, num_iterations, progress)
-    return settle(freely, *kept, path, throw=throw)
+    (_, _, path), (free, log_evidence, is_failed) = iterate(_climb, ascent, state, key_steps, num_iterations, progress)
+    return settle(freely, free, log_evidence, is_failed, path, throw=throw)
 
 
 def _climb(ascent: _Ascent, state, key, iteration):

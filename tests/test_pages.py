@@ -14,7 +14,20 @@ DOCS = ROOT / "docs"
 PAGES = {path.stem: path for path in sorted((DOCS / "kernels").glob("*.md"))}
 SLOW = (  # to compile
     *("backward_sample", "conditional_smc", "ibis", "malt", "mclmc", "minibatch", "mixture", "paris", "parisian_gibbs"),
-    *("particle_gibbs", "ppg", "replica_exchange", "sghmc", "sgld", "smc_sampler"),
+    *(
+        "particle_gibbs",
+        "particle_marginal",
+        "ppg",
+        "score",
+        "score_ascent",
+        "saem",
+        "jitter",
+        "cycle",
+        "replica_exchange",
+        "sghmc",
+        "sgld",
+        "smc_sampler",
+    ),
 )
 
 needs_docs = pytest.mark.skipif(not DOCS.exists(), reason="an sdist has no docs")

@@ -4,6 +4,7 @@ import _thread
 import functools
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -221,6 +222,7 @@ def test_interrupt_returns_what_exists(monkeypatch, whole):
 
 
 def test_a_real_signal_interrupts():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # processes in the background ignore it
     is_over = threading.Event()
 
     def interrupt():
@@ -228,8 +230,11 @@ def test_a_real_signal_interrupts():
             _thread.interrupt_main()
 
     threading.Thread(target=interrupt, daemon=True).start()
-    draws = run(num_samples=50_000_000)
-    is_over.set()
+    try:
+        draws = run(num_samples=50_000_000)
+    finally:
+        is_over.set()
+        signal.signal(signal.SIGINT, before)
     assert draws.status == "interrupted"
     assert 0 < draws.num_samples < 50_000_000
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bayesinf import resampling
-from bayesinf.kernels import ConditionalSMC, ParisianGibbs, ParticleGibbs, cloud, parisian_gibbs
+from bayesinf.kernels import ConditionalSMC, ParisianGibbs, ParticleGibbs, ParticleMarginal, cloud, parisian_gibbs
 from bayesinf.kernels.backward import draw_backward
 from bayesinf.kernels.cloud import Cloud
 from bayesinf.kernels.filter_steps import propagate, propagate_initial, weigh, weigh_initial
@@ -107,3 +107,13 @@ class StaleParticleGibbs(ParticleGibbs):
         with_path, _ = super().step(key_path, state)
         position = {"theta": with_theta.position["theta"], "path": with_path.position["path"]}
         return with_theta._replace(position=position), info
+
+
+class StaleMarginal(ParticleMarginal):
+    """Renews the estimate at the current parameters before every step: Monte Carlo within Metropolis."""
+
+    def step(self, key, state):
+        key_seeds, key_step = jax.random.split(key)
+        seeds = jax.random.bits(key_seeds, state.seeds.shape)
+        evaluation, _, _ = self._evaluate(state.position, seeds)
+        return super().step(key_step, state._replace(evaluation=evaluation, seeds=seeds))
