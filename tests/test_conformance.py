@@ -114,8 +114,10 @@ def test_invariance_takes_pytrees_further_statistics_and_a_preparation():
 
 @pytest.mark.parametrize(
     "kernel",
-    [blackjax.mala(TARGET.logdensity, 0.4), blackjax.hmc(TARGET.logdensity, 0.4, jnp.ones(2), 4)],
-    ids=["mala", "hmc"],
+    [
+        pytest.param(blackjax.mala(TARGET.logdensity, 0.4), id="mala"),
+        pytest.param(blackjax.hmc(TARGET.logdensity, 0.4, jnp.ones(2), 4), id="hmc", marks=pytest.mark.slow),
+    ],
 )
 def test_blackjax_kernels_pass_as_they_are(kernel):
     exact_start_invariance(2, kernel, log_gamma, num_chains=10_000, num_steps=5).raise_if_rejected()

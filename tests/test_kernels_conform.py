@@ -187,7 +187,9 @@ def test_contract_on_parameters_and_paths(name):
     contract(JOINT[name](laws.draw_series(jax.random.key(1), position)), position)
 
 
-@pytest.mark.parametrize("name", [but_slow(name, "Metropolize", "Precondition") for name in INVARIANT])
+@pytest.mark.parametrize(
+    "name", [but_slow(name, "Metropolize", "Precondition", "Transformed", "ReplicaExchange") for name in INVARIANT]
+)
 def test_law_is_invariant(name):
     kernel, num_chains = INVARIANT[name], 20_000 if name in ("NUTS", "EllipticalSlice") else 50_000
     # what is not position, from its law: velocities, or another replica

@@ -160,7 +160,13 @@ class LowBound(Drift):
 
 @pytest.mark.parametrize(
     ("model", "num_rounds", "shrink"),
-    [(Drift(), 0, 4), (Drift(), 1, 4), (Drift(), 2, 2), (Drift(), 32, 2), (LowBound(), 32, 4)],
+    [
+        (Drift(), 0, 4),
+        pytest.param(Drift(), 1, 4, marks=pytest.mark.slow),
+        pytest.param(Drift(), 2, 2, marks=pytest.mark.slow),
+        (Drift(), 32, 2),
+        (LowBound(), 32, 4),
+    ],
 )
 def test_rejection_keeps_the_law_whatever_it_is_forced_to(monkeypatch, model, num_rounds, shrink):
     """To draw from the categorical law, all or the rest; to gather early; to find out that its bound is none."""

@@ -197,7 +197,7 @@ def test_systematic_ancestors_move_the_smoothing_law():
 @pytest.mark.parametrize(
     ("refresh", "last", "published", "tolerance"),
     [
-        ("ancestor", 200, 0.935, 0.01),
+        pytest.param("ancestor", 200, 0.935, 0.01, marks=pytest.mark.slow),
         ("backward", 50, 0.935, 0.01),
         pytest.param("backward", 200, 0.935, 0.01, marks=pytest.mark.slow),
         ("none", 50, 0.042, 0.01),
@@ -249,7 +249,7 @@ MIXING = {20: (0.935, 1.27, 3), 10: (0.87, 1.60, 5), 5: (0.735, 2.50, 8)}
     [
         pytest.param("ancestor", 20, marks=pytest.mark.slow),
         pytest.param("ancestor", 10, marks=pytest.mark.slow),
-        ("ancestor", 5),
+        pytest.param("ancestor", 5, marks=pytest.mark.slow),
         pytest.param("backward", 20, marks=pytest.mark.slow),
         pytest.param("backward", 10, marks=pytest.mark.slow),
         pytest.param("backward", 5, marks=pytest.mark.slow),

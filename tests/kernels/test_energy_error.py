@@ -167,7 +167,10 @@ WIDTHS = np.array([0.3, 1.0, 2.0])
 CORRELATED = np.diag(WIDTHS) @ np.array([[1.0, 0.8, 0.0], [0.8, 1.0, -0.5], [0.0, -0.5, 1.0]]) @ np.diag(WIDTHS)
 
 
-@pytest.mark.parametrize(("name", "metric"), [("BAOAB", "diagonal"), ("BAOAB", "dense"), ("UBU", "dense")])
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("BAOAB", "diagonal"), pytest.param("BAOAB", "dense", marks=pytest.mark.slow), ("UBU", "dense")],
+)
 def test_the_metric_is_learnt_and_the_step_size_for_it(name, metric):
     """Each chain has a metric of its own; its step size is the root on the spectrum that it then sees."""
     precision = np.linalg.inv(CORRELATED if metric == "dense" else np.diag(WIDTHS**2))

@@ -214,6 +214,7 @@ def _with_means_off_by(share):
     return truth + np.r_[share * np.sqrt(truth[2:] - truth[:2] ** 2), 0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_the_posterior_of_the_parameters_is_that_of_quadrature():
     means = _posterior_means(100, 600, 100)
     assert mean_p_value(means, _quadrature()) > FALSE_ALARM
