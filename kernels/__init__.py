@@ -18,6 +18,9 @@ from bayesinf.kernels.curvature import estimate_curvature as estimate_curvature
 from bayesinf.kernels.elliptical_slice import EllipticalSlice as EllipticalSlice
 from bayesinf.kernels.energy_error import EnergyError as EnergyError
 from bayesinf.kernels.gaussian_error import gaussian_error as gaussian_error
+from bayesinf.kernels.genealogy import estimate_variance as estimate_variance
+from bayesinf.kernels.genealogy import evidence_variance as evidence_variance
+from bayesinf.kernels.genealogy import fixed_lag_smoother as fixed_lag_smoother
 from bayesinf.kernels.gibbs import Gibbs as Gibbs
 from bayesinf.kernels.guarantees import guarantee as guarantee
 from bayesinf.kernels.guarantees import wasserstein_bound as wasserstein_bound
@@ -31,6 +34,7 @@ from bayesinf.kernels.ladder import stepping_stone as stepping_stone
 from bayesinf.kernels.ladder import suggest_betas as suggest_betas
 from bayesinf.kernels.langevin import LMC as LMC
 from bayesinf.kernels.langevin import MALA as MALA
+from bayesinf.kernels.marginal_smoother import marginal_smoother as marginal_smoother
 from bayesinf.kernels.mclmc import MCLMC as MCLMC
 from bayesinf.kernels.mclmc_warmup import MCLMCWarmup as MCLMCWarmup
 from bayesinf.kernels.minibatch import Minibatch as Minibatch
@@ -46,6 +50,7 @@ from bayesinf.kernels.particle_gibbs import ParticleGibbs as ParticleGibbs
 from bayesinf.kernels.particle_marginal import ParticleMarginal as ParticleMarginal
 from bayesinf.kernels.plan import plan as plan
 from bayesinf.kernels.precondition import Precondition as Precondition
+from bayesinf.kernels.predict import predict as predict
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint as RandomizedMidpoint
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpointKinetic as RandomizedMidpointKinetic
 from bayesinf.kernels.reference import HMC as HMC
