@@ -19,6 +19,7 @@ from bayesinf.kernels import ParticleMarginal
 from bayesinf.models import LinearGaussian
 from bayesinf.resampling import iid
 
+FAR = 0.5 * float(jnp.finfo(float).max)  # nothing explains it, in any precision
 YS = jnp.array([0.9, -1.1, jnp.nan, 2.0, 0.4])[:, None]
 GRID = np.linspace(-4.0, 3.0, 2_001)  # of log q, whose prior is that of a Gamma(2) variable's logarithm
 
@@ -154,7 +155,7 @@ def test_impossible_data_are_a_rejection_and_a_bad_start_is_left():
     after, info = kernel.step(jax.random.key(0), lost)
     assert bool(info.is_accepted)
     assert np.isfinite(after.evaluation.logdensity)
-    hopeless = ParticleMarginal(build, log_prior, YS.at[0].set(1e30), 4, step_size=0.8)
+    hopeless = ParticleMarginal(build, log_prior, YS.at[0].set(FAR), 4, step_size=0.8)
     state = hopeless.init(jnp.asarray(0.0))
     assert np.isneginf(state.evaluation.logdensity)
 
