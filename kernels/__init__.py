@@ -38,6 +38,7 @@ from bayesinf.kernels.marginal_smoother import marginal_smoother as marginal_smo
 from bayesinf.kernels.mclmc import MCLMC as MCLMC
 from bayesinf.kernels.mclmc_warmup import MCLMCWarmup as MCLMCWarmup
 from bayesinf.kernels.minibatch import Minibatch as Minibatch
+from bayesinf.kernels.online_em import OnlineEM as OnlineEM
 from bayesinf.kernels.online_filter import ParticleFilter as ParticleFilter
 from bayesinf.kernels.parallel_midpoint import ParallelMidpoint as ParallelMidpoint
 from bayesinf.kernels.paris import Paris as Paris
@@ -53,6 +54,7 @@ from bayesinf.kernels.precondition import Precondition as Precondition
 from bayesinf.kernels.predict import predict as predict
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint as RandomizedMidpoint
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpointKinetic as RandomizedMidpointKinetic
+from bayesinf.kernels.recursive_likelihood import RecursiveLikelihood as RecursiveLikelihood
 from bayesinf.kernels.reference import HMC as HMC
 from bayesinf.kernels.reference import NUTS as NUTS
 from bayesinf.kernels.replica_exchange import ReplicaExchange as ReplicaExchange

@@ -41,6 +41,7 @@ __all__ = [
     "warn_of_invalid",
     "weigh",
     "weigh_initial",
+    "weigh_move",
 ]
 
 PROPOSALS = ("bootstrap", "guided")
@@ -143,14 +144,19 @@ def weigh(
     proposal: str = "bootstrap",
 ) -> Float[Array, " n"]:
     """Log weight increments of particles at t >= 1, given the parents that they moved from."""
+    log_weights = jax.vmap(lambda x: observation_log_prob(model, x, y, t))(particles)
+    return log_weights if proposal == "bootstrap" else log_weights + weigh_move(model, parents, particles, y, t)
 
-    def weigh_one(x_prev, x):
-        log_weight = observation_log_prob(model, x, y, t)
-        if proposal == "guided":
-            log_weight += log_prob(model.transition(x_prev, t), x) - log_prob(model.proposal(x_prev, y, t), x)  # type: ignore[attr-defined]
-        return log_weight
 
-    return jax.vmap(weigh_one)(parents, particles)
+def weigh_move(
+    model: StateSpaceModel, parents: PyTree, particles: PyTree, y: PyTree, t: Int[Array, ""]
+) -> Float[Array, " n"]:
+    """Log m_t / q_t of particles that were moved by the model's own proposal."""
+
+    def ratio(x_prev, x):
+        return log_prob(model.transition(x_prev, t), x) - log_prob(model.proposal(x_prev, y, t), x)  # type: ignore[attr-defined]
+
+    return jax.vmap(ratio)(parents, particles)
 
 
 def check_proposal(model: StateSpaceModel, proposal: str) -> None:

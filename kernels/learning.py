@@ -41,6 +41,8 @@ __all__ = [
     "LearningResult",
     "Smoothed",
     "Smoother",
+    "check_maximize",
+    "check_optimizer",
     "iterate",
     "select_finite",
     "settle",
@@ -240,6 +242,22 @@ def _run_chunk(body, fixed, state, key, begin, size):
         return body(fixed, state, jax.random.fold_in(key, i), i + 1)
 
     return jax.lax.scan(step, state, begin + jnp.arange(size))
+
+
+def check_maximize(maximize: Callable[[PyTree], PyTree], sums: PyTree, theta: PyTree) -> None:
+    """That it returns parameters."""
+    found = jax.eval_shape(maximize, sums)
+    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, theta):
+        raise ValueError(
+            f"maximize must return parameters like theta, of shapes {jax.tree.map(jnp.shape, theta)}, got "
+            f"{jax.tree.map(jnp.shape, found)}"
+        )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """One of optax."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(f"optimizer must be one of optax, such as optax.adam(0.01), got {type(optimizer).__name__}")
 
 
 def select_finite(estimate: PyTree, new: Any, old: Any) -> tuple[Any, Bool[Array, ""]]:

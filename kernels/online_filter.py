@@ -25,8 +25,9 @@ from bayesinf.kernels.filter_steps import (
     reweigh,
     weigh,
     weigh_initial,
+    weigh_move,
 )
-from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations
+from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, observation_log_prob
 from bayesinf.resampling import SCHEMES, gather
 
 __all__ = ["FilterInfo", "FilterState", "Moments", "ParticleFilter", "as_row", "begin", "keys_of", "move_on"]
@@ -69,6 +70,8 @@ class FilterInfo(NamedTuple):
         num_invalid: how many log weights were NaN or +inf; they count as weights of zero.
         estimate: E[functional(x_t) | y_0..y_t]; NaN where no weight is left.
         ancestors: where each particle came from at t - 1.
+        log_predicted: normalised log weights of the particles before y_t is weighed in: with them they follow the
+            predictive law of x_t.
     """
 
     log_evidence_increment: Float[Array, ""]
@@ -77,6 +80,7 @@ class FilterInfo(NamedTuple):
     num_invalid: Int[Array, ""]
     estimate: PyTree
     ancestors: Int[Array, " n"]
+    log_predicted: Float[Array, " n"]
 
 
 class ParticleFilter(eqx.Module):
@@ -178,7 +182,10 @@ def begin(self: ParticleFilter, key: Key[Array, ""], y: PyTree) -> tuple[FilterS
     )
     state = FilterState(key, jnp.zeros((), jnp.int32), particles, log_weights, increment, jnp.zeros_like(increment))
     own = jnp.arange(self.num_particles, dtype=jnp.int32)
-    return state, _describe(self, state, increment, jnp.zeros((), bool), num_invalid, own)
+    # what there is without y_0: p_0 / q_0
+    log_observed = jax.vmap(lambda x: observation_log_prob(self.model, x, y, state.t))(particles)
+    log_predicted = log_increments - log_observed if self.proposal == "guided" else jnp.zeros_like(log_increments)
+    return state, _describe(self, state, increment, jnp.zeros((), bool), num_invalid, own, log_predicted)
 
 
 @jax.jit
@@ -202,7 +209,10 @@ def move_on(
     total = state.log_evidence + (increment + state.rounding)
     rounding = jnp.where(jnp.isfinite(total), (increment + state.rounding) - (total - state.log_evidence), 0.0)
     state = FilterState(state.key, t, particles, log_weights, total, rounding)
-    return state, _describe(self, state, increment, is_resampled, num_invalid, ancestors)
+    log_predicted = log_carried
+    if self.proposal == "guided":
+        log_predicted = log_predicted + weigh_move(self.model, parents, particles, y, t)
+    return state, _describe(self, state, increment, is_resampled, num_invalid, ancestors, log_predicted)
 
 
 def as_row(y: PyTree) -> PyTree:
@@ -216,9 +226,18 @@ def keys_of(key: Key[Array, ""], t: Int[Array, ""]) -> Key[Array, "2"]:
     return jax.random.split(jax.random.fold_in(key, t))
 
 
-def _describe(self: ParticleFilter, state: FilterState, increment, is_resampled, num_invalid, ancestors) -> FilterInfo:
-    estimate = _estimate(self.functional, state.particles, state.log_weights)
-    return FilterInfo(increment, weights.ess(state.log_weights), is_resampled, num_invalid, estimate, ancestors)
+def _describe(
+    self: ParticleFilter, state: FilterState, increment, is_resampled, num_invalid, ancestors, log_predicted
+) -> FilterInfo:
+    return FilterInfo(
+        increment,
+        weights.ess(state.log_weights),
+        is_resampled,
+        num_invalid,
+        _estimate(self.functional, state.particles, state.log_weights),
+        ancestors,
+        weights.normalize(log_predicted)[0],
+    )
 
 
 def _estimate(functional: Callable | None, particles: PyTree, log_weights: Array) -> PyTree:

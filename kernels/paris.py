@@ -39,7 +39,16 @@ from bayesinf.kernels.online_filter import FilterInfo, FilterState, ParticleFilt
 from bayesinf.models.state_space import StateSpaceModel, check_observations
 from bayesinf.weights import compensated_sum
 
-__all__ = ["Paris", "ParisInfo", "ParisResult", "ParisState", "paris"]
+__all__ = [
+    "Paris",
+    "ParisInfo",
+    "ParisResult",
+    "ParisState",
+    "begin_paris",
+    "move_paris_on",
+    "paris",
+    "paris_keys",
+]
 
 
 class ParisState(NamedTuple):
@@ -144,7 +153,7 @@ class Paris(eqx.Module):
             (state, info).
         """
         ys = check_observations(self.filter.model, jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], y))
-        return _begin(current(self), errors.as_key(key), jax.tree.map(lambda leaf: leaf[0], ys))
+        return begin_paris(current(self), errors.as_key(key), jax.tree.map(lambda leaf: leaf[0], ys))[:2]
 
     def step(self, state: ParisState, y: PyTree) -> tuple[ParisState, ParisInfo]:
         """The particles and their statistics at the next time.
@@ -156,8 +165,8 @@ class Paris(eqx.Module):
         Returns:
             (state, info).
         """
-        keys = _keys_of(state.filter.key, state.filter.t + 1)
-        return _move_on(current(self), state, keys, as_row(y))
+        keys = paris_keys(state.filter.key, state.filter.t + 1)
+        return move_paris_on(current(self), state, keys, as_row(y))[:2]
 
 
 class ParisResult(NamedTuple):
@@ -262,10 +271,10 @@ def paris(
 @jax.jit
 def _run(self: Paris, key: Key[Array, ""], ys: PyTree) -> ParisResult:
     first, rest = jax.tree.map(lambda leaf: leaf[0], ys), jax.tree.map(lambda leaf: leaf[1:], ys)
-    start, info = _begin(self, key, first)
+    start, info, _ = begin_paris(self, key, first)
     # the keys of all steps are made at once, where that is a single operation
-    keys = jax.vmap(partial(_keys_of, start.filter.key))(jnp.arange(1, jax.tree.leaves(ys)[0].shape[0]))
-    _, infos = jax.lax.scan(lambda state, row: _move_on(self, state, *row), start, (keys, rest))
+    keys = jax.vmap(partial(paris_keys, start.filter.key))(jnp.arange(1, jax.tree.leaves(ys)[0].shape[0]))
+    _, infos = jax.lax.scan(lambda state, row: move_paris_on(self, state, *row)[:2], start, (keys, rest))
     infos = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), info, infos)
     estimate = jax.tree.map(lambda leaf: leaf[-1], infos.estimate)
     return ParisResult(
@@ -280,17 +289,21 @@ def _run(self: Paris, key: Key[Array, ""], ys: PyTree) -> ParisResult:
 
 
 @jax.jit
-def _begin(self: Paris, key: Key[Array, ""], y: PyTree) -> tuple[ParisState, ParisInfo]:
+def begin_paris(self: Paris, key: Key[Array, ""], y: PyTree) -> tuple[ParisState, ParisInfo, FilterInfo]:
+    """`Paris.init`, of arguments that are known to be right, and what the filter tells."""
     check_terms(self.functional, self.filter.model, y)
     filtered, info = begin(self.filter, key, y)
     cloud = Cloud(filtered.particles, filtered.log_weights)
     state = ParisState(filtered, start_statistics(self.functional, cloud, y))
     zero = jnp.zeros((), jnp.int32)
-    return state, _describe(state, info, zero, zero)
+    return state, _describe(state, info, zero, zero), info
 
 
 @jax.jit
-def _move_on(self: Paris, state: ParisState, keys: Key[Array, "3"], y: PyTree) -> tuple[ParisState, ParisInfo]:
+def move_paris_on(
+    self: Paris, state: ParisState, keys: Key[Array, "3"], y: PyTree
+) -> tuple[ParisState, ParisInfo, FilterInfo]:
+    """`Paris.step`, with the keys of the time that it comes to, and what the filter tells."""
     before = state.filter
     filtered, info = move_on(self.filter, before, keys[:2], y)
     J, costs = draw_counted(
@@ -307,10 +320,10 @@ def _move_on(self: Paris, state: ParisState, keys: Key[Array, "3"], y: PyTree) -
     cloud_prev, cloud = (Cloud(now.particles, now.log_weights) for now in (before, filtered))
     tau = update_statistics(self.functional, state.statistics, cloud_prev, cloud, J, y, filtered.t)
     state = ParisState(filtered, tau)
-    return state, _describe(state, info, *costs)
+    return state, _describe(state, info, *costs), info
 
 
-def _keys_of(key: Key[Array, ""], t: Int[Array, ""]) -> Key[Array, "3"]:
+def paris_keys(key: Key[Array, ""], t: Int[Array, ""]) -> Key[Array, "3"]:
     """Those of the filter at time t, and what draws backward."""
     key_filter, key_back = jax.random.split(jax.random.fold_in(key, t))
     return jnp.concatenate([jax.random.split(key_filter), key_back[None]])

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bayesinf import errors
 from bayesinf.kernels.additive import AdditiveFunctional, as_pytree, check_functional
-from bayesinf.kernels.learning import Freely, LearningResult, Smoother, iterate, select_finite, settle
+from bayesinf.kernels.learning import Freely, LearningResult, Smoother, check_maximize, iterate, select_finite, settle
 from bayesinf.models.state_space import StateSpaceModel, check_observations
 
 __all__ = ["saem"]
@@ -131,7 +131,7 @@ def saem(
         path, _ = smoother.first_path(key_path, model)
     path = errors.as_arrays("initial_path", path)
     sums = jax.tree.map(lambda term: jnp.zeros(term.shape), jax.eval_shape(statistics.of_path, path, ys))
-    _check_maximize(maximize, sums, theta)
+    check_maximize(maximize, sums, theta)
     fixed = _Approximation(smoother, freely, statistics, maximize, num_exploring, exponent)
     (_, _, path), (trace, log_evidence, is_failed) = iterate(
         _approximate, fixed, (theta, sums, path), key_steps, num_iterations, progress
@@ -148,13 +148,3 @@ def _approximate(fixed: _Approximation, state, key, iteration):
     new_theta = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), fixed.maximize(new_sums), theta)
     (theta, sums), is_failed = select_finite((found.estimate, new_theta), (new_theta, new_sums), (theta, sums))
     return (theta, sums, found.path), (theta, found.log_evidence, is_failed)
-
-
-def _check_maximize(maximize: Callable[[PyTree], PyTree], sums: PyTree, theta: PyTree) -> None:
-    """That it returns parameters."""
-    found = jax.eval_shape(maximize, sums)
-    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, theta):
-        raise ValueError(
-            f"maximize must return parameters like theta, of shapes {jax.tree.map(jnp.shape, theta)}, got "
-            f"{jax.tree.map(jnp.shape, found)}"
-        )

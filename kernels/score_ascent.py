@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 
 from bayesinf import errors
 from bayesinf.captured import captured
-from bayesinf.kernels.learning import Freely, LearningResult, Smoother, iterate, select_finite, settle
+from bayesinf.kernels.learning import Freely, LearningResult, Smoother, check_optimizer, iterate, select_finite, settle
 from bayesinf.kernels.score import LAWS, score_functional
 from bayesinf.models.state_space import StateSpaceModel, check_observations
 
@@ -110,8 +110,7 @@ def score_ascent(
     errors.check_arguments("build", build, "theta")
     errors.check_count("num_iterations", num_iterations)
     errors.check_choice("of", of, LAWS)
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        raise ValueError(f"optimizer must be one of optax, such as optax.adam(0.01), got {type(optimizer).__name__}")
+    check_optimizer(optimizer)
     theta = errors.as_arrays("theta", theta)
     freely = Freely(build, constraints)
     smoother = Smoother(ys, estimator, num_particles, num_sweeps, burn_in, num_backward, method, proposal)
