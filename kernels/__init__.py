@@ -62,6 +62,7 @@ from bayesinf.kernels.saem import saem as saem
 from bayesinf.kernels.score import observed_information as observed_information
 from bayesinf.kernels.score import score_functional as score_functional
 from bayesinf.kernels.score_ascent import score_ascent as score_ascent
+from bayesinf.kernels.score_climbing import score_climbing as score_climbing
 from bayesinf.kernels.smc_sampler import SMCResult as SMCResult
 from bayesinf.kernels.smc_sampler import smc_sampler as smc_sampler
 from bayesinf.kernels.stochastic_gradient import SGHMC as SGHMC

@@ -32,6 +32,7 @@ from bayesinf.kernels.filter_steps import PROPOSALS
 from bayesinf.kernels.paris import paris
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs
 from bayesinf.kernels.particle_filter import particle_filter
+from bayesinf.kernels.vectors import strong
 from bayesinf.models.state_space import StateSpaceModel, check_series
 from bayesinf.progress import Progress
 
@@ -139,14 +140,14 @@ class Freely(eqx.Module):
     """`build` of parameters where they are not constrained.
 
     Attributes:
-        build: `build(theta)` returns the StateSpaceModel.
+        build: a function of the parameters, that returns a StateSpaceModel or a law.
         constraints: by name, of parameters that are a dict; one for all leaves; or None.
     """
 
-    build: Callable[[PyTree], StateSpaceModel] = eqx.field(converter=as_pytree)
+    build: Callable[[PyTree], Any] = eqx.field(converter=as_pytree)
     constraints: Any
 
-    def __call__(self, free: PyTree) -> StateSpaceModel:
+    def __call__(self, free: PyTree) -> Any:
         return self.build(self.constrain(free))
 
     def constrain(self, free: PyTree) -> PyTree:
@@ -166,7 +167,7 @@ class Freely(eqx.Module):
         free = self._map(lambda bijector, leaf: bijector.inv(leaf), errors.as_arrays("theta", theta))
         if errors.is_concrete(free) and not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(free)):
             raise ValueError(f"theta must lie inside its constraints, got {theta}")
-        return free
+        return jax.tree.map(strong, free)
 
     def _map(self, apply: Callable[[Any, Any], Any], tree: PyTree) -> PyTree:
         from numpyro.distributions import biject_to
