@@ -9,6 +9,9 @@ from bayesinf.models.linear_gaussian import SmootherResult as SmootherResult
 from bayesinf.models.linear_gaussian import kalman_filter as kalman_filter
 from bayesinf.models.linear_gaussian import rts_smoother as rts_smoother
 from bayesinf.models.linear_gaussian import sample_posterior as sample_posterior
+from bayesinf.models.lorenz import lorenz63 as lorenz63
+from bayesinf.models.lorenz import lorenz96 as lorenz96
+from bayesinf.models.nonlinear_gaussian import NonlinearGaussian as NonlinearGaussian
 from bayesinf.models.state_space import StateSpaceModel as StateSpaceModel
 from bayesinf.models.state_space import simulate as simulate
 from bayesinf.models.stochastic_volatility import StochasticVolatility as StochasticVolatility

@@ -11,26 +11,20 @@ References:
     Frühwirth-Schnatter (1994), doi:10.1111/j.1467-9892.1994.tb00184.x (backward sampling).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
 from bayesinf import errors, weights
-from bayesinf.models.square_root import condition, drop_missing, gaussian_log_prob, triangularize
+from bayesinf.models.gaussian import as_floating, check_fields, gaussian
+from bayesinf.models.square_root import condition, gaussian_log_prob, triangularize, update
 from bayesinf.models.state_space import StateSpaceModel, check_series
 
 __all__ = ["KalmanResult", "LinearGaussian", "SmootherResult", "kalman_filter", "rts_smoother", "sample_posterior"]
-
-
-def _floating(name: str) -> Callable[[Any], Any]:
-    return errors.as_array(name, is_floating=True)
 
 
 class LinearGaussian(StateSpaceModel):
@@ -64,14 +58,14 @@ class LinearGaussian(StateSpaceModel):
         (20, 1)
     """
 
-    initial_mean: Float[Array, " d"] = eqx.field(converter=_floating("initial_mean"))
-    initial_tril: Float[Array, "d d"] = eqx.field(converter=_floating("initial_tril"))
-    transition_matrix: Float[Array, "d d"] = eqx.field(converter=_floating("transition_matrix"))
-    transition_tril: Float[Array, "d d"] = eqx.field(converter=_floating("transition_tril"))
-    observation_matrix: Float[Array, "k d"] = eqx.field(converter=_floating("observation_matrix"))
-    observation_tril: Float[Array, "k k"] = eqx.field(converter=_floating("observation_tril"))
-    transition_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=_floating("transition_offset"))
-    observation_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=_floating("observation_offset"))
+    initial_mean: Float[Array, " d"] = eqx.field(converter=as_floating("initial_mean"))
+    initial_tril: Float[Array, "d d"] = eqx.field(converter=as_floating("initial_tril"))
+    transition_matrix: Float[Array, "d d"] = eqx.field(converter=as_floating("transition_matrix"))
+    transition_tril: Float[Array, "d d"] = eqx.field(converter=as_floating("transition_tril"))
+    observation_matrix: Float[Array, "k d"] = eqx.field(converter=as_floating("observation_matrix"))
+    observation_tril: Float[Array, "k k"] = eqx.field(converter=as_floating("observation_tril"))
+    transition_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=as_floating("transition_offset"))
+    observation_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=as_floating("observation_offset"))
 
     def __check_init__(self):
         d, k = self.initial_mean.shape[-1:], self.observation_matrix.shape[-2:-1]
@@ -85,22 +79,11 @@ class LinearGaussian(StateSpaceModel):
             "transition_offset": (d, ()),
             "observation_offset": (k, ()),
         }
-        for name, shapes in expected.items():
-            value = getattr(self, name)
-            if value.shape not in shapes:
-                raise ValueError(
-                    f"{name} must have shape {shapes[0]}, from initial_mean of shape {self.initial_mean.shape} and "
-                    f"observation_matrix of shape {self.observation_matrix.shape}, got {value.shape}"
-                )
-            if errors.is_concrete(value) and not np.all(np.isfinite(np.asarray(value))):
-                raise ValueError(f"{name} must be finite, got {np.asarray(value)}")
-            if name.endswith("_tril") and errors.is_concrete(value):
-                tril = np.asarray(value)
-                if np.any(np.triu(tril, 1)) or np.any(np.diag(tril) < 0):
-                    raise ValueError(
-                        f"{name} must be lower triangular with a diagonal that is not negative; pass "
-                        "jnp.linalg.cholesky(covariance)"
-                    )
+        origin = (
+            f"initial_mean of shape {self.initial_mean.shape} and observation_matrix of shape "
+            f"{self.observation_matrix.shape}"
+        )
+        check_fields(self, expected, origin)
 
     @classmethod
     def scalar(
@@ -123,7 +106,7 @@ class LinearGaussian(StateSpaceModel):
             initial_scale: standard deviation of x_0; by default the stationary one, q / sqrt(1 - a^2), for |a| < 1.
         """
         if initial_scale is None:
-            a = _floating("persistence")(persistence)
+            a = as_floating("persistence")(persistence)
             if errors.is_concrete(a) and not abs(float(a)) < 1:
                 raise ValueError(
                     f"persistence must lie in (-1, 1) for a stationary start, got {persistence}; give initial_scale"
@@ -131,10 +114,10 @@ class LinearGaussian(StateSpaceModel):
             initial_scale = transition_scale / jnp.sqrt(1.0 - a**2)
 
         def matrix(name: str, value: Any) -> Array:
-            return _floating(name)(value).reshape(1, 1)
+            return as_floating(name)(value).reshape(1, 1)
 
         return cls(
-            _floating("initial_mean")(initial_mean).reshape(1),
+            as_floating("initial_mean")(initial_mean).reshape(1),
             matrix("initial_scale", initial_scale),
             matrix("persistence", persistence),
             matrix("transition_scale", transition_scale),
@@ -143,19 +126,19 @@ class LinearGaussian(StateSpaceModel):
         )
 
     def initial(self):
-        return _gaussian(self.initial_mean, self.initial_tril)
+        return gaussian(self.initial_mean, self.initial_tril)
 
     def transition(self, x_prev: Float[Array, " d"], t: Int[Array, ""]):
-        return _gaussian(self._predict(x_prev), self.transition_tril)
+        return gaussian(self._predict(x_prev), self.transition_tril)
 
     def observation(self, x: Float[Array, " d"], t: Int[Array, ""]):
-        return _gaussian(self._observe(x), self.observation_tril)
+        return gaussian(self._observe(x), self.observation_tril)
 
     def initial_proposal(self, y: Float[Array, " k"]):
-        return _gaussian(*self._update(self.initial_mean, self.initial_tril, y)[:2])
+        return gaussian(*self._update(self.initial_mean, self.initial_tril, y)[:2])
 
     def proposal(self, x_prev: Float[Array, " d"], y: Float[Array, " k"], t: Int[Array, ""]):
-        return _gaussian(*self._update(self._predict(x_prev), self.transition_tril, y)[:2])
+        return gaussian(*self._update(self._predict(x_prev), self.transition_tril, y)[:2])
 
     def lookahead(self, x_prev: Float[Array, " d"], y: Float[Array, " k"], t: Int[Array, ""]) -> Float[Array, ""]:
         return self._update(self._predict(x_prev), self.transition_tril, y)[2]
@@ -170,13 +153,7 @@ class LinearGaussian(StateSpaceModel):
         return self.observation_matrix @ x + self.observation_offset
 
     def _update(self, mean: Array, tril: Array, y: Array) -> tuple[Array, Array, Array]:
-        """Mean and factor of x | y for x ~ N(mean, tril tril^T), and log p(y)."""
-        is_missing = jnp.isnan(y)
-        matrix, noise_tril = drop_missing(is_missing, self.observation_matrix, self.observation_tril)
-        marginal_tril, gain, tril = condition(tril, matrix, noise_tril)
-        # zeros stand in for missing data before they meet anything: gradients stay finite
-        residual = jnp.where(is_missing, 0.0, jnp.where(is_missing, 0.0, y) - self._observe(mean))
-        return mean + gain @ residual, tril, gaussian_log_prob(residual, marginal_tril, is_missing)
+        return update(mean, tril, self.observation_matrix, self.observation_offset, self.observation_tril, y)
 
 
 class KalmanResult(NamedTuple):
@@ -382,9 +359,3 @@ def _sample(key: Array, model: LinearGaussian, ys: Array, num_paths: int) -> Arr
     steps = (gains, trils, filtered.filtered_means[:-1], filtered.predicted_means[1:], noise[:-1])
     _, paths = jax.lax.scan(step, last, steps, reverse=True)
     return jnp.swapaxes(jnp.concatenate([paths, last[None]]), 0, 1)
-
-
-def _gaussian(mean: Array, tril: Array) -> dist.Distribution:
-    if mean.shape[-1] == 1:  # no triangular solve for every particle
-        return dist.Normal(mean, tril[..., 0]).to_event(1)
-    return dist.MultivariateNormal(mean, scale_tril=tril)
