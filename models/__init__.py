@@ -3,6 +3,7 @@
 if __name__ != "bayesinf.models":
     raise ImportError("import bayesinf.models, not models: this folder is only a part of bayesinf")
 
+from bayesinf.models.chaotic_rnn import ChaoticRNN as ChaoticRNN
 from bayesinf.models.linear_gaussian import KalmanResult as KalmanResult
 from bayesinf.models.linear_gaussian import LinearGaussian as LinearGaussian
 from bayesinf.models.linear_gaussian import SmootherResult as SmootherResult
