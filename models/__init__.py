@@ -3,6 +3,7 @@
 if __name__ != "bayesinf.models":
     raise ImportError("import bayesinf.models, not models: this folder is only a part of bayesinf")
 
+from bayesinf.models.autoregression import autoregression_plus_noise as autoregression_plus_noise
 from bayesinf.models.chaotic_rnn import ChaoticRNN as ChaoticRNN
 from bayesinf.models.linear_gaussian import KalmanResult as KalmanResult
 from bayesinf.models.linear_gaussian import LinearGaussian as LinearGaussian
@@ -16,3 +17,5 @@ from bayesinf.models.nonlinear_gaussian import NonlinearGaussian as NonlinearGau
 from bayesinf.models.state_space import StateSpaceModel as StateSpaceModel
 from bayesinf.models.state_space import simulate as simulate
 from bayesinf.models.stochastic_volatility import StochasticVolatility as StochasticVolatility
+from bayesinf.models.structural import local_level as local_level
+from bayesinf.models.structural import local_linear_trend as local_linear_trend
