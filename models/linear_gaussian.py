@@ -21,10 +21,13 @@ from jaxtyping import Array, Float, Int
 
 from bayesinf import errors, weights
 from bayesinf.models.gaussian import as_floating, check_fields, gaussian
+from bayesinf.models.parallel_kalman import filter_in_parallel, smooth_in_parallel
 from bayesinf.models.square_root import condition, gaussian_log_prob, triangularize, update
 from bayesinf.models.state_space import StateSpaceModel, check_series
 
 __all__ = ["KalmanResult", "LinearGaussian", "SmootherResult", "kalman_filter", "rts_smoother", "sample_posterior"]
+
+METHODS = ("sequential", "associative")
 
 
 class LinearGaussian(StateSpaceModel):
@@ -190,7 +193,7 @@ class SmootherResult(NamedTuple):
     cross_covariances: Float[Array, "s d d"]
 
 
-def kalman_filter(model: LinearGaussian, ys: Float[Array, "..."]) -> KalmanResult:
+def kalman_filter(model: LinearGaussian, ys: Float[Array, "..."], *, method: str = "sequential") -> KalmanResult:
     """The exact law of x_t given y_0..y_t for every t, and the log evidence.
 
         S_t = C P_{t|t-1} C^T + R,    K_t = P_{t|t-1} C^T S_t^{-1}
@@ -201,12 +204,14 @@ def kalman_filter(model: LinearGaussian, ys: Float[Array, "..."]) -> KalmanResul
     Args:
         model: a linear Gaussian model.
         ys: observations, shape (T, k); NaN components are missing.
+        method: "sequential", T steps one after the other; or "associative", O(log T) of them, in which several times
+            the work is done in parallel: for accelerators and long series. First derivatives only.
 
     Returns:
         The filtered and predicted laws, and the log evidence with its increments.
 
     Raises:
-        ValueError: model is no `LinearGaussian`, or ys has the wrong shape or infinite entries.
+        ValueError: model is no `LinearGaussian`, ys has the wrong shape or infinite entries, or method is neither.
 
     Example:
         >>> import jax.numpy as jnp
@@ -220,11 +225,13 @@ def kalman_filter(model: LinearGaussian, ys: Float[Array, "..."]) -> KalmanResul
 
     References:
         Kalman (1960), doi:10.1115/1.3662552.
+        Särkkä and García-Fernández (2021), doi:10.1109/TAC.2020.2976316 (in parallel).
     """
-    return _filter(model, _check(model, ys))
+    errors.check_choice("method", method, METHODS)
+    return _filter(model, _check(model, ys), method)
 
 
-def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."]) -> SmootherResult:
+def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."], *, method: str = "sequential") -> SmootherResult:
     """The exact law of every x_t, and of every pair of neighbours, given all data y.
 
         G_t = P_t A^T P_{t+1|t}^{-1},    E[x_t | y] = m_t + G_t (E[x_{t+1} | y] - m_{t+1|t})
@@ -235,6 +242,7 @@ def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."]) -> SmootherResu
     Args:
         model: a linear Gaussian model.
         ys: observations, shape (T, k); NaN components are missing.
+        method: as of `kalman_filter`.
 
     Returns:
         Means, covariances, and covariances of neighbours.
@@ -252,8 +260,10 @@ def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."]) -> SmootherResu
 
     References:
         Rauch, Tung and Striebel (1965), doi:10.2514/3.3166.
+        Särkkä and García-Fernández (2021), doi:10.1109/TAC.2020.2976316 (in parallel).
     """
-    return _smooth(model, _check(model, ys))
+    errors.check_choice("method", method, METHODS)
+    return _smooth(model, _check(model, ys), method)
 
 
 def sample_posterior(
@@ -302,15 +312,19 @@ def _check(model: LinearGaussian, ys) -> Array:
     return ys
 
 
-@jax.jit
-def _filter(model: LinearGaussian, ys: Array) -> KalmanResult:
+@partial(jax.jit, static_argnums=2)
+def _filter(model: LinearGaussian, ys: Array, method: str = "sequential") -> KalmanResult:
+    dtype = jnp.result_type(*jax.tree.leaves(model))
+    if method == "associative":
+        increments, *laws = filter_in_parallel(model, ys.astype(dtype))
+        return KalmanResult(weights.compensated_sum(increments), increments, *laws)
+
     def step(predicted, y):
         mean, tril, increment = model._update(*predicted, y)  # type: ignore[call-arg]
         moved = triangularize(jnp.concatenate([model.transition_matrix @ tril, model.transition_tril], axis=1))
         return (model._predict(mean), moved), (increment, mean, tril, *predicted)
 
     start = (model.initial_mean, triangularize(model.initial_tril))
-    dtype = jnp.result_type(*jax.tree.leaves(model))
     _, (increments, *laws) = jax.lax.scan(step, jax.tree.map(lambda leaf: leaf.astype(dtype), start), ys.astype(dtype))
     return KalmanResult(weights.compensated_sum(increments), increments, *laws)
 
@@ -324,10 +338,16 @@ def _backward(model: LinearGaussian, filtered: KalmanResult) -> tuple[Array, Arr
     return laws.gain, laws.tril
 
 
-@jax.jit
-def _smooth(model: LinearGaussian, ys: Array) -> SmootherResult:
-    filtered = _filter(model, ys)
+@partial(jax.jit, static_argnums=2)
+def _smooth(model: LinearGaussian, ys: Array, method: str) -> SmootherResult:
+    filtered = _filter(model, ys, method)
     gains, trils = _backward(model, filtered)
+    if method == "associative":
+        means, factors = smooth_in_parallel(
+            gains, trils, filtered.filtered_means, filtered.predicted_means, filtered.filtered_trils[-1]
+        )
+        covariances = factors @ factors.mT
+        return SmootherResult(means, covariances, gains @ covariances[1:])
 
     def step(later, now):
         later_mean, later_tril = later
