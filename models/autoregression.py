@@ -46,7 +46,7 @@ def autoregression_plus_noise(
     singular: given x_{t-1} all components but one are known, so that x_t has no density. `kalman_filter`,
     `rts_smoother` and `sample_posterior` need none and are exact (predicted covariances are not singular, as r > 0),
     and bootstrap filters run; but guided filters, and whatever draws backward in time (`backward_sample`, `paris`,
-    particle Gibbs), weigh particles by that density. The gradient of `rts_smoother` is not finite either; that of
+    particle Gibbs), weigh particles by that density. The gradient of `rts_smoother` is not finite either, by any method; that of
     `kalman_filter` is.
 
     "blocks" is the same law of the series with a state of p new values a step, which has a density: every method works
@@ -135,10 +135,10 @@ def _stationary_tril(phi: Array, q: Array) -> Array:
         a, v = (a[:-1] + kappa * a[:-1][::-1]) / shrink, v / shrink
         scales.append(jnp.sqrt(v))
         B = B.at[k - 1, : k - 1].set(-a[::-1])
-    kappas = jnp.stack(kappas[::-1])
-    if errors.is_concrete(kappas) and not np.all(np.abs(np.asarray(kappas)) < 1):
+    partial = jnp.stack(kappas[::-1])
+    if errors.is_concrete(partial) and not np.all(np.abs(np.asarray(partial)) < 1):
         raise ValueError(
             f"coefficients must be those of a stationary autoregression, got {phi}: its partial autocorrelations "
-            f"{kappas} do not all lie in (-1, 1)"
+            f"{partial} do not all lie in (-1, 1)"
         )
     return solve_triangular(B, jnp.diag(jnp.stack(scales[::-1])), lower=True, unit_diagonal=True)

@@ -316,8 +316,8 @@ def _check(model: LinearGaussian, ys) -> Array:
 def _filter(model: LinearGaussian, ys: Array, method: str = "sequential") -> KalmanResult:
     dtype = jnp.result_type(*jax.tree.leaves(model))
     if method == "associative":
-        increments, *laws = filter_in_parallel(model, ys.astype(dtype))
-        return KalmanResult(weights.compensated_sum(increments), increments, *laws)
+        found = filter_in_parallel(model, ys.astype(dtype))
+        return KalmanResult(weights.compensated_sum(found[0]), *found)
 
     def step(predicted, y):
         mean, tril, increment = model._update(*predicted, y)  # type: ignore[call-arg]
