@@ -5,6 +5,7 @@ if __name__ != "bayesinf.models":
 
 from bayesinf.models.autoregression import autoregression_plus_noise as autoregression_plus_noise
 from bayesinf.models.chaotic_rnn import ChaoticRNN as ChaoticRNN
+from bayesinf.models.leverage_volatility import LeverageVolatility as LeverageVolatility
 from bayesinf.models.linear_gaussian import KalmanResult as KalmanResult
 from bayesinf.models.linear_gaussian import LinearGaussian as LinearGaussian
 from bayesinf.models.linear_gaussian import SmootherResult as SmootherResult

@@ -46,8 +46,7 @@ def autoregression_plus_noise(
     singular: given x_{t-1} all components but one are known, so that x_t has no density. `kalman_filter`,
     `rts_smoother` and `sample_posterior` need none and are exact (predicted covariances are not singular, as r > 0),
     and bootstrap filters run; but guided filters, and whatever draws backward in time (`backward_sample`, `paris`,
-    particle Gibbs), weigh particles by that density. The gradient of `rts_smoother` is not finite either, by any method; that of
-    `kalman_filter` is.
+    particle Gibbs), weigh particles by that density. `kalman_filter` has a finite gradient, `rts_smoother` has not.
 
     "blocks" is the same law of the series with a state of p new values a step, which has a density: every method works
     on it. Observations are of shape (ceil(T / p), p); what the last row lacks is missing:
