@@ -15,6 +15,7 @@ from bayesinf.models.linear_gaussian import sample_posterior as sample_posterior
 from bayesinf.models.lorenz import lorenz63 as lorenz63
 from bayesinf.models.lorenz import lorenz96 as lorenz96
 from bayesinf.models.nonlinear_gaussian import NonlinearGaussian as NonlinearGaussian
+from bayesinf.models.sir import SIR as SIR
 from bayesinf.models.state_space import StateSpaceModel as StateSpaceModel
 from bayesinf.models.state_space import simulate as simulate
 from bayesinf.models.stochastic_volatility import StochasticVolatility as StochasticVolatility
