@@ -40,8 +40,10 @@ class ChaoticRNN(StateSpaceModel):
         x_0 ~ N(0, s^2 I),   x_t = x_{t-1} + (Delta / tau) (gamma W tanh(x_{t-1}) - x_{t-1}) + N(0, q^2 I)
         y_t = x_t + r e_t,   e_t of independent components, Student's t with nu degrees of freedom
 
-    The defaults are those of the literature. There is no guided proposal: the law of x_t given x_{t-1} and y_t has two
-    modes where y_t is far off. The observation density is bounded, and so are the weights of the bootstrap filter.
+    The defaults are those of the literature. The law of x_t given x_{t-1} and y_t is of independent components, each
+    with one mode near the prediction and one near y_t where these are far apart. A guided filter proposes each from an
+    even mixture of the transition, and of the Gaussian that y_t leaves of it where r e_t is taken for a Gaussian whose
+    variance is larger the farther off y_t is. As the transition is a part of it, weights are bounded.
 
     Attributes:
         coupling: W, shape (d, d).
@@ -100,11 +102,32 @@ class ChaoticRNN(StateSpaceModel):
         return dist.Normal(jnp.zeros(self.coupling.shape[0]), self.initial_scale).to_event(1)
 
     def transition(self, x_prev: Float[Array, " d"], t: Int[Array, ""]):
-        velocity = (self.gain * self.coupling @ jnp.tanh(x_prev) - x_prev) / self.time_constant
-        return dist.Normal(x_prev + self.time_step * velocity, self.transition_scale).to_event(1)
+        return dist.Normal(self._predict(x_prev), self.transition_scale).to_event(1)
 
     def observation(self, x: Float[Array, " d"], t: Int[Array, ""]):
         return dist.StudentT(self.degrees_of_freedom, x, self.observation_scale).to_event(1)
 
+    def initial_proposal(self, y: Float[Array, " d"]):
+        return self._guided(jnp.zeros(self.coupling.shape[0]), self.initial_scale, y)
+
+    def proposal(self, x_prev: Float[Array, " d"], y: Float[Array, " d"], t: Int[Array, ""]):
+        return self._guided(self._predict(x_prev), self.transition_scale, y)
+
     def log_transition_bound(self, t: Int[Array, ""]) -> Float[Array, ""]:
         return -self.coupling.shape[0] * (jnp.log(self.transition_scale) + 0.5 * math.log(2 * math.pi))
+
+    def _predict(self, x_prev: Array) -> Array:
+        velocity = (self.gain * self.coupling @ jnp.tanh(x_prev) - x_prev) / self.time_constant
+        return x_prev + self.time_step * velocity
+
+    def _guided(self, mean: Array, scale: Array, y: Array) -> dist.Distribution:
+        is_missing = jnp.isnan(y)
+        nu, variance = self.degrees_of_freedom, scale**2
+        residual = jnp.where(is_missing, mean, y) - mean
+        # the weight of y in iterated least squares, r^2 over the variance it is taken to have
+        trust = (nu + 1.0) / (nu + residual**2 / (variance + self.observation_scale**2))
+        gain = jnp.where(is_missing, 0.0, variance * trust / (variance * trust + self.observation_scale**2))
+        locs = jnp.stack([mean, mean + gain * residual], axis=-1)
+        scales = scale * jnp.stack([jnp.ones_like(gain), jnp.sqrt(1.0 - gain)], axis=-1)
+        even = dist.Categorical(probs=jnp.full_like(locs, 0.5))
+        return dist.MixtureSameFamily(even, dist.Normal(locs, scales)).to_event(1)

@@ -55,6 +55,8 @@ def test_scores_are_finite_and_those_of_the_densities():
     y = jnp.asarray(Y).at[1].set(jnp.nan)
     score = jax.jit(jax.grad(lambda model: sum(densities(model, y).values())))(MODEL)
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(score))
+    guided = jax.grad(lambda model: log_prob(model.proposal(jnp.asarray(X_PREV), y, T1), jnp.asarray(X)))(MODEL)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(guided))
     # d/dW of log N(x; f, q^2 I) is (x - f) / q^2 times Delta gamma / tau tanh(x_prev)^T
     expected = np.outer((X - move(X_PREV, W)) / 0.01, 0.04 * 2.5 * np.tanh(X_PREV))
     np.testing.assert_allclose(score.coupling, expected, rtol=20 * RTOL)
@@ -79,7 +81,31 @@ def test_simulated_series_have_the_law_of_the_model():
         assert mean_p_value(u < level, level) > FALSE_ALARM
 
 
-def test_evidence_is_unbiased():
+def test_guided_weights_are_bounded():
+    """Each component of m g / q is at most twice the peak of g, wherever y is and what is missing of it."""
+    peak = scipy.stats.t(2, 0, 0.1).logpdf(0) + np.log(2)
+
+    @jax.jit
+    @jax.vmap
+    def log_weight(x, y):
+        seen = observation_log_prob(MODEL, x, y, T1)
+        moved = log_prob(MODEL.transition(jnp.asarray(X_PREV), T1), x)
+        first = log_prob(MODEL.initial(), x) - log_prob(MODEL.initial_proposal(y), x)
+        return seen + moved - log_prob(MODEL.proposal(jnp.asarray(X_PREV), y, T1), x), seen + first
+
+    key_x, key_y = jax.random.split(jax.random.key(0))
+    ys = X + 10.0 ** jnp.linspace(-2, 2, 2_000)[:, None] * jax.random.normal(key_y, (2_000, 3))
+    xs = jnp.where(jnp.arange(2_000)[:, None] % 2 == 0, X, ys) + 0.2 * jax.random.normal(key_x, (2_000, 3))
+    for log_weights in log_weight(xs, ys):
+        assert jnp.max(log_weights) < 3 * peak + 1e-3
+    for log_weights in log_weight(xs, ys.at[:, 1].set(jnp.nan)):
+        assert jnp.max(log_weights) < 2 * peak + 1e-3
+    # where all is missing the proposal is the transition itself
+    np.testing.assert_allclose(log_weight(xs[:200:2], jnp.full((100, 3), jnp.nan))[0], 0.0, atol=10 * RTOL)
+
+
+@pytest.mark.parametrize("proposal", ["bootstrap", "guided"])
+def test_evidence_is_unbiased(proposal):
     """Of a network of one rate, against the trapezium rule."""
     model = ChaoticRNN(
         jnp.array([[1.5]]), time_step=0.02, transition_scale=0.5, observation_scale=0.4, degrees_of_freedom=3.0
@@ -96,7 +122,7 @@ def test_evidence_is_unbiased():
 
     def log_evidence(key):
         return bi.kernels.particle_filter(
-            key, model, jnp.asarray(ys)[:, None], num_particles=32, store="none"
+            key, model, jnp.asarray(ys)[:, None], num_particles=32, proposal=proposal, store="none"
         ).log_evidence
 
     report = evidence_is_unbiased(0, log_evidence, np.log(mass.sum()), num_replicates=4_000)
