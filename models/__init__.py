@@ -3,12 +3,21 @@
 if __name__ != "bayesinf.models":
     raise ImportError("import bayesinf.models, not models: this folder is only a part of bayesinf")
 
+from bayesinf.models.autoregression import autoregression_plus_noise as autoregression_plus_noise
+from bayesinf.models.chaotic_rnn import ChaoticRNN as ChaoticRNN
+from bayesinf.models.leverage_volatility import LeverageVolatility as LeverageVolatility
 from bayesinf.models.linear_gaussian import KalmanResult as KalmanResult
 from bayesinf.models.linear_gaussian import LinearGaussian as LinearGaussian
 from bayesinf.models.linear_gaussian import SmootherResult as SmootherResult
 from bayesinf.models.linear_gaussian import kalman_filter as kalman_filter
 from bayesinf.models.linear_gaussian import rts_smoother as rts_smoother
 from bayesinf.models.linear_gaussian import sample_posterior as sample_posterior
+from bayesinf.models.lorenz import lorenz63 as lorenz63
+from bayesinf.models.lorenz import lorenz96 as lorenz96
+from bayesinf.models.nonlinear_gaussian import NonlinearGaussian as NonlinearGaussian
+from bayesinf.models.sir import SIR as SIR
 from bayesinf.models.state_space import StateSpaceModel as StateSpaceModel
 from bayesinf.models.state_space import simulate as simulate
 from bayesinf.models.stochastic_volatility import StochasticVolatility as StochasticVolatility
+from bayesinf.models.structural import local_level as local_level
+from bayesinf.models.structural import local_linear_trend as local_linear_trend

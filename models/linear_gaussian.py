@@ -11,26 +11,23 @@ References:
     Frühwirth-Schnatter (1994), doi:10.1111/j.1467-9892.1994.tb00184.x (backward sampling).
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int
 
 from bayesinf import errors, weights
-from bayesinf.models.square_root import condition, drop_missing, gaussian_log_prob, triangularize
+from bayesinf.models.gaussian import as_floating, check_fields, gaussian
+from bayesinf.models.parallel_kalman import filter_in_parallel, smooth_in_parallel
+from bayesinf.models.square_root import condition, gaussian_log_prob, triangularize, update
 from bayesinf.models.state_space import StateSpaceModel, check_series
 
 __all__ = ["KalmanResult", "LinearGaussian", "SmootherResult", "kalman_filter", "rts_smoother", "sample_posterior"]
 
-
-def _floating(name: str) -> Callable[[Any], Any]:
-    return errors.as_array(name, is_floating=True)
+METHODS = ("sequential", "associative")
 
 
 class LinearGaussian(StateSpaceModel):
@@ -64,14 +61,14 @@ class LinearGaussian(StateSpaceModel):
         (20, 1)
     """
 
-    initial_mean: Float[Array, " d"] = eqx.field(converter=_floating("initial_mean"))
-    initial_tril: Float[Array, "d d"] = eqx.field(converter=_floating("initial_tril"))
-    transition_matrix: Float[Array, "d d"] = eqx.field(converter=_floating("transition_matrix"))
-    transition_tril: Float[Array, "d d"] = eqx.field(converter=_floating("transition_tril"))
-    observation_matrix: Float[Array, "k d"] = eqx.field(converter=_floating("observation_matrix"))
-    observation_tril: Float[Array, "k k"] = eqx.field(converter=_floating("observation_tril"))
-    transition_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=_floating("transition_offset"))
-    observation_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=_floating("observation_offset"))
+    initial_mean: Float[Array, " d"] = eqx.field(converter=as_floating("initial_mean"))
+    initial_tril: Float[Array, "d d"] = eqx.field(converter=as_floating("initial_tril"))
+    transition_matrix: Float[Array, "d d"] = eqx.field(converter=as_floating("transition_matrix"))
+    transition_tril: Float[Array, "d d"] = eqx.field(converter=as_floating("transition_tril"))
+    observation_matrix: Float[Array, "k d"] = eqx.field(converter=as_floating("observation_matrix"))
+    observation_tril: Float[Array, "k k"] = eqx.field(converter=as_floating("observation_tril"))
+    transition_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=as_floating("transition_offset"))
+    observation_offset: Float[Array, "..."] = eqx.field(default=0.0, converter=as_floating("observation_offset"))
 
     def __check_init__(self):
         d, k = self.initial_mean.shape[-1:], self.observation_matrix.shape[-2:-1]
@@ -85,22 +82,11 @@ class LinearGaussian(StateSpaceModel):
             "transition_offset": (d, ()),
             "observation_offset": (k, ()),
         }
-        for name, shapes in expected.items():
-            value = getattr(self, name)
-            if value.shape not in shapes:
-                raise ValueError(
-                    f"{name} must have shape {shapes[0]}, from initial_mean of shape {self.initial_mean.shape} and "
-                    f"observation_matrix of shape {self.observation_matrix.shape}, got {value.shape}"
-                )
-            if errors.is_concrete(value) and not np.all(np.isfinite(np.asarray(value))):
-                raise ValueError(f"{name} must be finite, got {np.asarray(value)}")
-            if name.endswith("_tril") and errors.is_concrete(value):
-                tril = np.asarray(value)
-                if np.any(np.triu(tril, 1)) or np.any(np.diag(tril) < 0):
-                    raise ValueError(
-                        f"{name} must be lower triangular with a diagonal that is not negative; pass "
-                        "jnp.linalg.cholesky(covariance)"
-                    )
+        origin = (
+            f"initial_mean of shape {self.initial_mean.shape} and observation_matrix of shape "
+            f"{self.observation_matrix.shape}"
+        )
+        check_fields(self, expected, origin)
 
     @classmethod
     def scalar(
@@ -123,7 +109,7 @@ class LinearGaussian(StateSpaceModel):
             initial_scale: standard deviation of x_0; by default the stationary one, q / sqrt(1 - a^2), for |a| < 1.
         """
         if initial_scale is None:
-            a = _floating("persistence")(persistence)
+            a = as_floating("persistence")(persistence)
             if errors.is_concrete(a) and not abs(float(a)) < 1:
                 raise ValueError(
                     f"persistence must lie in (-1, 1) for a stationary start, got {persistence}; give initial_scale"
@@ -131,10 +117,10 @@ class LinearGaussian(StateSpaceModel):
             initial_scale = transition_scale / jnp.sqrt(1.0 - a**2)
 
         def matrix(name: str, value: Any) -> Array:
-            return _floating(name)(value).reshape(1, 1)
+            return as_floating(name)(value).reshape(1, 1)
 
         return cls(
-            _floating("initial_mean")(initial_mean).reshape(1),
+            as_floating("initial_mean")(initial_mean).reshape(1),
             matrix("initial_scale", initial_scale),
             matrix("persistence", persistence),
             matrix("transition_scale", transition_scale),
@@ -143,19 +129,19 @@ class LinearGaussian(StateSpaceModel):
         )
 
     def initial(self):
-        return _gaussian(self.initial_mean, self.initial_tril)
+        return gaussian(self.initial_mean, self.initial_tril)
 
     def transition(self, x_prev: Float[Array, " d"], t: Int[Array, ""]):
-        return _gaussian(self._predict(x_prev), self.transition_tril)
+        return gaussian(self._predict(x_prev), self.transition_tril)
 
     def observation(self, x: Float[Array, " d"], t: Int[Array, ""]):
-        return _gaussian(self._observe(x), self.observation_tril)
+        return gaussian(self._observe(x), self.observation_tril)
 
     def initial_proposal(self, y: Float[Array, " k"]):
-        return _gaussian(*self._update(self.initial_mean, self.initial_tril, y)[:2])
+        return gaussian(*self._update(self.initial_mean, self.initial_tril, y)[:2])
 
     def proposal(self, x_prev: Float[Array, " d"], y: Float[Array, " k"], t: Int[Array, ""]):
-        return _gaussian(*self._update(self._predict(x_prev), self.transition_tril, y)[:2])
+        return gaussian(*self._update(self._predict(x_prev), self.transition_tril, y)[:2])
 
     def lookahead(self, x_prev: Float[Array, " d"], y: Float[Array, " k"], t: Int[Array, ""]) -> Float[Array, ""]:
         return self._update(self._predict(x_prev), self.transition_tril, y)[2]
@@ -170,13 +156,7 @@ class LinearGaussian(StateSpaceModel):
         return self.observation_matrix @ x + self.observation_offset
 
     def _update(self, mean: Array, tril: Array, y: Array) -> tuple[Array, Array, Array]:
-        """Mean and factor of x | y for x ~ N(mean, tril tril^T), and log p(y)."""
-        is_missing = jnp.isnan(y)
-        matrix, noise_tril = drop_missing(is_missing, self.observation_matrix, self.observation_tril)
-        marginal_tril, gain, tril = condition(tril, matrix, noise_tril)
-        # zeros stand in for missing data before they meet anything: gradients stay finite
-        residual = jnp.where(is_missing, 0.0, jnp.where(is_missing, 0.0, y) - self._observe(mean))
-        return mean + gain @ residual, tril, gaussian_log_prob(residual, marginal_tril, is_missing)
+        return update(mean, tril, self.observation_matrix, self.observation_offset, self.observation_tril, y)
 
 
 class KalmanResult(NamedTuple):
@@ -213,7 +193,7 @@ class SmootherResult(NamedTuple):
     cross_covariances: Float[Array, "s d d"]
 
 
-def kalman_filter(model: LinearGaussian, ys: Float[Array, "..."]) -> KalmanResult:
+def kalman_filter(model: LinearGaussian, ys: Float[Array, "..."], *, method: str = "sequential") -> KalmanResult:
     """The exact law of x_t given y_0..y_t for every t, and the log evidence.
 
         S_t = C P_{t|t-1} C^T + R,    K_t = P_{t|t-1} C^T S_t^{-1}
@@ -224,12 +204,14 @@ def kalman_filter(model: LinearGaussian, ys: Float[Array, "..."]) -> KalmanResul
     Args:
         model: a linear Gaussian model.
         ys: observations, shape (T, k); NaN components are missing.
+        method: "sequential", T steps one after the other; or "associative", O(log T) of them, in which several times
+            the work is done in parallel: for accelerators and long series. First derivatives only.
 
     Returns:
         The filtered and predicted laws, and the log evidence with its increments.
 
     Raises:
-        ValueError: model is no `LinearGaussian`, or ys has the wrong shape or infinite entries.
+        ValueError: model is no `LinearGaussian`, ys has the wrong shape or infinite entries, or method is neither.
 
     Example:
         >>> import jax.numpy as jnp
@@ -243,11 +225,13 @@ def kalman_filter(model: LinearGaussian, ys: Float[Array, "..."]) -> KalmanResul
 
     References:
         Kalman (1960), doi:10.1115/1.3662552.
+        Särkkä and García-Fernández (2021), doi:10.1109/TAC.2020.2976316 (in parallel).
     """
-    return _filter(model, _check(model, ys))
+    errors.check_choice("method", method, METHODS)
+    return _filter(model, _check(model, ys), method)
 
 
-def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."]) -> SmootherResult:
+def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."], *, method: str = "sequential") -> SmootherResult:
     """The exact law of every x_t, and of every pair of neighbours, given all data y.
 
         G_t = P_t A^T P_{t+1|t}^{-1},    E[x_t | y] = m_t + G_t (E[x_{t+1} | y] - m_{t+1|t})
@@ -258,6 +242,7 @@ def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."]) -> SmootherResu
     Args:
         model: a linear Gaussian model.
         ys: observations, shape (T, k); NaN components are missing.
+        method: as of `kalman_filter`.
 
     Returns:
         Means, covariances, and covariances of neighbours.
@@ -275,8 +260,10 @@ def rts_smoother(model: LinearGaussian, ys: Float[Array, "..."]) -> SmootherResu
 
     References:
         Rauch, Tung and Striebel (1965), doi:10.2514/3.3166.
+        Särkkä and García-Fernández (2021), doi:10.1109/TAC.2020.2976316 (in parallel).
     """
-    return _smooth(model, _check(model, ys))
+    errors.check_choice("method", method, METHODS)
+    return _smooth(model, _check(model, ys), method)
 
 
 def sample_posterior(
@@ -325,15 +312,19 @@ def _check(model: LinearGaussian, ys) -> Array:
     return ys
 
 
-@jax.jit
-def _filter(model: LinearGaussian, ys: Array) -> KalmanResult:
+@partial(jax.jit, static_argnums=2)
+def _filter(model: LinearGaussian, ys: Array, method: str = "sequential") -> KalmanResult:
+    dtype = jnp.result_type(*jax.tree.leaves(model))
+    if method == "associative":
+        found = filter_in_parallel(model, ys.astype(dtype))
+        return KalmanResult(weights.compensated_sum(found[0]), *found)
+
     def step(predicted, y):
         mean, tril, increment = model._update(*predicted, y)  # type: ignore[call-arg]
         moved = triangularize(jnp.concatenate([model.transition_matrix @ tril, model.transition_tril], axis=1))
         return (model._predict(mean), moved), (increment, mean, tril, *predicted)
 
     start = (model.initial_mean, triangularize(model.initial_tril))
-    dtype = jnp.result_type(*jax.tree.leaves(model))
     _, (increments, *laws) = jax.lax.scan(step, jax.tree.map(lambda leaf: leaf.astype(dtype), start), ys.astype(dtype))
     return KalmanResult(weights.compensated_sum(increments), increments, *laws)
 
@@ -347,10 +338,16 @@ def _backward(model: LinearGaussian, filtered: KalmanResult) -> tuple[Array, Arr
     return laws.gain, laws.tril
 
 
-@jax.jit
-def _smooth(model: LinearGaussian, ys: Array) -> SmootherResult:
-    filtered = _filter(model, ys)
+@partial(jax.jit, static_argnums=2)
+def _smooth(model: LinearGaussian, ys: Array, method: str) -> SmootherResult:
+    filtered = _filter(model, ys, method)
     gains, trils = _backward(model, filtered)
+    if method == "associative":
+        means, factors = smooth_in_parallel(
+            gains, trils, filtered.filtered_means, filtered.predicted_means, filtered.filtered_trils[-1]
+        )
+        covariances = factors @ factors.mT
+        return SmootherResult(means, covariances, gains @ covariances[1:])
 
     def step(later, now):
         later_mean, later_tril = later
@@ -382,9 +379,3 @@ def _sample(key: Array, model: LinearGaussian, ys: Array, num_paths: int) -> Arr
     steps = (gains, trils, filtered.filtered_means[:-1], filtered.predicted_means[1:], noise[:-1])
     _, paths = jax.lax.scan(step, last, steps, reverse=True)
     return jnp.swapaxes(jnp.concatenate([paths, last[None]]), 0, 1)
-
-
-def _gaussian(mean: Array, tril: Array) -> dist.Distribution:
-    if mean.shape[-1] == 1:  # no triangular solve for every particle
-        return dist.Normal(mean, tril[..., 0]).to_event(1)
-    return dist.MultivariateNormal(mean, scale_tril=tril)

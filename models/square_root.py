@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Bool, Float
 
-__all__ = ["Conditional", "condition", "drop_missing", "gaussian_log_prob", "triangularize"]
+__all__ = ["Conditional", "condition", "drop_missing", "gaussian_log_prob", "triangularize", "update"]
 
 
 class Conditional(NamedTuple):
@@ -62,3 +62,23 @@ def gaussian_log_prob(
     num = residual.shape[0] if is_missing is None else jnp.sum(~is_missing)
     log_scale = jnp.sum(jnp.log(jnp.diagonal(tril)))
     return -0.5 * jnp.sum(whitened**2) - log_scale - 0.5 * num * math.log(2 * math.pi)
+
+
+def update(
+    mean: Float[Array, " d"],
+    tril: Float[Array, "d d"],
+    matrix: Float[Array, "k d"],
+    offset: Float[Array, "..."],
+    noise_tril: Float[Array, "k k"],
+    y: Float[Array, " k"],
+) -> tuple[Float[Array, " d"], Float[Array, "d d"], Float[Array, ""]]:
+    """Mean and factor of x | y for x ~ N(mean, tril tril^T), y = matrix x + offset + noise, and log p(y).
+
+    Components of y that are NaN are missing.
+    """
+    is_missing = jnp.isnan(y)
+    matrix_kept, noise_kept = drop_missing(is_missing, matrix, noise_tril)
+    marginal_tril, gain, tril = condition(tril, matrix_kept, noise_kept)
+    # zeros stand in for missing data before they meet anything: gradients stay finite
+    residual = jnp.where(is_missing, 0.0, jnp.where(is_missing, 0.0, y) - (matrix @ mean + offset))
+    return mean + gain @ residual, tril, gaussian_log_prob(residual, marginal_tril, is_missing)
