@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-__all__ = ["captured", "current"]
+__all__ = ["as_pytree", "captured", "current"]
 
 # Equinox warns of arrays in the closure of a transformed function, such as `jax.grad(target.logdensity)`; here they
 # are meant to be constants, and are compared
@@ -100,6 +100,12 @@ def captured(function: Any) -> Any:
         return function
     now = _Captured(function, values)
     return _CHANGED_BY_ITSELF.get(now, now)
+
+
+def as_pytree(function: Any) -> Any:
+    """A function that may travel through jit as an argument: a pytree, whose code is static."""
+    is_pytree = isinstance(function, eqx.Module | jax.tree_util.Partial)
+    return function if is_pytree or not callable(function) else jax.tree_util.Partial(captured(function))
 
 
 def current(tree: Any) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from bayesinf import errors
-from bayesinf.captured import captured
+from bayesinf.captured import as_pytree
 from bayesinf.kernels.cloud import Cloud
 from bayesinf.models.state_space import StateSpaceModel, sample
 from bayesinf.resampling import gather
@@ -24,19 +24,12 @@ from bayesinf.weights import normalize
 
 __all__ = [
     "AdditiveFunctional",
-    "as_pytree",
     "check_functional",
     "check_terms",
     "start_statistics",
     "update_statistics",
     "weighted_mean",
 ]
-
-
-def as_pytree(function: Any) -> Any:
-    """A function that may travel through jit as an argument: a pytree whose code is static."""
-    is_pytree = isinstance(function, eqx.Module | jax.tree_util.Partial)
-    return function if is_pytree or not callable(function) else jax.tree_util.Partial(captured(function))
 
 
 class AdditiveFunctional(eqx.Module):

@@ -11,7 +11,7 @@ the moment. By estimator:
     "backward"   a filter and N paths by backward sampling; biased by O(1/N), memory O(NT)
 
 References:
-    Cardoso, Janati, Moulines, Olsson (2023), https://arxiv.org/abs/2301.00900, section 4.
+    Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), https://arxiv.org/abs/2301.00900, section 4.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.kernels.additive import AdditiveFunctional, as_pytree
+from bayesinf.captured import as_pytree
+from bayesinf.kernels.additive import AdditiveFunctional
 from bayesinf.kernels.backward import BACKWARD_METHODS, backward_sample
 from bayesinf.kernels.conditional_smc import ConditionalSMC, PathState
 from bayesinf.kernels.filter_steps import PROPOSALS

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from bayesinf import errors
-from bayesinf.captured import current
-from bayesinf.kernels.additive import AdditiveFunctional, as_pytree, check_functional, weighted_mean
+from bayesinf.captured import as_pytree, current
+from bayesinf.kernels.additive import AdditiveFunctional, check_functional, weighted_mean
 from bayesinf.kernels.backward import BACKWARD_METHODS
 from bayesinf.kernels.cloud import Cloud
 from bayesinf.kernels.filter_steps import PROPOSALS

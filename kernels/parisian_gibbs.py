@@ -14,8 +14,8 @@ Against one PaRIS run of k N particles it trades bias for about 1 / (1 - k0/k) i
 are averaged, as in stochastic approximation and over parallel replicates.
 
 References:
-    Cardoso, Janati, Moulines, Olsson (2023), State and parameter learning with PARIS particle Gibbs, ICML,
-        https://arxiv.org/abs/2301.00900.
+    Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), State and parameter learning with PARIS particle
+        Gibbs, ICML, https://arxiv.org/abs/2301.00900.
     Olsson and Westerborn (2017), doi:10.3150/16-BEJ801 (PaRIS).
 """
 
@@ -221,7 +221,7 @@ def ppg(
         ((), (10,), (50,))
 
     References:
-        Cardoso, Janati, Moulines, Olsson (2023), https://arxiv.org/abs/2301.00900.
+        Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), https://arxiv.org/abs/2301.00900.
     """
     errors.check_count("num_sweeps", num_sweeps)
     errors.check_count("burn_in", burn_in, minimum=0)

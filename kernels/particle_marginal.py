@@ -29,8 +29,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt
 
 from bayesinf import errors, weights
+from bayesinf.captured import as_pytree
 from bayesinf.kernel import Evaluation, Kernel, accept
-from bayesinf.kernels.additive import as_pytree
 from bayesinf.kernels.filter_steps import PROPOSALS
 from bayesinf.kernels.online_filter import FilterState, ParticleFilter, begin, move_on
 from bayesinf.kernels.vectors import as_position, normals

@@ -11,7 +11,7 @@ iteration suffices, as its path is handed on.
 References:
     Delyon, Lavielle and Moulines (1999), doi:10.1214/aos/1018031103.
     Lindsten (2013), doi:10.1109/ICASSP.2013.6638872 (with conditional particle filters).
-    Cardoso, Janati, Moulines, Olsson (2023), https://arxiv.org/abs/2301.00900.
+    Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), https://arxiv.org/abs/2301.00900.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from bayesinf import errors
-from bayesinf.kernels.additive import AdditiveFunctional, as_pytree, check_functional
+from bayesinf.captured import as_pytree
+from bayesinf.kernels.additive import AdditiveFunctional, check_functional
 from bayesinf.kernels.learning import Freely, LearningResult, Smoother, check_maximize, iterate, select_finite, settle
 from bayesinf.models.state_space import StateSpaceModel, check_observations
 

@@ -23,7 +23,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from bayesinf import errors
-from bayesinf.kernels.additive import AdditiveFunctional, as_pytree
+from bayesinf.captured import as_pytree
+from bayesinf.kernels.additive import AdditiveFunctional
 from bayesinf.kernels.backward import backward_sample
 from bayesinf.kernels.particle_filter import particle_filter
 from bayesinf.models.state_space import StateSpaceModel, log_joint, log_prob, observation_log_prob

@@ -7,7 +7,7 @@ under gamma_l = c / sqrt(l) the mean squared gradient falls as log l / sqrt(l), 
 estimates decides; theirs falls geometrically in the sweeps of an iteration.
 
 References:
-    Cardoso, Janati, Moulines, Olsson (2023), https://arxiv.org/abs/2301.00900, section 4.
+    Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), https://arxiv.org/abs/2301.00900, section 4.
     Poyiadjis, Doucet and Singh (2011), doi:10.1093/biomet/asq062.
 """
 
@@ -105,7 +105,7 @@ def score_ascent(
         (20,)
 
     References:
-        Cardoso, Janati, Moulines, Olsson (2023), https://arxiv.org/abs/2301.00900.
+        Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), https://arxiv.org/abs/2301.00900.
     """
     errors.check_arguments("build", build, "theta")
     errors.check_count("num_iterations", num_iterations)

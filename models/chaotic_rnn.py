@@ -6,7 +6,7 @@
 References:
     Sompolinsky, Crisanti and Sommers (1988), doi:10.1103/PhysRevLett.61.259 (the network, and its chaos for gamma > 1).
     Campbell, Shi, Rainforth and Doucet (2021), arXiv:2110.13549 (the state-space model).
-    Cardoso, Samsonov, Thin, Moulines and Olsson (2023), arXiv:2301.00900 (learnt by Parisian particle Gibbs).
+    Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), arXiv:2301.00900 (learning it).
 """
 
 import math

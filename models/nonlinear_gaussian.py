@@ -17,18 +17,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bayesinf import errors
-from bayesinf.captured import captured
+from bayesinf.captured import as_pytree
 from bayesinf.models.gaussian import as_floating, check_fields, gaussian
 from bayesinf.models.square_root import gaussian_log_prob, update
 from bayesinf.models.state_space import StateSpaceModel
 
 __all__ = ["NonlinearGaussian"]
-
-
-def _as_pytree(function: Any) -> Any:
-    """A function that may travel through jit as an argument: a pytree whose code is static."""
-    is_pytree = isinstance(function, eqx.Module | jax.tree_util.Partial)
-    return function if is_pytree or not callable(function) else jax.tree_util.Partial(captured(function))
 
 
 class NonlinearGaussian(StateSpaceModel):
@@ -71,7 +65,7 @@ class NonlinearGaussian(StateSpaceModel):
         Doucet, Godsill and Andrieu (2000), doi:10.1023/A:1008935410038.
     """
 
-    drift: Callable[..., Any] = eqx.field(converter=_as_pytree)
+    drift: Callable[..., Any] = eqx.field(converter=as_pytree)
     initial_mean: Float[Array, " d"] = eqx.field(converter=as_floating("initial_mean"))
     initial_tril: Float[Array, "d d"] = eqx.field(converter=as_floating("initial_tril"))
     transition_tril: Float[Array, "d d"] = eqx.field(converter=as_floating("transition_tril"))
