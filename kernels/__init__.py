@@ -69,3 +69,4 @@ from bayesinf.kernels.stochastic_gradient import SGHMC as SGHMC
 from bayesinf.kernels.stochastic_gradient import SGLD as SGLD
 from bayesinf.kernels.temper import Temper as Temper
 from bayesinf.kernels.transformed import Transformed as Transformed
+from bayesinf.kernels.unbiased_smoother import unbiased_smoother as unbiased_smoother

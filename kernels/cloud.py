@@ -20,7 +20,7 @@ from bayesinf.kernels.filter_steps import propagate, propagate_initial, weigh, w
 from bayesinf.models.state_space import StateSpaceModel
 from bayesinf.resampling import gather, iid
 
-__all__ = ["Cloud", "move", "scan_steps", "start", "trace_indices"]
+__all__ = ["Cloud", "move", "scan_steps", "start", "trace_indices", "with_reference"]
 
 
 class Cloud(NamedTuple):
@@ -34,7 +34,7 @@ def start(
     key: Key[Array, ""], model: StateSpaceModel, y: PyTree, num_particles: int, proposal: str, reference: PyTree
 ) -> Cloud:
     """The cloud at time 0, with the reference in slot 0."""
-    particles = _with_reference(reference, propagate_initial(key, model, y, num_particles - 1, proposal))
+    particles = with_reference(reference, propagate_initial(key, model, y, num_particles - 1, proposal))
     return Cloud(particles, weigh_initial(model, particles, y, proposal))
 
 
@@ -52,8 +52,8 @@ def move(
     key_ancestors, key_move = keys
     free = iid(key_ancestors, cloud.log_weights, cloud.log_weights.shape[0] - 1)
     free_parents = gather(cloud.particles, free)
-    particles = _with_reference(reference, propagate(key_move, model, free_parents, y, t, proposal))
-    parents = _with_reference(gather(cloud.particles, parent), free_parents)
+    particles = with_reference(reference, propagate(key_move, model, free_parents, y, t, proposal))
+    parents = with_reference(gather(cloud.particles, parent), free_parents)
     log_weights = weigh(model, parents, particles, y, t, proposal).astype(cloud.log_weights.dtype)
     return Cloud(particles, log_weights), jnp.concatenate([parent[None].astype(free.dtype), free])
 
@@ -83,6 +83,6 @@ def trace_indices(last: Int[Array, ""], ancestors: Int[Array, "t N"]) -> Int[Arr
     return jnp.concatenate([before, last[None]])
 
 
-def _with_reference(reference: PyTree, free: PyTree) -> PyTree:
+def with_reference(reference: PyTree, free: PyTree) -> PyTree:
     """The reference, in whose dtype particles live, and then the free particles."""
     return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs.astype(x.dtype)]), reference, free)

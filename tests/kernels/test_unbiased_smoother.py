@@ -1,0 +1,89 @@
+"""Coupled conditional PaRIS: the law of each chain, how often indices are equal, and no bias with few particles."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ppg_models import TOTALS, exact_paths, problem, smooth
+
+from bayesinf import errors
+from bayesinf.conformance import FALSE_ALARM, mean_p_value
+from bayesinf.kernels import ParisianGibbs, paris, unbiased_smoother
+from bayesinf.kernels.unbiased_smoother import _couple_indices, couple
+
+
+def test_indices_have_their_laws_and_are_equal_as_often_as_can_be():
+    log_x = jnp.log(jnp.asarray([0.5, 0.3, 0.2, 0.0]))
+    log_y = jnp.log(jnp.asarray([0.1, 0.3, 0.4, 0.2])) + 7.0  # unnormalised
+    x, y = _couple_indices(jax.random.key(0), log_x, log_y, 200_000)
+    assert mean_p_value(jax.nn.one_hot(x, 3), np.array([0.5, 0.3, 0.2])) > FALSE_ALARM
+    assert int(jnp.max(x)) == 2  # a weight of zero is never drawn
+    assert mean_p_value(jax.nn.one_hot(y, 4), np.array([0.1, 0.3, 0.4, 0.2])) > FALSE_ALARM
+    assert mean_p_value(1.0 * (x == y), 0.1 + 0.3 + 0.2) > FALSE_ALARM
+    same, again = _couple_indices(jax.random.key(1), log_x, log_x, 1_000)
+    np.testing.assert_array_equal(same, again)
+
+
+def short_problem():
+    model, ys, _ = problem("PPG1d", 50)
+    ys = ys[:6]
+    parameters = {name: float(getattr(model, name)) for name in ("a", "q", "b", "r", "P0")}
+    return model, ys, smooth(np.asarray(ys, np.float64), **parameters)
+
+
+def test_each_chain_has_the_law_of_parisian_gibbs():
+    """From two exact paths: both estimates are unbiased, both new paths exact."""
+    model, ys, smoothed = short_problem()
+    kernel = ParisianGibbs(model, ys, TOTALS, 4, 2)
+    paths = exact_paths(jax.random.key(0), smoothed, 10_000).reshape(2, 5_000, 6)
+    keys = jax.random.split(jax.random.key(1), 5_000)
+    run = jax.jit(jax.vmap(lambda key, x, y: couple(kernel, key, x, y)))
+    new, estimates = run(keys, *paths)
+    for path, estimate in zip(new, estimates, strict=True):
+        assert mean_p_value(estimate, smoothed.totals) > FALSE_ALARM
+        assert mean_p_value(path, smoothed.mean) > FALSE_ALARM
+        assert mean_p_value((np.asarray(path) - smoothed.mean) ** 2, np.diag(smoothed.cov)) > FALSE_ALARM
+    together, same = run(keys[:100], paths[0, :100], paths[0, :100])
+    np.testing.assert_array_equal(*together)
+    np.testing.assert_array_equal(*same)
+
+
+def replicates(num_replicates, **options):
+    model, ys, smoothed = short_problem()
+    found = unbiased_smoother(2, model, ys, TOTALS, num_particles=8, num_replicates=num_replicates, **options)
+    return found, smoothed
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param({"burn_in": 1, "num_sweeps": 1}, marks=pytest.mark.slow)])
+def test_there_is_no_bias_where_paris_has_one(options):
+    found, smoothed = replicates(1_000, **options)
+    assert mean_p_value(found.replicates, smoothed.totals) > FALSE_ALARM
+    spread = np.asarray(found.replicates).std(0, ddof=1) / np.sqrt(1_000)
+    np.testing.assert_allclose(found.standard_error, spread, rtol=1e-3)
+    model, ys, _ = short_problem()
+    keys = jax.random.split(jax.random.key(0), 4_000)
+    plain = jax.jit(jax.vmap(lambda key: paris(key, model, ys, TOTALS, num_particles=8, throw=False).estimate))(keys)
+    assert mean_p_value(plain, smoothed.totals) < FALSE_ALARM
+
+
+@pytest.mark.slow
+def test_the_published_meeting_times_and_errors():
+    """OW, T = 50, N = 40, k = 3, m = 10: meetings after 9.3 sweeps on average, standard deviations 1.02, .41, .38."""
+    model, ys, smoothed = problem("OW", 50)
+    options = {"burn_in": 3, "num_sweeps": 10}
+    found = unbiased_smoother(0, model, ys, TOTALS, num_particles=40, num_replicates=400, **options)
+    assert mean_p_value(found.replicates, smoothed.totals) > FALSE_ALARM
+    times = np.asarray(found.meeting_time, np.float64)
+    assert abs(times.mean() - 9.3) < 4.9 * times.std() / np.sqrt(400) + 0.5
+    np.testing.assert_allclose(np.asarray(found.replicates).std(0), [1.02, 0.41, 0.38], rtol=0.25)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_pairs_that_do_not_meet_are_told_with_the_result():
+    with pytest.raises(errors.SamplingError, match="did not meet within 1 sweeps: take more particles") as caught:
+        replicates(3, burn_in=1, num_sweeps=1, max_sweeps=1)
+    assert caught.value.draws.meeting_time.tolist() == [2, 2, 2]
+    found, _ = replicates(3, burn_in=1, num_sweeps=1, max_sweeps=1, throw=False)
+    assert np.all(np.isnan(found.replicates))
+    with pytest.raises(ValueError, match="burn_in <= num_sweeps <= max_sweeps is needed, got 5, 3 and 1000"):
+        replicates(3, burn_in=5, num_sweeps=3)
