@@ -145,13 +145,16 @@ class LeverageVolatility(StateSpaceModel):
         def standardized(x):
             return jnp.where(is_missing, 0.0, y) * jnp.exp(-0.5 * x)
 
-        def precision(x):
-            return 0.5 * (nu + jnp.where(is_missing, 0.0, 1.0)), 0.5 * (nu + standardized(x) ** 2)
-
         def common(x, log_g):
             return a * standardized(x) * jnp.exp(0.5 * log_g), jnp.sqrt(1.0 - a**2)
 
-        return _joint(mode, scale, None if nu is None else precision, common)
+        if nu is None:
+            return _joint(mode, scale, None, common)
+
+        def precision(x):
+            return 0.5 * (nu + jnp.where(is_missing, 0.0, 1.0)), 0.5 * (nu + standardized(x) ** 2)
+
+        return _joint(mode, scale, precision, common)
 
 
 def _joint(mean, scale, precision, common) -> Law:
