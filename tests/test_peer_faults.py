@@ -118,12 +118,13 @@ def test_parameters_and_path_keep_their_correlation():
 
 
 @cache
-def _switching_p_value(kernel_class, num=30_000, num_steps=6):
+def _switching_p_value(kernel_class, num=25_000, num_steps=6):
     kernel = kernel_class(switching.Switching(), switching.SERIES, 2, "none")
     keys = jax.random.split(jax.random.key(1), num)
     return switching.path_p_value(_after(kernel, keys, switching.draw_path, num_steps))
 
 
+@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize(
     "wrong", [peers.SortedConditionalSMC, pytest.param(SystematicConditionalSMC, marks=pytest.mark.slow)]
 )
@@ -133,6 +134,7 @@ def test_free_ancestors_are_not_sorted_before_slot_0_is_overwritten(wrong):
     assert _switching_p_value(wrong) < FALSE_ALARM
 
 
+@pytest.mark.usefixtures("compile_fast")
 def test_the_reference_keeps_its_weight_where_resampling_is_skipped():
     """SSMProblems#24 asks which weight is right: what it has earned since the last resampling. Ours skips none."""
     assert _switching_p_value(ConditionalSMC) > FALSE_ALARM
