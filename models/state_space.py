@@ -334,7 +334,9 @@ def rows_outside_support(model: StateSpaceModel, ys: PyTree) -> list[int]:
 
     def is_outside(y: Array, t: Array) -> Array:
         law = model.observation(x, t)
-        return ~jnp.all(jnp.isnan(y) | law.support(y.reshape(law.shape())))
+        y = y.reshape(law.shape())
+        # of a law over vectors the support is one answer for all components, those that are missing among them
+        return ~jnp.all(law.support(jnp.where(jnp.isnan(y), _inside(law, y), y)))
 
     return np.flatnonzero(jax.vmap(is_outside)(ys, jnp.arange(ys.shape[0]))).tolist()
 

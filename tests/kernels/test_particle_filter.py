@@ -350,6 +350,9 @@ def test_rows_outside_the_support_are_named():
         with pytest.raises(errors.DegenerateWeightsError, match=r"Rows \[2, 4\] of ys lie outside the support"):
             run()
     assert rows_outside_support(Window(), ys) == []  # a pair tells nothing of its support
+    partly = jnp.array([[0.0, 1.0], [jnp.nan, 1.0], [jnp.nan, jnp.nan]])  # of a law over vectors
+    plane = LinearGaussian(jnp.zeros(2), jnp.eye(2), jnp.eye(2), jnp.eye(2), jnp.eye(2), jnp.eye(2))
+    assert rows_outside_support(plane, partly) == []
 
 
 class Restless(Counted):
