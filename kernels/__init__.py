@@ -50,6 +50,7 @@ from bayesinf.kernels.particle_filter import particle_filter as particle_filter
 from bayesinf.kernels.particle_gibbs import ParticleGibbs as ParticleGibbs
 from bayesinf.kernels.particle_marginal import ParticleMarginal as ParticleMarginal
 from bayesinf.kernels.plan import plan as plan
+from bayesinf.kernels.ppg_replicates import ppg_replicates as ppg_replicates
 from bayesinf.kernels.precondition import Precondition as Precondition
 from bayesinf.kernels.predict import predict as predict
 from bayesinf.kernels.randomized_midpoint import RandomizedMidpoint as RandomizedMidpoint

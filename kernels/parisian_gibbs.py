@@ -46,7 +46,7 @@ from bayesinf.kernels.filter_steps import check_proposal, cure_of_vanished, warn
 from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, check_series
 from bayesinf.resampling import gather
 
-__all__ = ["PPGResult", "ParisianGibbs", "ParisianInfo", "ppg"]
+__all__ = ["PPGResult", "ParisianGibbs", "ParisianInfo", "ppg", "roll_out"]
 
 
 class ParisianInfo(NamedTuple):
@@ -232,7 +232,7 @@ def ppg(
     if initial_path is None:
         initial_path = jax.tree.map(lambda leaf: leaf[0], first_paths(kernel, key_initial, 1, throw=throw))
     state = kernel.init(initial_path)
-    result, is_divergent = _roll_out(key_sweeps, kernel, state, num_sweeps, burn_in)
+    result, is_divergent = roll_out(key_sweeps, kernel, state, num_sweeps, burn_in)
     if throw and errors.is_concrete(is_divergent) and np.any(is_divergent):
         raise errors.DegenerateWeightsError(
             f"In {int(np.sum(is_divergent))} of {num_sweeps} sweeps no particle of {num_particles} can explain some "
@@ -246,7 +246,11 @@ def ppg(
 
 
 @partial(jax.jit, static_argnames=("num_sweeps", "burn_in"))
-def _roll_out(key, kernel, state, num_sweeps, burn_in):
+def roll_out(
+    key: Key[Array, ""], kernel: ParisianGibbs, state: PathState, num_sweeps: int, burn_in: int
+) -> tuple[PPGResult, Bool[Array, " k"]]:
+    """`ppg` from a path, of arguments that are known to be right; and in which sweeps all weights vanished."""
+
     def sweep(state, i):
         return kernel.step(jax.random.fold_in(key, i), state)
 

@@ -98,8 +98,8 @@ class ParticleMarginal(Kernel):
         ...     return bi.models.LinearGaussian.scalar(0.9, theta["scale"])
         >>> _, ys = bi.models.simulate(0, build({"scale": 0.5}), num_steps=50)
         >>> target = bi.Target.from_numpyro(prior)
-        >>> kernel = bi.kernels.ParticleMarginal(build, target, ys, num_particles=50)
-        >>> draws = bi.sample(1, kernel, target.init(2, 4), num_samples=50, num_warmup=50, progress=False)
+        >>> kernel = bi.kernels.ParticleMarginal(build, target, ys, num_particles=100)
+        >>> draws = bi.sample(1, kernel, target.init(2, 2), num_samples=200, num_warmup=200, progress=False)
 
     References:
         Andrieu, Doucet and Holenstein (2010), doi:10.1111/j.1467-9868.2009.00736.x.

@@ -21,7 +21,7 @@ from bayesinf.kernels.genealogy import trace_ancestors
 from bayesinf.models import LinearGaussian, StateSpaceModel, kalman_filter, rts_smoother
 
 MODEL = LinearGaussian.scalar(0.8, 0.7, 1.0, 0.9, initial_mean=0.5)
-FAR = 0.5 * float(jnp.finfo(float).max)  # nothing explains it, in any precision
+FAR = 0.5 * float(jnp.finfo(jnp.result_type(float)).max)  # nothing explains it, in any precision
 YS = jnp.array([[1.0], [-0.4], [jnp.nan], [1.3], [0.2], [0.9]])
 EVERY_STEP = {"resampling": "multinomial", "ess_threshold": 1.0, "store": "full"}
 

@@ -85,7 +85,7 @@ def test_stochastic_approximation_em_finds_the_maximum():
     assert np.abs(found["paris"].mean(0) - MAXIMUM)[2] > 0.02
 
 
-FAR = 0.5 * float(jnp.finfo(float).max)  # nothing explains it, in any precision
+FAR = 0.5 * float(jnp.finfo(jnp.result_type(float)).max)  # nothing explains it, in any precision
 SHORT = YS[:6]
 FEW = {"num_particles": 8, "num_iterations": 3}
 

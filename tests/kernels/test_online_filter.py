@@ -12,7 +12,7 @@ from bayesinf.kernels import AdditiveFunctional, Paris, ParticleFilter, paris, p
 from bayesinf.models import LinearGaussian, StochasticVolatility
 
 MODEL = LinearGaussian.scalar(0.8, 0.7, 1.0, 0.9, initial_mean=0.5)
-FAR = 0.5 * float(jnp.finfo(float).max)  # nothing explains it, in any precision
+FAR = 0.5 * float(jnp.finfo(jnp.result_type(float)).max)  # nothing explains it, in any precision
 YS = jnp.array([[1.0], [-0.4], [jnp.nan], [1.3], [0.2]])
 SUMS = AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x + 0.1 * t)
 

@@ -19,7 +19,7 @@ from bayesinf.kernels import ParticleMarginal
 from bayesinf.models import LinearGaussian
 from bayesinf.resampling import iid
 
-FAR = 0.5 * float(jnp.finfo(float).max)  # nothing explains it, in any precision
+FAR = 0.5 * float(jnp.finfo(jnp.result_type(float)).max)  # nothing explains it, in any precision
 YS = jnp.array([0.9, -1.1, jnp.nan, 2.0, 0.4])[:, None]
 GRID = np.linspace(-4.0, 3.0, 2_001)  # of log q, whose prior is that of a Gamma(2) variable's logarithm
 
