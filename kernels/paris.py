@@ -36,7 +36,7 @@ from bayesinf.kernels.backward import BACKWARD_METHODS, draw_counted
 from bayesinf.kernels.cloud import Cloud
 from bayesinf.kernels.filter_steps import cure_of_vanished, warn_of_invalid
 from bayesinf.kernels.online_filter import FilterInfo, FilterState, ParticleFilter, as_row, begin, move_on
-from bayesinf.models.state_space import StateSpaceModel, check_observations
+from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations
 from bayesinf.weights import compensated_sum
 
 __all__ = [
@@ -291,6 +291,7 @@ def _run(self: Paris, key: Key[Array, ""], ys: PyTree) -> ParisResult:
 @jax.jit
 def begin_paris(self: Paris, key: Key[Array, ""], y: PyTree) -> tuple[ParisState, ParisInfo, FilterInfo]:
     """`Paris.init`, of arguments that are known to be right, and what the filter tells."""
+    check_model(self.filter.model)  # before the functional is asked for its terms at a state of it
     check_terms(self.functional, self.filter.model, y)
     filtered, info = begin(self.filter, key, y)
     cloud = Cloud(filtered.particles, filtered.log_weights)
