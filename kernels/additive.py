@@ -124,9 +124,11 @@ def check_functional(functional: Any) -> None:
 def check_terms(functional: AdditiveFunctional, model: StateSpaceModel, y: PyTree) -> None:
     """That both terms are real, of one structure and shape, for the states of the model and a row y; for tracing."""
     x = jax.eval_shape(lambda key: sample(key, model.initial()), jax.random.key(0))
+    data = (y,) if functional.is_given_data else ()
+    # of the functions themselves, which are traced once, and not of methods, which are made anew by every call
     terms = {
-        "initial": jax.eval_shape(functional.first_term, x, y),
-        "increment": jax.eval_shape(functional.term, x, x, y, jnp.ones((), jnp.int32)),
+        "initial": jax.eval_shape(functional.initial, x, *data),
+        "increment": jax.eval_shape(functional.increment, x, x, *data, jnp.ones((), jnp.int32)),
     }
     shapes = {name: jax.tree.map(lambda leaf: leaf.shape, term) for name, term in terms.items()}
     if shapes["initial"] != shapes["increment"]:
