@@ -28,7 +28,7 @@ from bayesinf import errors
 from bayesinf.captured import as_pytree
 from bayesinf.kernels.additive import AdditiveFunctional
 from bayesinf.kernels.backward import BACKWARD_METHODS, backward_sample
-from bayesinf.kernels.conditional_smc import ConditionalSMC, PathState
+from bayesinf.kernels.conditional_smc import ConditionalSMC, PathState, check_path, first_paths
 from bayesinf.kernels.filter_steps import PROPOSALS
 from bayesinf.kernels.paris import paris
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs
@@ -91,13 +91,12 @@ class Smoother(eqx.Module):
         if self.burn_in >= self.num_sweeps:
             raise ValueError(f"burn_in must be less than num_sweeps={self.num_sweeps}, got {self.burn_in}")
 
-    def first_path(self, key: Key[Array, ""], model: StateSpaceModel) -> tuple[PyTree, Bool[Array, ""]]:
-        """A path by backward sampling, and whether the filter kept weights."""
-        key_filter, key_back = jax.random.split(key)
-        options = {"num_particles": self.num_particles, "proposal": self.proposal, "throw": False}
-        filtered = particle_filter(key_filter, model, self.ys, store="full", **options)
-        paths = backward_sample(key_back, model, filtered, 1, throw=False)
-        return jax.tree.map(lambda leaf: leaf[0], paths), jnp.isfinite(filtered.log_evidence)
+    def start(self, key: Key[Array, ""], model: StateSpaceModel, given: PyTree) -> PyTree:
+        """The path that the first iteration starts from: the one given, or by backward sampling."""
+        if given is not None:
+            return check_path(model, self.ys, given)
+        kernel = ConditionalSMC(model, self.ys, self.num_particles, proposal=self.proposal)
+        return jax.tree.map(lambda leaf: leaf[0], first_paths(kernel, key, 1, throw=False))
 
     def __call__(
         self, key: Key[Array, ""], model: StateSpaceModel, functional: AdditiveFunctional, path: PyTree

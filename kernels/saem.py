@@ -127,10 +127,7 @@ def saem(
     model = build(theta)
     ys = check_observations(model, ys)
     key_path, key_steps = jax.random.split(errors.as_key(key))
-    path = initial_path
-    if path is None:
-        path, _ = smoother.first_path(key_path, model)
-    path = errors.as_arrays("initial_path", path)
+    path = smoother.start(key_path, model, initial_path)
     sums = jax.tree.map(lambda term: jnp.zeros(term.shape), jax.eval_shape(statistics.of_path, path, ys))
     check_maximize(maximize, sums, theta)
     fixed = _Approximation(smoother, freely, statistics, maximize, num_exploring, exponent)

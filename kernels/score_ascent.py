@@ -118,10 +118,7 @@ def score_ascent(
     free = freely.free(theta)
     check_observations(build(theta), ys)
     key_path, key_steps = jax.random.split(errors.as_key(key))
-    path = initial_path
-    if path is None:
-        path, _ = smoother.first_path(key_path, build(theta))
-    state = (free, optimizer.init(free), errors.as_arrays("initial_path", path))
+    state = (free, optimizer.init(free), smoother.start(key_path, build(theta), initial_path))
     (_, _, path), (free, log_evidence, is_failed) = iterate(_climb, ascent, state, key_steps, num_iterations, progress)
     return settle(freely, free, log_evidence, is_failed, path, throw=throw)
 
