@@ -41,7 +41,7 @@ __all__ = [
     "warn_of_invalid",
     "weigh",
     "weigh_initial",
-    "weigh_move",
+    "weigh_parts",
 ]
 
 PROPOSALS = ("bootstrap", "guided")
@@ -144,19 +144,27 @@ def weigh(
     proposal: str = "bootstrap",
 ) -> Float[Array, " n"]:
     """Log weight increments of particles at t >= 1, given the parents that they moved from."""
-    log_weights = jax.vmap(lambda x: observation_log_prob(model, x, y, t))(particles)
-    return log_weights if proposal == "bootstrap" else log_weights + weigh_move(model, parents, particles, y, t)
+    log_observed, log_moves = weigh_parts(model, parents, particles, y, t, proposal)
+    return log_observed + log_moves
 
 
-def weigh_move(
-    model: StateSpaceModel, parents: PyTree, particles: PyTree, y: PyTree, t: Int[Array, ""]
-) -> Float[Array, " n"]:
-    """Log m_t / q_t of particles that were moved by the model's own proposal."""
+def weigh_parts(
+    model: StateSpaceModel,
+    parents: PyTree,
+    particles: PyTree,
+    y: PyTree,
+    t: Int[Array, ""],
+    proposal: str = "bootstrap",
+) -> tuple[Float[Array, " n"], Float[Array, " n"] | float]:
+    """Log g_t, and log m_t / q_t, which is 0 where particles move by m_t itself."""
+    log_observed = jax.vmap(lambda x: observation_log_prob(model, x, y, t))(particles)
+    if proposal == "bootstrap":
+        return log_observed, 0.0
 
     def ratio(x_prev, x):
         return log_prob(model.transition(x_prev, t), x) - log_prob(model.proposal(x_prev, y, t), x)  # type: ignore[attr-defined]
 
-    return jax.vmap(ratio)(parents, particles)
+    return log_observed, jax.vmap(ratio)(parents, particles)
 
 
 def check_proposal(model: StateSpaceModel, proposal: str) -> None:

@@ -23,9 +23,8 @@ from bayesinf.kernels.filter_steps import (
     propagate,
     propagate_initial,
     reweigh,
-    weigh,
     weigh_initial,
-    weigh_move,
+    weigh_parts,
 )
 from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, observation_log_prob
 from bayesinf.resampling import SCHEMES, gather
@@ -182,9 +181,9 @@ def begin(self: ParticleFilter, key: Key[Array, ""], y: PyTree) -> tuple[FilterS
     )
     state = FilterState(key, jnp.zeros((), jnp.int32), particles, log_weights, increment, jnp.zeros_like(increment))
     own = jnp.arange(self.num_particles, dtype=jnp.int32)
-    # what there is without y_0: p_0 / q_0
-    log_observed = jax.vmap(lambda x: observation_log_prob(self.model, x, y, state.t))(particles)
-    log_predicted = log_increments - log_observed if self.proposal == "guided" else jnp.zeros_like(log_increments)
+    log_predicted = jnp.zeros_like(log_increments)
+    if self.proposal == "guided":  # what there is without y_0: p_0 / q_0
+        log_predicted = log_increments - jax.vmap(lambda x: observation_log_prob(self.model, x, y, state.t))(particles)
     return state, _describe(self, state, increment, jnp.zeros((), bool), num_invalid, own, log_predicted)
 
 
@@ -203,16 +202,12 @@ def move_on(
     )
     parents = jax.lax.cond(is_resampled, gather, lambda tree, _: tree, state.particles, ancestors)
     particles = propagate(keys[1], self.model, parents, y, t, self.proposal)
-    log_weights, increment, num_invalid = reweigh(
-        log_carried, weigh(self.model, parents, particles, y, t, self.proposal)
-    )
+    log_observed, log_moves = weigh_parts(self.model, parents, particles, y, t, self.proposal)
+    log_weights, increment, num_invalid = reweigh(log_carried, log_observed + log_moves)
     total = state.log_evidence + (increment + state.rounding)
     rounding = jnp.where(jnp.isfinite(total), (increment + state.rounding) - (total - state.log_evidence), 0.0)
     state = FilterState(state.key, t, particles, log_weights, total, rounding)
-    log_predicted = log_carried
-    if self.proposal == "guided":
-        log_predicted = log_predicted + weigh_move(self.model, parents, particles, y, t)
-    return state, _describe(self, state, increment, is_resampled, num_invalid, ancestors, log_predicted)
+    return state, _describe(self, state, increment, is_resampled, num_invalid, ancestors, log_carried + log_moves)
 
 
 def as_row(y: PyTree) -> PyTree:
