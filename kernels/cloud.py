@@ -20,7 +20,7 @@ from bayesinf.kernels.filter_steps import propagate, propagate_initial, weigh, w
 from bayesinf.models.state_space import StateSpaceModel
 from bayesinf.resampling import gather, iid
 
-__all__ = ["Cloud", "move", "scan_steps", "start", "trace_indices", "with_reference"]
+__all__ = ["Cloud", "advance", "move", "scan_steps", "start", "trace_indices", "with_reference"]
 
 
 class Cloud(NamedTuple):
@@ -51,11 +51,28 @@ def move(
     """The cloud at time t, with the reference, whose ancestor is `parent`, in slot 0; and all the ancestors."""
     key_ancestors, key_move = keys
     free = iid(key_ancestors, cloud.log_weights, cloud.log_weights.shape[0] - 1)
-    free_parents = gather(cloud.particles, free)
-    particles = with_reference(reference, propagate(key_move, model, free_parents, y, t, proposal))
-    parents = with_reference(gather(cloud.particles, parent), free_parents)
+    ancestors = jnp.concatenate([parent[None].astype(free.dtype), free])
+    return advance(key_move, model, cloud, y, t, proposal, reference, ancestors), ancestors
+
+
+def advance(
+    key: Key[Array, ""],
+    model: StateSpaceModel,
+    cloud: Cloud,
+    y: PyTree,
+    t: Int[Array, ""],
+    proposal: str,
+    reference: PyTree,
+    ancestors: Int[Array, " N"],
+) -> Cloud:
+    """The offspring of chosen ancestors, with the reference in slot 0; the free ones move by the same numbers of a key,
+    whatever the ancestors.
+    """
+    parents = gather(cloud.particles, ancestors)
+    free_parents = jax.tree.map(lambda leaf: leaf[1:], parents)
+    particles = with_reference(reference, propagate(key, model, free_parents, y, t, proposal))
     log_weights = weigh(model, parents, particles, y, t, proposal).astype(cloud.log_weights.dtype)
-    return Cloud(particles, log_weights), jnp.concatenate([parent[None].astype(free.dtype), free])
+    return Cloud(particles, log_weights)
 
 
 def scan_steps(

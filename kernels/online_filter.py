@@ -115,7 +115,7 @@ class ParticleFilter(eqx.Module):
     """
 
     model: StateSpaceModel
-    ess_threshold: Float[Array, ""] = eqx.field(converter=errors.as_array("ess_threshold"))
+    ess_threshold: Float[Array, ""]
     num_particles: int = eqx.field(static=True)
     proposal: str = eqx.field(static=True)
     resampling: str = eqx.field(static=True)

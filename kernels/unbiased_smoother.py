@@ -26,11 +26,10 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from bayesinf import errors, resampling, weights
 from bayesinf.captured import current
-from bayesinf.kernel import select
+from bayesinf.kernels import cloud as clouds
 from bayesinf.kernels.additive import AdditiveFunctional, start_statistics, update_statistics, weighted_mean
-from bayesinf.kernels.cloud import Cloud, trace_indices, with_reference
-from bayesinf.kernels.conditional_smc import first_paths
-from bayesinf.kernels.filter_steps import propagate, propagate_initial, weigh, weigh_initial
+from bayesinf.kernels.cloud import Cloud
+from bayesinf.kernels.conditional_smc import PathState, finish_sweep, first_paths
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs
 from bayesinf.models.state_space import StateSpaceModel, log_prob
 from bayesinf.resampling import gather
@@ -203,53 +202,47 @@ def couple(
     vanish its path is kept, and its estimate is NaN.
     """
     model, num, proposal = kernel.model, kernel.num_particles, kernel.proposal
-    functional, num_back = kernel.functional, kernel.num_backward
+    functional = kernel.functional
     key_start, key_steps, key_last = jax.random.split(key, 3)
     both = (path_x, path_y)
     y_0 = gather(kernel.ys, jnp.zeros((), jnp.int32))
-    free = propagate_initial(key_start, model, y_0, num - 1, proposal)
 
     def start(path: PyTree) -> Cloud:
-        particles = with_reference(gather(path, jnp.zeros((), jnp.int32)), free)
-        return Cloud(particles, weigh_initial(model, particles, y_0, proposal))
+        x_0 = gather(path, jnp.zeros((), jnp.int32))
+        return clouds.start(key_start, model, y_0, num, proposal, x_0)
 
     def step(carry, row):
         (cloud_x, tau_x), (cloud_y, tau_y) = carry
-        t, (row_x, row_y), y = row
-        key_choose, key_move, key_back = jax.random.split(jax.random.fold_in(key_steps, t), 3)
-        ancestors = _couple_indices(key_choose, cloud_x.log_weights, cloud_y.log_weights, num - 1)
+        t, (key_choose, key_move, key_back), (row_x, row_y, y) = row
+        ancestors_x, ancestors_y = _couple_ancestors(key_choose, cloud_x, cloud_y)
+        new_x = clouds.advance(key_move, model, cloud_x, y, t, proposal, row_x, ancestors_x)
+        new_y = clouds.advance(key_move, model, cloud_y, y, t, proposal, row_y, ancestors_y)
+        J_x, J_y = _couple_backward(key_back, model, (cloud_x, cloud_y), (new_x, new_y), t, kernel.num_backward)
+        tau_x = update_statistics(functional, tau_x, cloud_x, new_x, J_x, y, t)
+        tau_y = update_statistics(functional, tau_y, cloud_y, new_y, J_y, y, t)
+        return ((new_x, tau_x), (new_y, tau_y)), ((new_x, J_x[:, 0]), (new_y, J_y[:, 0]))
 
-        def move(cloud: Cloud, ancestors: Array, reference: PyTree) -> Cloud:
-            free_parents = gather(cloud.particles, ancestors)
-            particles = with_reference(reference, propagate(key_move, model, free_parents, y, t, proposal))
-            parents = with_reference(gather(cloud.particles, jnp.zeros((), jnp.int32)), free_parents)
-            log_weights = weigh(model, parents, particles, y, t, proposal).astype(cloud.log_weights.dtype)
-            return Cloud(particles, log_weights)
-
-        new_x, new_y = move(cloud_x, ancestors[0], row_x), move(cloud_y, ancestors[1], row_y)
-        J = _couple_backward(key_back, model, (cloud_x, cloud_y), (new_x, new_y), t, num_back)
-        tau_x = update_statistics(functional, tau_x, cloud_x, new_x, J[0], y, t)
-        tau_y = update_statistics(functional, tau_y, cloud_y, new_y, J[1], y, t)
-        return ((new_x, tau_x), (new_y, tau_y)), ((new_x, J[0][:, 0]), (new_y, J[1][:, 0]))
-
-    clouds = tuple(start(path) for path in both)
-    first = tuple((cloud, start_statistics(functional, cloud, y_0)) for cloud in clouds)
-    num_steps = jax.tree.leaves(kernel.ys)[0].shape[0]
-    rest = jax.tree.map(lambda leaf: leaf[1:], (both, kernel.ys))
-    last, kept = jax.lax.scan(step, first, (jnp.arange(1, num_steps), *rest))
+    start_x, start_y = start(path_x), start(path_y)
+    first = tuple((cloud, start_statistics(functional, cloud, y_0)) for cloud in (start_x, start_y))
+    own = jnp.arange(num, dtype=jnp.int32)
+    kept = ((start_x, own), (start_y, own))
+    last, kept = clouds.scan_steps(step, first, kept, key_steps, 3, (*both, kernel.ys))
 
     ends = _couple_indices(key_last, last[0][0].log_weights, last[1][0].log_weights, 1)
     paths, estimates = [], []
-    own = jnp.arange(num, dtype=jnp.int32)
-    for i in (0, 1):
-        stored, parents = kept[i]
-        stored = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), clouds[i], stored)
-        indices = trace_indices(ends[i][0], jnp.concatenate([own[None], parents.astype(jnp.int32)]))
-        is_ok = ~jnp.any(weights.is_degenerate(stored.log_weights))
-        paths.append(select(is_ok, jax.vmap(gather)(stored.particles, indices), both[i]))
-        found = weighted_mean(*last[i])
-        estimates.append(jax.tree.map(lambda leaf, is_ok=is_ok: jnp.where(is_ok, leaf, jnp.nan), found))
+    for path, end, (cloud, parents), statistics in zip(both, ends, kept, last, strict=True):
+        state, info = finish_sweep(PathState(path), cloud, clouds.trace_indices(end[0], parents))
+        paths.append(state.position)
+        found = weighted_mean(*statistics)
+        estimates.append(jax.tree.map(lambda leaf, info=info: jnp.where(info.is_divergent, jnp.nan, leaf), found))
     return (paths[0], paths[1]), (estimates[0], estimates[1])
+
+
+def _couple_ancestors(key: Key[Array, ""], cloud_x: Cloud, cloud_y: Cloud) -> tuple[Array, Array]:
+    """Ancestors of both clouds; the reference in slot 0 is its own."""
+    free = _couple_indices(key, cloud_x.log_weights, cloud_y.log_weights, cloud_x.log_weights.shape[0] - 1)
+    x, y = (jnp.concatenate([jnp.zeros(1, indices.dtype), indices]) for indices in free)
+    return x, y
 
 
 def _couple_indices(key: Key[Array, ""], log_x: Array, log_y: Array, num: int) -> tuple[Array, Array]:
