@@ -6,15 +6,28 @@ gradients of these are zero there.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from bayesinf import errors
 
-__all__ = ["clean", "compensated_sum", "ess", "is_degenerate", "log_mean_exp", "normalize", "num_invalid", "pareto_k"]
+__all__ = [
+    "Moments",
+    "average",
+    "clean",
+    "compensated_sum",
+    "ess",
+    "is_degenerate",
+    "log_mean_exp",
+    "moments",
+    "normalize",
+    "num_invalid",
+    "pareto_k",
+]
 
 
 def clean(log_weights: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -155,6 +168,55 @@ def ess(log_weights: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]
     squares = jnp.sum(scaled**2, axis)  # at least 1, unless there is no weight
     ratio = jnp.sum(scaled, axis) ** 2 / jnp.where(squares > 0, squares, 1.0)
     return jnp.minimum(ratio, scaled.shape[axis])
+
+
+class Moments(NamedTuple):
+    """Mean and standard deviation of every component of a state."""
+
+    mean: PyTree
+    sd: PyTree
+
+
+def average(log_weights: Float[Array, " n"], values: PyTree) -> PyTree:
+    """Weighted means over the leading axis of every leaf; NaN where no weight is positive.
+
+    Args:
+        log_weights: normalised, shape (n,).
+        values: arrays with leading axis n.
+
+    Returns:
+        sum_i W_i values_i, a pytree of the same structure.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import weights
+        >>> round(float(weights.average(jnp.log(jnp.array([0.25, 0.75])), jnp.array([0.0, 1.0]))), 3)
+        0.75
+    """
+    w = jnp.where(is_degenerate(log_weights), jnp.nan, jnp.exp(log_weights))
+    return jax.tree.map(lambda leaf: jnp.tensordot(w, leaf.astype(jnp.result_type(leaf, w)), axes=1), values)
+
+
+def moments(log_weights: Float[Array, " n"], values: PyTree) -> Moments:
+    """Weighted means and standard deviations over the leading axis of every leaf; NaN where no weight is positive.
+
+    Args:
+        log_weights: normalised, shape (n,).
+        values: arrays with leading axis n.
+
+    Returns:
+        Moments of the same structure; deviations are taken from the mean before they are squared.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import weights
+        >>> mean, sd = weights.moments(jnp.log(jnp.array([0.5, 0.5])), jnp.array([1.0, 3.0]))
+        >>> round(float(mean), 3), round(float(sd), 3)
+        (2.0, 1.0)
+    """
+    mean = average(log_weights, values)
+    squares = average(log_weights, jax.tree.map(lambda leaf, m: (leaf - m) ** 2, values, mean))
+    return Moments(mean, jax.tree.map(jnp.sqrt, squares))
 
 
 def compensated_sum(x: Float[Array, "t ..."]) -> Float[Array, "..."]:

@@ -116,7 +116,7 @@ def weigh_initial(
     def weigh_one(x):
         log_weight = observation_log_prob(model, x, y, jnp.zeros((), int))
         if proposal == "guided":
-            log_weight += log_prob(model.initial(), x) - log_prob(_initial_law(model, y, proposal), x)
+            log_weight += _log_initial_ratio(model, x, y)
         return log_weight
 
     return jax.vmap(weigh_one)(particles)
@@ -161,15 +161,14 @@ def weigh_parts(
     if proposal == "bootstrap":
         return log_observed, 0.0
 
-    def ratio(x_prev, x):
-        return log_prob(model.transition(x_prev, t), x) - log_prob(model.proposal(x_prev, y, t), x)  # type: ignore[attr-defined]
-
-    return log_observed, jax.vmap(ratio)(parents, particles)
+    return log_observed, jax.vmap(lambda x_prev, x: _log_move_ratio(model, x_prev, x, y, t))(parents, particles)
 
 
 def check_proposal(model: StateSpaceModel, proposal: str) -> None:
     """A known proposal, and one that the model has."""
     errors.check_choice("proposal", proposal, PROPOSALS)
+    if proposal == "bootstrap" and getattr(model, "is_data_driven", False):
+        raise ValueError(f"proposal must be 'guided' for a model of type {type(model).__name__}, got 'bootstrap'")
     if proposal == "guided" and not hasattr(model, "proposal"):
         raise ValueError(
             f"proposal='guided' needs a method proposal(x_prev, y, t) of the model {type(model).__name__}, which has "
@@ -202,6 +201,18 @@ def _initial_law(model: Any, y: PyTree, proposal: str) -> Any:
     if proposal == "guided" and hasattr(model, "initial_proposal"):
         return model.initial_proposal(y)
     return model.initial()
+
+
+def _log_initial_ratio(model: Any, x: PyTree, y: PyTree) -> Array:
+    if hasattr(model, "log_initial_ratio"):
+        return model.log_initial_ratio(x, y)
+    return log_prob(model.initial(), x) - log_prob(_initial_law(model, y, "guided"), x)
+
+
+def _log_move_ratio(model: Any, x_prev: PyTree, x: PyTree, y: PyTree, t: Array) -> Array:
+    if hasattr(model, "log_move_ratio"):
+        return model.log_move_ratio(x_prev, x, y, t)
+    return log_prob(model.transition(x_prev, t), x) - log_prob(model.proposal(x_prev, y, t), x)
 
 
 def _move_law(model: Any, x_prev: PyTree, y: PyTree, t: Array, proposal: str) -> Any:

@@ -29,14 +29,7 @@ from bayesinf.kernels.filter_steps import (
 from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, observation_log_prob
 from bayesinf.resampling import SCHEMES, gather
 
-__all__ = ["FilterInfo", "FilterState", "Moments", "ParticleFilter", "as_row", "begin", "keys_of", "move_on"]
-
-
-class Moments(NamedTuple):
-    """Mean and standard deviation of every component of the state."""
-
-    mean: PyTree
-    sd: PyTree
+__all__ = ["FilterInfo", "FilterState", "ParticleFilter", "as_row", "begin", "keys_of", "move_on"]
 
 
 class FilterState(NamedTuple):
@@ -96,7 +89,8 @@ class ParticleFilter(eqx.Module):
         proposal: "bootstrap" moves particles by the transition, "guided" by `model.proposal`.
         resampling: one of `bayesinf.resampling.SCHEMES`.
         lookahead: choose ancestors with an eye on y_t, by `model.lookahead`.
-        functional: of one state; by default its mean and sd, as `Moments`.
+        functional: of one state; by default its mean and sd, as `weights.Moments`, or what the model's own `summarize`
+            says.
 
     Raises:
         ValueError: a parameter is out of its range, or the model lacks the proposal or lookahead asked for.
@@ -229,23 +223,18 @@ def _describe(
         weights.ess(state.log_weights),
         is_resampled,
         num_invalid,
-        _estimate(self.functional, state.particles, state.log_weights),
+        _estimate(self, state.particles, state.log_weights),
         ancestors,
         weights.normalize(log_predicted)[0],
     )
 
 
-def _estimate(functional: Callable | None, particles: PyTree, log_weights: Array) -> PyTree:
-    w = jnp.where(weights.is_degenerate(log_weights), jnp.nan, jnp.exp(log_weights))
-
-    def average(values):
-        return jnp.tensordot(w, values.astype(jnp.result_type(values, w)), axes=1)
-
-    if functional is not None:
-        values = jax.vmap(functional)(particles)
+def _estimate(self: ParticleFilter, particles: PyTree, log_weights: Array) -> PyTree:
+    if self.functional is not None:
+        values = jax.vmap(self.functional)(particles)
         if not jax.tree.leaves(values):
             raise ValueError("functional must return at least one number, got None; is a return missing?")
-        return jax.tree.map(average, values)
-    mean = jax.tree.map(average, particles)
-    sd = jax.tree.map(lambda leaf, m: jnp.sqrt(average((leaf - m) ** 2)), particles, mean)
-    return Moments(mean, sd)
+        return weights.average(log_weights, values)
+    if hasattr(self.model, "summarize"):
+        return self.model.summarize(log_weights, particles)
+    return weights.moments(log_weights, particles)

@@ -114,7 +114,7 @@ def particle_filter(
             first-stage weights that decides.
         store: "summary" keeps an estimate for every t, "none" only the evidence and ess, "full" also the whole history.
         functional: of one state; its filter expectations are the estimates. By default mean and sd of the state, as
-            `Moments`. A new function compiles anew.
+            `weights.Moments`, or what `model.summarize` says. A new function compiles anew.
         throw: whether to raise when no weight is left.
 
     Returns:

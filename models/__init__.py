@@ -5,6 +5,8 @@ if __name__ != "bayesinf.models":
 
 from bayesinf.models.autoregression import autoregression_plus_noise as autoregression_plus_noise
 from bayesinf.models.chaotic_rnn import ChaoticRNN as ChaoticRNN
+from bayesinf.models.conditionally_discrete import ConditionallyDiscrete as ConditionallyDiscrete
+from bayesinf.models.conditionally_linear_gaussian import ConditionallyLinearGaussian as ConditionallyLinearGaussian
 from bayesinf.models.leverage_volatility import LeverageVolatility as LeverageVolatility
 from bayesinf.models.linear_gaussian import KalmanResult as KalmanResult
 from bayesinf.models.linear_gaussian import LinearGaussian as LinearGaussian
@@ -14,6 +16,8 @@ from bayesinf.models.linear_gaussian import rts_smoother as rts_smoother
 from bayesinf.models.linear_gaussian import sample_posterior as sample_posterior
 from bayesinf.models.lorenz import lorenz63 as lorenz63
 from bayesinf.models.lorenz import lorenz96 as lorenz96
+from bayesinf.models.marginalized import Marginalized as Marginalized
+from bayesinf.models.nested import Nested as Nested
 from bayesinf.models.nonlinear_gaussian import NonlinearGaussian as NonlinearGaussian
 from bayesinf.models.sir import SIR as SIR
 from bayesinf.models.state_space import StateSpaceModel as StateSpaceModel

@@ -11,7 +11,7 @@ import abc
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -50,7 +50,10 @@ class StateSpaceModel(eqx.Module):
 
         proposal(x_prev, y, t), initial_proposal(y)   the laws from which a guided filter moves its particles,
         lookahead(x_prev, y, t)                       log of a first-stage weight, for auxiliary filters,
-        log_transition_bound(t)                       sup over x, x' of the log transition density.
+        log_transition_bound(t)                       sup over x, x' of the log transition density,
+        log_initial_ratio(x, y), log_move_ratio(x_prev, x, y, t)    log p/q of a state drawn by a proposal q, where
+                                                      neither has a density of its own,
+        summarize(log_weights, xs)                    what filters estimate, instead of mean and sd of the state.
 
     What changes from call to call belongs into the fields: numbers that a method reads from its module are those of the
     first call, as everywhere in JAX.
@@ -67,6 +70,9 @@ class StateSpaceModel(eqx.Module):
         >>> xs.shape, ys.shape
         ((10,), (10,))
     """
+
+    # whether states hold what the observations said, so that nothing but `proposal` can draw them
+    is_data_driven: ClassVar[bool] = False
 
     @abc.abstractmethod
     def initial(self) -> Law:
@@ -232,6 +238,8 @@ def _simulate(key: Array, model: StateSpaceModel, num_steps: int) -> tuple[PyTre
 def check_model(model: StateSpaceModel) -> None:
     """That the laws of a model are laws, and that x_t is of the structure, shape and kind of x_{t-1}; for tracing."""
     x_0 = jax.eval_shape(lambda key: _arrays(sample(key, _as_law("initial()", model.initial()))), jax.random.key(0))
+    if model.is_data_driven:
+        return
     t = jnp.ones((), jnp.int32)
 
     def move(key: Key[Array, ""], x_prev: PyTree) -> PyTree:

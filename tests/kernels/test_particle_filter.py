@@ -16,9 +16,9 @@ import bayesinf as bi
 from bayesinf import errors, resampling
 from bayesinf.conformance import FALSE_ALARM, evidence_is_unbiased, mean_p_value
 from bayesinf.kernels import AdditiveFunctional, paris, particle_filter, ppg
-from bayesinf.kernels.online_filter import Moments
 from bayesinf.models import LinearGaussian, StateSpaceModel, kalman_filter
 from bayesinf.models.state_space import rows_outside_support
+from bayesinf.weights import Moments
 
 MODEL = LinearGaussian.scalar(0.8, 0.7, 1.0, 0.9, initial_mean=0.5)
 YS = jnp.array([[1.0], [-0.4], [jnp.nan], [1.3]])
