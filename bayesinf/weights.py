@@ -252,7 +252,7 @@ def pareto_k(log_weights: Float[ArrayLike, " n"]) -> float:
 
     Returns:
         k; -inf where the largest weights are all equal, so that there is no tail; +inf where fewer than 25 weights are
-        positive, too few to see one.
+        positive, too few to see one, or where beside the largest the others vanish.
 
     Example:
         >>> import numpy as np
@@ -271,9 +271,11 @@ def pareto_k(log_weights: Float[ArrayLike, " n"]) -> float:
     if values.size < 25:
         return float("inf")
     try:
-        return float(array_stats.psislw(-values, r_eff=1)[1])  # it takes the logs of one over the weights
+        with np.errstate(all="ignore"):
+            k = float(array_stats.psislw(-values, r_eff=1)[1])  # it takes the logs of one over the weights
     except ValueError:  # all tail values are the same
         return float("-inf")
+    return float("inf") if np.isnan(k) else k  # most of the tail is zero beside the largest weight
 
 
 _as_floating = partial(errors.as_array, is_floating=True)

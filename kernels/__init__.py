@@ -49,6 +49,8 @@ from bayesinf.kernels.particle_filter import FilterResult as FilterResult
 from bayesinf.kernels.particle_filter import particle_filter as particle_filter
 from bayesinf.kernels.particle_gibbs import ParticleGibbs as ParticleGibbs
 from bayesinf.kernels.particle_marginal import ParticleMarginal as ParticleMarginal
+from bayesinf.kernels.path_tree import PathTree as PathTree
+from bayesinf.kernels.path_tree import trace_paths as trace_paths
 from bayesinf.kernels.plan import plan as plan
 from bayesinf.kernels.ppg_replicates import ppg_replicates as ppg_replicates
 from bayesinf.kernels.precondition import Precondition as Precondition
@@ -68,6 +70,7 @@ from bayesinf.kernels.smc_sampler import SMCResult as SMCResult
 from bayesinf.kernels.smc_sampler import smc_sampler as smc_sampler
 from bayesinf.kernels.stochastic_gradient import SGHMC as SGHMC
 from bayesinf.kernels.stochastic_gradient import SGLD as SGLD
+from bayesinf.kernels.tail_index import tail_index as tail_index
 from bayesinf.kernels.temper import Temper as Temper
 from bayesinf.kernels.transformed import Transformed as Transformed
 from bayesinf.kernels.unbiased_smoother import unbiased_smoother as unbiased_smoother

@@ -60,13 +60,13 @@ def backward_sample(
     Args:
         key: PRNG key or seed.
         model: the model that was filtered.
-        filtered: of `particle_filter(..., store="full")`.
+        filtered: of `particle_filter(..., store="full")`; or "window", for the last steps alone.
         num_paths: how many paths.
         method: "exact", "mcmc", "reject" or "auto"; see `draw_backward`.
         throw: whether to raise if the filter lost its weights; else its last particles stand for what is not known.
 
     Returns:
-        States with leading axes (num_paths, T).
+        States with leading axes (num_paths, L), L = T or the window.
 
     Raises:
         ValueError: the filter did not store its history.
@@ -86,16 +86,18 @@ def backward_sample(
     """
     errors.check_count("num_paths", num_paths)
     errors.check_choice("method", method, BACKWARD_METHODS)
-    if not isinstance(filtered, FilterResult) or filtered.history is None:
+    if not isinstance(filtered, FilterResult) or not isinstance(filtered.history, History):
         raise ValueError("filtered must hold its history; call particle_filter with store='full'")
     if throw and errors.is_concrete(filtered.log_evidence) and not np.all(np.isfinite(filtered.log_evidence)):
         raise errors.DegenerateWeightsError("The filter lost all its weights: there is nothing to smooth.", filtered)
-    return _sample_paths(errors.as_key(key), model, filtered.history, num_paths, method)
+    return _sample_paths(errors.as_key(key), model, filtered.history, filtered.ess.shape[-1], num_paths, method)
 
 
-@partial(jax.jit, static_argnums=(3, 4))
-def _sample_paths(key: Array, model: StateSpaceModel, history: History, num_paths: int, method: str) -> PyTree:
-    num_steps = history.log_weights.shape[0]
+@partial(jax.jit, static_argnums=(3, 4, 5))
+def _sample_paths(
+    key: Array, model: StateSpaceModel, history: History, num_steps: int, num_paths: int, method: str
+) -> PyTree:
+    start = num_steps - history.log_weights.shape[0]  # the time of the first row
     key_last, key_steps = jax.random.split(key)
     particles, log_weights, ancestors = history
     last = resampling.iid(key_last, log_weights[-1], num_paths)
@@ -111,7 +113,7 @@ def _sample_paths(key: Array, model: StateSpaceModel, history: History, num_path
         return (x, index), x
 
     before = jax.tree.map(lambda leaf: leaf[:-1], (particles, log_weights))
-    steps = (*before, ancestors[1:], jnp.arange(1, num_steps))
+    steps = (*before, ancestors[1:], jnp.arange(start + 1, num_steps))
     _, paths = jax.lax.scan(step, (x_last, last), steps, reverse=True)
     return jax.tree.map(lambda path, x: jnp.swapaxes(jnp.concatenate([path, x[None]]), 0, 1), paths, x_last)
 

@@ -128,7 +128,7 @@ def fixed_lag_smoother(
     References:
         Kitagawa and Sato (2001), doi:10.1007/978-1-4757-3437-9_9.
     """
-    history = history_of(filtered)
+    history = history_of(filtered, is_whole=False)
     errors.check_count("lag", lag, minimum=0)
     if functional is not None:
         errors.check_arguments("functional", functional, "x")
@@ -204,10 +204,16 @@ def _fixed_lag(history: History, functional: Callable | None, lag: int) -> PyTre
     return jax.tree.map(average, values)
 
 
-def history_of(filtered: Any) -> History:
-    """The history of a filter that stored one."""
-    if not isinstance(filtered, FilterResult) or filtered.history is None:
+def history_of(filtered: Any, *, is_whole: bool = True) -> History:
+    """The history of a filter that stored one, of all steps or, where that will do, of the last ones."""
+    if not isinstance(filtered, FilterResult) or not isinstance(filtered.history, History):
         raise ValueError("filtered must hold its history; call particle_filter with store='full'")
+    num_steps, num_stored = filtered.ess.shape[-1], filtered.history.log_weights.shape[-2]
+    if is_whole and num_stored < num_steps:
+        raise ValueError(
+            f"filtered must hold its whole history, got the last {num_stored} of {num_steps} steps; call "
+            "particle_filter with store='full'"
+        )
     return filtered.history
 
 

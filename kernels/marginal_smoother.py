@@ -9,6 +9,8 @@ References:
     Doucet, Godsill and Andrieu (2000), doi:10.1023/A:1008935410038.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -53,13 +55,13 @@ def marginal_smoother(model: StateSpaceModel, filtered: FilterResult) -> Float[A
     References:
         Doucet, Godsill and Andrieu (2000), doi:10.1023/A:1008935410038.
     """
-    return _smooth(model, history_of(filtered))
+    return _smooth(model, history_of(filtered, is_whole=False), filtered.ess.shape[-1])
 
 
-@jax.jit
-def _smooth(model: StateSpaceModel, history: History) -> Array:
+@partial(jax.jit, static_argnums=2)
+def _smooth(model: StateSpaceModel, history: History, num_steps: int) -> Array:
     particles, log_weights, _ = history
-    num_steps, num = log_weights.shape
+    num_stored, num = log_weights.shape
     batch_size = max(1, min(num, _TILE // num))
 
     def step(log_later, now):
@@ -85,6 +87,6 @@ def _smooth(model: StateSpaceModel, history: History) -> Array:
     before, after = (
         jax.tree.map(lambda leaf, part=part: leaf[part], particles) for part in (slice(-1), slice(1, None))
     )
-    steps = (before, after, log_weights[:-1], jnp.arange(1, num_steps))
+    steps = (before, after, log_weights[:-1], jnp.arange(num_steps - num_stored + 1, num_steps))
     _, smoothed = jax.lax.scan(step, log_weights[-1], steps, reverse=True)
     return jnp.concatenate([smoothed, log_weights[-1:]])

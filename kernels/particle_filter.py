@@ -32,21 +32,22 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from bayesinf import errors, weights
 from bayesinf.captured import current
 from bayesinf.kernels.filter_steps import cure_of_vanished, warn_of_invalid
-from bayesinf.kernels.online_filter import FilterInfo, FilterState, ParticleFilter, begin, keys_of, move_on
+from bayesinf.kernels.online_filter import FilterInfo, ParticleFilter, begin, keys_of, move_on
+from bayesinf.kernels.path_tree import PathTree, default_capacity, grow, plant
 from bayesinf.models.state_space import StateSpaceModel, check_observations
 
 __all__ = ["FilterResult", "History", "particle_filter"]
 
-STORES = ("summary", "none", "full")
+STORES = ("summary", "none", "full", "window", "tree")
 
 
 class History(NamedTuple):
-    """The whole run of a filter of N particles: what smoothing needs.
+    """The run of a filter of N particles, whole or its last L <= T steps: what smoothing needs.
 
     Attributes:
-        particles: states, leading axes (T, N).
-        log_weights: normalised, (T, N).
-        ancestors: where each particle came from at t - 1, (T, N); its own index at t = 0.
+        particles: states, leading axes (L, N).
+        log_weights: normalised, (L, N).
+        ancestors: where each particle came from at t - 1, (L, N); its own index at t = 0.
     """
 
     particles: PyTree
@@ -66,7 +67,8 @@ class FilterResult(NamedTuple):
         estimates: E[functional(x_t) | y_0..y_t], leading axis T; None for store="none". NaN where no weight is left.
         particles: the states at T - 1, leading axis N.
         log_weights: their normalised log weights.
-        history: for store="full", else None.
+        history: of all steps for store="full", of the last `window` ones for "window", a `PathTree` for "tree", else
+            None.
     """
 
     log_evidence: Float[Array, ""]
@@ -77,7 +79,7 @@ class FilterResult(NamedTuple):
     estimates: PyTree
     particles: PyTree
     log_weights: Float[Array, " n"]
-    history: History | None
+    history: History | PathTree | None
 
 
 def particle_filter(
@@ -91,6 +93,8 @@ def particle_filter(
     ess_threshold: Float[Array, ""] | float = 0.5,
     lookahead: bool = False,
     store: str = "summary",
+    window: int | None = None,
+    tree_capacity: int | None = None,
     functional: Callable[[PyTree], PyTree] | None = None,
     throw: bool = True,
 ) -> FilterResult:
@@ -112,7 +116,10 @@ def particle_filter(
         lookahead: choose ancestors with an eye on y_t, by `model.lookahead(x_prev, y, t)`: an auxiliary filter, fully
             adapted where the proposal is "guided" and both of the model's are exact. Then it is the ess of these
             first-stage weights that decides.
-        store: "summary" keeps an estimate for every t, "none" only the evidence and ess, "full" also the whole history.
+        store: "summary" keeps an estimate for every t, "none" only the evidence and ess, "full" also the whole history,
+            "window" that of the last steps, "tree" what has offspring at the end: paths in memory O(T + N log N).
+        window: how many steps "window" keeps.
+        tree_capacity: how many states "tree" has room for; T + 4 N (log N + 3) by default.
         functional: of one state; its filter expectations are the estimates. By default mean and sd of the state, as
             `weights.Moments`, or what `model.summarize` says. A new function compiles anew.
         throw: whether to raise when no weight is left.
@@ -122,6 +129,7 @@ def particle_filter(
 
     Raises:
         DegenerateWeightsError: at some t all weights were zero (not while traced); its `result` is the FilterResult.
+        SamplingError: the tree had no room (not while traced); the error's `draws` is the FilterResult.
         ValueError: an argument is out of its range, or the model lacks the proposal asked for.
 
     Example:
@@ -138,7 +146,7 @@ def particle_filter(
     """
     key = errors.as_key(key)
     ys = check_observations(model, ys)
-    errors.check_choice("store", store, STORES)
+    size = _check_store(store, window, tree_capacity, jax.tree.leaves(ys)[0].shape[0], num_particles)
     one = ParticleFilter(
         model,
         num_particles=num_particles,
@@ -148,35 +156,56 @@ def particle_filter(
         lookahead=lookahead,
         functional=functional,
     )
-    result = _filter(current(one), key, ys, store)
+    result = _filter(current(one), key, ys, store, size)
     if throw and errors.is_concrete(result):
         _raise_if_degenerate(result, model, ys, num_particles, proposal)
+        if isinstance(result.history, PathTree) and np.any(result.history.is_overflowed):
+            raise errors.SamplingError(
+                f"The tree of paths had no room in {size} places; pass a larger tree_capacity, or resample more often: "
+                "throw=False returns what else there is.",
+                result,
+            )
     return result
 
 
-@partial(jax.jit, static_argnums=3)
-def _filter(self: ParticleFilter, key: Key[Array, ""], ys: PyTree, store: str) -> FilterResult:
+@partial(jax.jit, static_argnums=(3, 4))
+def _filter(self: ParticleFilter, key: Key[Array, ""], ys: PyTree, store: str, size: int) -> FilterResult:
     first, rest = jax.tree.map(lambda leaf: leaf[0], ys), jax.tree.map(lambda leaf: leaf[1:], ys)
 
-    def record(state: FilterState, info: FilterInfo):
-        """Everything that is kept of one time step."""
-        return (
-            info[:4],
-            None if store == "none" else info.estimate,
-            History(state.particles, state.log_weights, info.ancestors) if store == "full" else None,
-        )
+    def record(info: FilterInfo):
+        """What is kept of every time step."""
+        return info[:4], None if store == "none" else info.estimate
 
-    def step(state, row):
+    def step(carry, row):
+        state, tree = carry
         state, info = move_on(self, state, *row)
-        return state, record(state, info)
+        return (state, grow(tree, state.particles, info.ancestors) if store == "tree" else None), record(info)
+
+    def step_stored(state, row):
+        state, info = move_on(self, state, *row)
+        return state, (record(info), History(state.particles, state.log_weights, info.ancestors))
 
     start, info = begin(self, key, first)
+    tree = plant(start.particles, size) if store == "tree" else None
     # the keys of all steps are made at once, where that is a single operation
-    keys = jax.vmap(partial(keys_of, key))(jnp.arange(1, jax.tree.leaves(ys)[0].shape[0]))
-    last, records = jax.lax.scan(step, start, (keys, rest))
-    records = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), record(start, info), records)
+    num_steps = jax.tree.leaves(ys)[0].shape[0]
+    rows = (jax.vmap(partial(keys_of, key))(jnp.arange(1, num_steps)), rest)
+    # the steps of which nothing is stored, and then the others; the first of all is `begin`
+    num_stored = size if store in ("full", "window") else 0
+    num_plain = max(num_steps - 1 - num_stored, 0)
+    last, records, history = start, jax.tree.map(lambda leaf: leaf[None], record(info)), None
+    if num_plain or not num_stored:
+        (last, history), more = jax.lax.scan(step, (last, tree), jax.tree.map(lambda leaf: leaf[:num_plain], rows))
+        records = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), records, more)
+    if num_stored:
+        stored_rows = jax.tree.map(lambda leaf: leaf[num_plain:], rows)
+        last, (more, history) = jax.lax.scan(step_stored, last, stored_rows)
+        records = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), records, more)
+        if num_stored == num_steps:
+            first_row = History(start.particles, start.log_weights, info.ancestors)
+            history = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first_row, history)
 
-    (increments, ess, is_resampled, num_invalid), estimates, history = records
+    (increments, ess, is_resampled, num_invalid), estimates = records
     return FilterResult(
         weights.compensated_sum(increments),
         increments,
@@ -188,6 +217,24 @@ def _filter(self: ParticleFilter, key: Key[Array, ""], ys: PyTree, store: str) -
         last.log_weights,
         history,
     )
+
+
+def _check_store(store: str, window: int | None, tree_capacity: int | None, num_steps: int, num_particles: int) -> int:
+    """How many steps, or states of a tree, are to be stored."""
+    errors.check_choice("store", store, STORES)
+    if window is not None and store != "window":
+        raise ValueError(f"window={window} goes with store='window', got store={store!r}")
+    if tree_capacity is not None and store != "tree":
+        raise ValueError(f"tree_capacity={tree_capacity} goes with store='tree', got store={store!r}")
+    if store == "window":
+        if window is None:
+            raise ValueError("store='window' needs window, the number of steps to keep, got None")
+        return min(errors.check_count("window", window), num_steps)
+    if store == "tree":
+        if tree_capacity is None:
+            tree_capacity = default_capacity(num_steps, errors.check_count("num_particles", num_particles))
+        return errors.check_count("tree_capacity", tree_capacity, minimum=num_particles)
+    return num_steps if store == "full" else 0
 
 
 def _raise_if_degenerate(
