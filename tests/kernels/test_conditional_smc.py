@@ -129,12 +129,12 @@ class UnweightedParent(ConditionalSMC):
     """Ancestor and backward draws that forget the filter's weights."""
 
     def step(self, key, state):
-        right = conditional_smc._draw_parent
+        right = conditional_smc.draw_parent
 
         def wrong(key, model, cloud, x, t):
             return right(key, model, cloud._replace(log_weights=jnp.zeros_like(cloud.log_weights)), x, t)
 
-        with patch.object(conditional_smc, "_draw_parent", wrong):
+        with patch.object(conditional_smc, "draw_parent", wrong):
             return super().step(key, state)
 
 
