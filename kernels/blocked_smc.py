@@ -118,10 +118,12 @@ class BlockedSMC(Kernel):
         return first_paths(self, key, num_chains)
 
     def step(self, key: Key[Array, ""], state: PathState) -> tuple[PathState, BlockedInfo]:
-        path = state.position
-        is_updated = jnp.zeros(jax.tree.leaves(self.ys)[0].shape[0], bool)
+        path, num_steps = state.position, jax.tree.leaves(self.ys)[0].shape[0]
+        is_updated = jnp.zeros(num_steps, bool)
+        # a block as long as the series leaves nothing to a second pass
+        shifts = [0, (self.block_size + 1) // 2] if self.block_size < num_steps else [0]
         refreshed = []
-        for key_pass, shift in zip(jax.random.split(key), (0, (self.block_size + 1) // 2), strict=True):
+        for key_pass, shift in zip(jax.random.split(key, len(shifts)), shifts, strict=True):
             times, blocks = _cut(path, self.ys, self.block_size, shift)
             keys = jax.random.split(key_pass, times.shape[0])
             block = jax.vmap(self._refresh_block)(keys, blocks)
@@ -213,23 +215,22 @@ def _end(model: StateSpaceModel, cloud: clouds.Cloud, block: _Block) -> Float[Ar
     return cloud.log_weights + jnp.where(block.is_last, 0.0, log_next)
 
 
-def _cut(path: PyTree, ys: PyTree, block_size: int, shift: int) -> tuple[np.ndarray, _Block]:
+def _cut(path: PyTree, ys: PyTree, block_size: int, shift: int) -> tuple[Int[Array, "k l"], _Block]:
     """The blocks of a pass, with a leading axis, and the times of their rows; T, which is none, for those of others."""
     num_steps = jax.tree.leaves(ys)[0].shape[0]
-    starts, stops = _bounds(num_steps, block_size, shift)
-    width = int(np.max(stops - starts))
-    times = stops[:, None] - width + np.arange(width)
-    rows = np.maximum(times, 0)
+    starts, stops = map(jnp.asarray, bounds := _bounds(num_steps, block_size, shift))
+    width = int(np.max(bounds[1] - bounds[0]))
+    times = stops[:, None] - width + jnp.arange(width)
     block = _Block(
-        time=jnp.asarray(times[:, 0]),
-        first=jnp.asarray(width - (stops - starts)),
-        path=gather(path, rows),
-        ys=gather(ys, rows),
-        before=gather(path, np.maximum(starts - 1, 0)),
-        after=gather(path, np.minimum(stops, num_steps - 1)),
-        is_last=jnp.asarray(stops == num_steps),
+        time=stops - width,
+        first=width - (stops - starts),
+        path=gather(path, times),  # which clips them
+        ys=gather(ys, times),
+        before=gather(path, starts - 1),
+        after=gather(path, stops),
+        is_last=stops == num_steps,
     )
-    return np.where(times >= starts[:, None], times, num_steps), block
+    return jnp.where(times >= starts[:, None], times, num_steps), block
 
 
 def _bounds(num_steps: int, block_size: int, shift: int) -> tuple[np.ndarray, np.ndarray]:

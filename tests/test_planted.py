@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import state_space_laws as laws
-from planted import composition, metropolis, parisian, posteriors, protocol
+from planted import composition, metropolis, parisian, paths, posteriors, protocol
 
 import bayesinf as bi
 from bayesinf.conformance import (
@@ -55,6 +55,11 @@ WRONG_LAW_OF_PATHS = {
     "unweighted backward draw": parisian.UnweightedBackward(laws.PATHS, laws.SERIES, SUM, 3),
     "reference not inserted": parisian.ReferenceNotInserted(laws.PATHS, laws.SERIES, SUM, 3),
     "systematic resampling in conditional SMC": parisian.SystematicConditionalSMC(laws.PATHS, laws.SERIES, 3),
+    "block without the next state": paths.ForgetsTheNext(laws.PATHS, laws.SERIES, 3, 2),
+    "blocks with stale borders": paths.StaleBorders(laws.PATHS, laws.SERIES, 3, 2),
+    "candidates around the path": paths.CentredAtThePath(laws.PATHS, laws.SERIES, 8, 0.3),
+    "path not a candidate": paths.PathNotACandidate(laws.PATHS, laws.SERIES, 8, 0.3),
+    "maps in the wrong order": paths.MapsInTheWrongOrder(laws.PATHS, laws.SERIES, 8, 0.3, "parallel"),
 }
 
 BROKEN_CLAUSE = {
