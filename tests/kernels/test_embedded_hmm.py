@@ -30,7 +30,8 @@ class Pair(bi.models.StateSpaceModel):
         laws = {"x": dist.Normal(mean["x"], 0.5), "v": dist.Laplace(mean["v"] + mean["x"], 0.7)}
 
         def sample(key):
-            return {name: law.sample(key_part) for key_part, (name, law) in zip(jax.random.split(key), laws.items())}
+            key_x, key_v = jax.random.split(key)
+            return {"x": laws["x"].sample(key_x), "v": laws["v"].sample(key_v)}
 
         def log_prob(state):
             return sum(jnp.sum(law.log_prob(state[name])) for name, law in laws.items())
@@ -105,7 +106,9 @@ def test_a_step_by_step_draw_holds_no_table_of_all_transitions():
     candidates = jnp.zeros((256, 64))
 
     def memory(method):
-        compiled = jax.jit(lambda key: draw_indices(key, model, ys, candidates, method)).lower(jax.random.key(0)).compile()
+        compiled = (
+            jax.jit(lambda key: draw_indices(key, model, ys, candidates, method)).lower(jax.random.key(0)).compile()
+        )
         return compiled.memory_analysis().temp_size_in_bytes
 
     table = 256 * 64**2 * candidates.dtype.itemsize
@@ -132,13 +135,13 @@ def test_candidates_around_the_path_move_a_skewed_law():
 
 
 class Waiting(bi.models.StateSpaceModel):
-    """Exponential states: the formula of their density goes on to grow on the left of 0."""
+    """Exponential states, by a law that does not check: its density goes on to grow on the left of 0."""
 
     def initial(self):
-        return dist.Exponential(1.0)
+        return dist.Exponential(1.0, validate_args=False)
 
     def transition(self, x_prev, t):
-        return dist.Exponential(1.0)
+        return dist.Exponential(1.0, validate_args=False)
 
     def observation(self, x, t):
         return dist.Normal(0.0, 1.0)
