@@ -5,7 +5,7 @@ Given the states on either side, a block x_{s:u} of a Markov path does not depen
     p(x_{s:u} | rest, y)  proportional to  prod_{t=s}^{u} m_t(x_{t-1}, x_t) g_t(x_t)  m_{u+1}(x_u, x_{u+1}),
 
 with m_0(x_0) at the beginning of the series and no last factor at its end. Conditional SMC leaves this law invariant if
-its particles start from x_{s-1} in place of the initial law, and m_{u+1}(x_u, x_{u+1}) is multiplied to its last weights.
+its particles start from x_{s-1}, not from the initial law, and its last weights have the factor m_{u+1}(x_u, x_{u+1}).
 
 A pass holds every (L + 1)-th state fixed and refreshes the L states between each two of them. One fixed state is what
 makes neighbours independent: blocks that touch, each refreshed given the old border of the other, would not leave the

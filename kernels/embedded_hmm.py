@@ -299,7 +299,7 @@ def _log_moves(model: StateSpaceModel, xs_prev: PyTree, xs: PyTree, t: Int[Array
 
 
 def _log_density(law, x: PyTree) -> Float[Array, ""]:
-    """`log_prob`, and -inf outside the support, where a candidate may lie and a law that does not check has a number."""
+    """`log_prob`, and -inf outside the support: candidates may lie there, and not every law checks its argument."""
     if isinstance(law, tuple):
         return log_prob(law, x)
     return jnp.where(jnp.all(law.support(x)), log_prob(law, x), -jnp.inf)
