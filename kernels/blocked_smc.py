@@ -126,7 +126,7 @@ class BlockedSMC(Kernel):
         for key_pass, shift in zip(jax.random.split(key, len(shifts)), shifts, strict=True):
             times, blocks = _cut(path, self.ys, self.block_size, shift)
             keys = jax.random.split(key_pass, times.shape[0])
-            block = jax.vmap(self._refresh_block)(keys, blocks)
+            block = _refresh_blocks(self, keys, blocks)
             path = jax.tree.map(lambda leaf, new: leaf.at[times].set(new, mode="drop"), path, block.path)  # noqa: B023
             is_updated = is_updated.at[times].max(block.is_updated, mode="drop")
             refreshed.append(block)
@@ -206,6 +206,12 @@ class _Refreshed(NamedTuple):
     is_updated: Bool[Array, " l"]
     is_ok: Bool[Array, ""]
     num_invalid: Int[Array, ""]
+
+
+@jax.jit
+def _refresh_blocks(kernel: BlockedSMC, keys: Key[Array, " k"], blocks: _Block) -> _Refreshed:
+    """All blocks of a pass; several times faster than one after the other where N is small, on a CPU too."""
+    return jax.vmap(kernel._refresh_block)(keys, blocks)
 
 
 def _end(model: StateSpaceModel, cloud: clouds.Cloud, block: _Block) -> Float[Array, " N"]:
