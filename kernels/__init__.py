@@ -10,12 +10,14 @@ from bayesinf.kernels.adjusted import Metropolize as Metropolize
 from bayesinf.kernels.backward import backward_sample as backward_sample
 from bayesinf.kernels.backward import draw_backward as draw_backward
 from bayesinf.kernels.barker import Barker as Barker
+from bayesinf.kernels.blocked_smc import BlockedSMC as BlockedSMC
 from bayesinf.kernels.compose import Cycle as Cycle
 from bayesinf.kernels.compose import Mixture as Mixture
 from bayesinf.kernels.compose import Repeat as Repeat
 from bayesinf.kernels.conditional_smc import ConditionalSMC as ConditionalSMC
 from bayesinf.kernels.curvature import estimate_curvature as estimate_curvature
 from bayesinf.kernels.elliptical_slice import EllipticalSlice as EllipticalSlice
+from bayesinf.kernels.embedded_hmm import EmbeddedHMM as EmbeddedHMM
 from bayesinf.kernels.energy_error import EnergyError as EnergyError
 from bayesinf.kernels.gaussian_error import gaussian_error as gaussian_error
 from bayesinf.kernels.genealogy import estimate_variance as estimate_variance

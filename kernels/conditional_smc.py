@@ -53,7 +53,10 @@ __all__ = [
     "PathState",
     "check_path",
     "draw_last",
+    "draw_line",
+    "draw_parent",
     "finish_sweep",
+    "first_paths",
 ]
 
 REFRESHMENTS = ("ancestor", "backward", "none")
@@ -146,35 +149,38 @@ class ConditionalSMC(Kernel):
             t, keys, (x, y) = row
             parent = jnp.zeros((), jnp.int32)
             if self.refresh == "ancestor":
-                parent = _draw_parent(keys[2], model, cloud, x, t)
+                parent = draw_parent(keys[2], model, cloud, x, t)
             cloud, ancestors = clouds.move(keys[:2], model, cloud, y, t, self.proposal, x, parent)
             return cloud, (cloud, ancestors)
 
         own = jnp.arange(self.num_particles, dtype=jnp.int32)
         _, (cloud, ancestors) = clouds.scan_steps(move, start, (start, own), key_move, 3, (reference, self.ys))
         if self.refresh == "backward":
-            indices = _draw_line(key_last, model, cloud)
+            key_last, key_back = jax.random.split(key_last)
+            indices = draw_line(key_back, model, cloud, draw_last(key_last, cloud.log_weights))
         else:
             indices = clouds.trace_indices(draw_last(key_last, cloud.log_weights), ancestors)
         return finish_sweep(state, cloud, indices)
 
 
-def _draw_parent(key, model, cloud: clouds.Cloud, x: PyTree, t: Array) -> Int[Array, ""]:
+def draw_parent(
+    key: Key[Array, ""], model: StateSpaceModel, cloud: clouds.Cloud, x: PyTree, t: Int[Array, ""]
+) -> Int[Array, ""]:
     """J ~ Cat(W^l p(x | X^l)) for a single state x at time t; slot 0 where nothing could have moved to x."""
     log_density = jax.vmap(lambda x_prev: log_prob(model.transition(x_prev, t), x))(cloud.particles)
     return jax.random.categorical(key, clean(cloud.log_weights + log_density)).astype(jnp.int32)
 
 
-def _draw_line(key, model, cloud: clouds.Cloud) -> Int[Array, " t"]:
-    """B_{T-1} ~ Cat(W_{T-1}), B_{t-1} ~ Cat(W_{t-1}^l p(X_t^{B_t} | X_{t-1}^l))."""
-    key_last, key_back = jax.random.split(key)
-    last = draw_last(key_last, cloud.log_weights)
-    ts = jnp.arange(1, cloud.log_weights.shape[0])
-    keys = jax.vmap(partial(jax.random.fold_in, key_back))(ts)
+def draw_line(
+    key: Key[Array, ""], model: StateSpaceModel, cloud: clouds.Cloud, last: Int[Array, ""], start: int | Array = 0
+) -> Int[Array, " t"]:
+    """B_{t-1} ~ Cat(W_{t-1}^l p(X_t^{B_t} | X_{t-1}^l)) from `last` on; the first cloud is that of time `start`."""
+    ts = start + jnp.arange(1, cloud.log_weights.shape[0])
+    keys = jax.vmap(partial(jax.random.fold_in, key))(ts)
 
     def back(index, row):
         t, key_t, cloud_prev, particles = row
-        parent = _draw_parent(key_t, model, cloud_prev, gather(particles, index), t)
+        parent = draw_parent(key_t, model, cloud_prev, gather(particles, index), t)
         return parent, parent
 
     before = jax.tree.map(lambda leaf: leaf[:-1], cloud)

@@ -13,7 +13,19 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = {path.stem: path for path in sorted((DOCS / "kernels").glob("*.md"))}
 SLOW = (  # to compile
-    *("backward_sample", "conditional_smc", "ibis", "malt", "mclmc", "minibatch", "mixture", "paris", "parisian_gibbs"),
+    *(
+        "backward_sample",
+        "blocked_smc",
+        "conditional_smc",
+        "embedded_hmm",
+        "ibis",
+        "malt",
+        "mclmc",
+        "minibatch",
+        "mixture",
+        "paris",
+        "parisian_gibbs",
+    ),
     *(
         "particle_gibbs",
         "particle_marginal",

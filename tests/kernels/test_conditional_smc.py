@@ -11,36 +11,14 @@ import pytest
 import scipy.stats
 from planted.parisian import SystematicConditionalSMC
 from ppg_models import assert_published, exact_paths, mean_and_error, problem
+from two_states import CHAIN_YS, INITIAL, LIKELIHOOD, TRANSITION, Chain
 
 import bayesinf as bi
 from bayesinf import conformance, errors
 from bayesinf.conformance import FALSE_ALARM
 from bayesinf.kernels import ConditionalSMC, conditional_smc
 
-INITIAL = np.array([0.3, 0.7])
-TRANSITION = np.array([[0.8, 0.2], [0.45, 0.55]])
-LIKELIHOOD = np.array([[0.9, 0.2], [0.15, 0.6], [0.5, 0.35]])  # of y_t at each of three steps, by state
 PATHS = list(product([0, 1], repeat=3))
-
-
-class Chain(bi.models.StateSpaceModel):
-    """Two states and laws given as pairs of functions; y_t says which row of likelihoods is seen."""
-
-    def _law(self, p):
-        log_p = jnp.log(p)
-        return lambda key: jax.random.categorical(key, log_p), lambda x: log_p[x]
-
-    def initial(self):
-        return self._law(jnp.asarray(INITIAL))
-
-    def transition(self, x_prev, t):
-        return self._law(jnp.asarray(TRANSITION)[x_prev])
-
-    def observation(self, x, t):
-        return (lambda key: jnp.zeros(())), lambda y: jnp.log(jnp.asarray(LIKELIHOOD)[y.astype(int), x])
-
-
-CHAIN_YS = jnp.arange(3.0)
 
 
 def _smoothing_law():
@@ -129,12 +107,12 @@ class UnweightedParent(ConditionalSMC):
     """Ancestor and backward draws that forget the filter's weights."""
 
     def step(self, key, state):
-        right = conditional_smc._draw_parent
+        right = conditional_smc.draw_parent
 
         def wrong(key, model, cloud, x, t):
             return right(key, model, cloud._replace(log_weights=jnp.zeros_like(cloud.log_weights)), x, t)
 
-        with patch.object(conditional_smc, "_draw_parent", wrong):
+        with patch.object(conditional_smc, "draw_parent", wrong):
             return super().step(key, state)
 
 
