@@ -66,6 +66,8 @@ from bayesinf.kernels.score_ascent import score_ascent as score_ascent
 from bayesinf.kernels.score_climbing import score_climbing as score_climbing
 from bayesinf.kernels.smc_sampler import SMCResult as SMCResult
 from bayesinf.kernels.smc_sampler import smc_sampler as smc_sampler
+from bayesinf.kernels.smc_squared import SMCSquaredResult as SMCSquaredResult
+from bayesinf.kernels.smc_squared import smc_squared as smc_squared
 from bayesinf.kernels.stochastic_gradient import SGHMC as SGHMC
 from bayesinf.kernels.stochastic_gradient import SGLD as SGLD
 from bayesinf.kernels.temper import Temper as Temper
