@@ -167,6 +167,11 @@ class NestedFilters(eqx.Module):
         covariance = (num * (w * centred.T) @ centred + PRIOR_WEIGHT * jnp.diag(before)) / (num + PRIOR_WEIGHT)
         return 2.38 / jnp.sqrt(flat.shape[1]) * jnp.linalg.cholesky(covariance)
 
+    def log_density(self, positions: PyTree, filters: FilterState) -> Float[Array, " n"]:
+        """Log p(theta) + log Zhat_{0..t}(theta, u), what the moves compare."""
+        log_prior = weights.clean(jax.vmap(lambda position: self.prior.log_density(position))(positions))
+        return (log_prior + filters.log_evidence).astype(filters.log_evidence.dtype)
+
     def renew(
         self, key: Key[Array, ""], t: Int[Array, ""], population: Population
     ) -> tuple[Population, Float[Array, ""], Int[Array, ""]]:
@@ -179,24 +184,26 @@ class NestedFilters(eqx.Module):
         filters = filters._replace(key=jax.random.split(key_filters, num))  # copies go on independently
         flatten, unravel = _flattening(positions)
 
-        def log_density(positions: PyTree, filters: FilterState) -> Array:
-            log_prior = weights.clean(jax.vmap(lambda position: self.prior.log_density(position))(positions))
-            return (log_prior + filters.log_evidence).astype(dtype)
-
         def move(k: Array, carry: tuple) -> tuple:
             *now, rate, num_invalid = carry
             key_walk, key_filter, key_accept = jax.random.split(jax.random.fold_in(key_moves, k), 3)
             flat = flatten(now[0])
             proposed = unravel((flat + jax.random.normal(key_walk, flat.shape, flat.dtype) @ tril.T).astype(flat.dtype))
             proposed_filters, num = self.anew(jax.random.split(key_filter, flat.shape[0]), proposed, t)
-            there = [proposed, proposed_filters, log_density(proposed, proposed_filters)]
+            there = [proposed, proposed_filters, self.log_density(proposed, proposed_filters)]
             log_ratio = there[2] - now[2]
             log_ratio = jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio)
             is_accepted = jnp.log(jax.random.uniform(key_accept, log_ratio.shape, dtype)) < log_ratio
             # what is accepted is theta with its random numbers: the filter that they make goes along
             return *_choose(is_accepted, there, now), rate + _mean_rate(log_ratio), num_invalid + num
 
-        start = (positions, filters, log_density(positions, filters), jnp.zeros((), dtype), jnp.zeros((), jnp.int32))
+        start = (
+            positions,
+            filters,
+            self.log_density(positions, filters),
+            jnp.zeros((), dtype),
+            jnp.zeros((), jnp.int32),
+        )
         positions, filters, _, rate, num_invalid = jax.lax.fori_loop(0, self.num_moves, move, start)
         return (
             Population(positions, equal_weights(population.log_weights), filters),
@@ -275,8 +282,7 @@ def grow(self: NestedFilters, key: Key[Array, ""], run: Run) -> Run:
     t, old, records = run.t, run.population, run.records
     keys = jax.random.split(jax.random.fold_in(key, t), self.num_parameters)
     filters, num_invalid = self.anew(keys, old.positions, t)
-    log_ratios = weights.clean(filters.log_evidence - old.filters.log_evidence)
-    log_weights, log_mean = weights.normalize(old.log_weights + log_ratios)
+    log_weights, log_mean = weights.normalize(old.log_weights + _log_exchange(filters, old.filters))
     is_after = jnp.arange(self.num_steps) >= t
     records = records._replace(
         # it has mean one, and without it Zhat would be biased
@@ -286,6 +292,11 @@ def grow(self: NestedFilters, key: Key[Array, ""], run: Run) -> Run:
     )
     population, records = self.take(t + 1, Population(old.positions, log_weights, filters), records)
     return Run(t + 1, jnp.zeros((), bool), population, records)
+
+
+def _log_exchange(new: FilterState, old: FilterState) -> Float[Array, " n"]:
+    """The log weights of an exchange of filters; a parameter that had no weight gets none."""
+    return weights.clean(new.log_evidence - old.log_evidence)
 
 
 def _mean_rate(log_ratio: Float[Array, " n"]) -> Float[Array, ""]:

@@ -1,27 +1,23 @@
-"""SMC^2: parameters and states of a state-space model, observation by observation, with a particle filter in each theta.
+"""SMC^2: parameters and states of a state-space model, observation by observation, a particle filter in each theta.
 
     theta^i ~ p,   for t = 0, ..., T-1:
-        one step of the filter of theta^i:   (x_t, u_t)^i,   Zhat_t^i an estimate of p(y_t | y_{0..t-1}, theta^i)
+        one step of the filter of theta^i, which estimates p(y_t | y_{0..t-1}, theta^i) by Zhat_t^i
         w_i <- w_i Zhat_t^i
         where ESS <= ess_threshold N:   resample the theta^i with their filters, and move them `num_moves` times by
-            theta' = theta + L xi,   u' a filter of theta' over y_{0..t},   accepted with probability
-            min(1, p(theta') Zhat_{0..t}(theta', u') / (p(theta) Zhat_{0..t}(theta, u)))
+            theta' = theta + L xi,   u' the random numbers of a filter of theta' over y_{0..t},   accepted with
+            probability min(1, p(theta') Zhat_{0..t}(theta', u') / (p(theta) Zhat_{0..t}(theta, u)))
 
-The population is of (theta, u), u all random numbers of the filter, and follows
-
-    pi_t(theta, u)  proportional to  p(theta) psi(u) Zhat_{0..t}(theta, u)
-
-whose margin in theta is p(theta | y_{0..t}) exactly, and whose filters are of p(x_t | theta, y_{0..t}), for every number
-of state particles. So an accepted theta' brings its filter with it. L L^T = 2.38^2 / d S, with S the weighted covariance
-of the theta, shrunk to the variances before y_t was weighed in by the weight of 5 particles: regular for few, too.
+This is exact for every number of state particles, as the target of (theta, u) has the margin p(theta | y_{0..t}) (see
+`nested_filters`); an accepted theta' brings its filter with it. L L^T = 2.38^2 / d S, with S the weighted covariance of
+the theta, shrunk to their variances before y_t was weighed in by the weight of 5 of them: regular for few, too.
 
 Where moves are accepted at a rate below `least_acceptance`, the filters get twice as many particles: each theta a new
 filter over y_{0..t}, with random numbers u', and
 
     w_i <- w_i Zhat'_{0..t}(theta^i, u') / Zhat_{0..t}(theta^i, u)
 
-With fixed `walk_tril`, `num_particles` and ess_threshold = 1 E[Zhat] = Z for every N. What is chosen by looking at the
-population costs a bias of order 1 / N.
+With fixed `walk_tril` and `num_particles`, and ess_threshold = 1, E[Zhat] = Z for every N. What is chosen by looking at
+the population costs a bias of order 1 / N.
 
 References:
     Chopin, Jacob and Papaspiliopoulos (2013), doi:10.1111/j.1467-9868.2012.01046.x.
