@@ -34,6 +34,7 @@ __all__ = [
     "check_threshold",
     "choose_ancestors",
     "cure_of_vanished",
+    "initial_law",
     "look_ahead",
     "propagate",
     "propagate_initial",
@@ -105,7 +106,7 @@ def propagate_initial(
     key: Key[Array, ""], model: StateSpaceModel, y: PyTree, num_particles: int, proposal: str = "bootstrap"
 ) -> PyTree:
     """The particles at t = 0."""
-    return sample_many(key, _initial_law(model, y, proposal), num_particles)
+    return sample_many(key, initial_law(model, y, proposal), num_particles)
 
 
 def weigh_initial(
@@ -116,7 +117,7 @@ def weigh_initial(
     def weigh_one(x):
         log_weight = observation_log_prob(model, x, y, jnp.zeros((), int))
         if proposal == "guided":
-            log_weight += log_prob(model.initial(), x) - log_prob(_initial_law(model, y, proposal), x)
+            log_weight += log_prob(model.initial(), x) - log_prob(initial_law(model, y, proposal), x)
         return log_weight
 
     return jax.vmap(weigh_one)(particles)
@@ -198,7 +199,8 @@ def check_threshold(ess_threshold: Any) -> None:
         raise ValueError(f"ess_threshold must lie in [0, 1], a share of num_particles, got {ess_threshold}")
 
 
-def _initial_law(model: Any, y: PyTree, proposal: str) -> Any:
+def initial_law(model: Any, y: PyTree, proposal: str) -> Any:
+    """What x_0 is drawn from."""
     if proposal == "guided" and hasattr(model, "initial_proposal"):
         return model.initial_proposal(y)
     return model.initial()
