@@ -3,7 +3,7 @@
     theta_0 = theta + s_0 sigma_0 xi,     x_0 ~ p_{theta_0}(x_0)
     theta_t = theta_{t-1} + s_t sigma xi,     x_t ~ p_{theta_t}(x_t | x_{t-1}),     y_t ~ p_{theta_t}(y_t | x_t)
 
-with s_t = exp(log_cooling (time + t)). The densities of its laws are those of x_t given theta_t: the density of the walk
+with s_t = exp(log_cooling (time + t)). Densities of its laws are those of x_t given theta_t: the density of the walk
 is in proposal and transition alike, and cancels wherever the two are compared.
 
 References:
