@@ -193,13 +193,33 @@ def test_planted_bugs_are_rejected(bug, plant):
 # ---- more state particles ----
 
 
+def run_growing(key, least_acceptance):
+    options = FIXED | {"num_parameters": 100, "num_particles": 2, "max_particles": 4}
+    return smc_squared(key, build, PRIOR, YS, throw=False, least_acceptance=least_acceptance, **options)
+
+
 def grown(num):
     """Runs in which the filters are doubled after the first observation, whatever happens."""
-    options = FIXED | {"num_parameters": 100, "num_particles": 2, "max_particles": 4, "least_acceptance": 1.0}
-    results = [smc_squared(i, build, PRIOR, YS, throw=False, **options) for i in range(num)]
+    results = [run_growing(key, 1.0) for key in range(num)]
     for result in results:
         assert result.num_state_particles.tolist() == [4, 4, 4, 4, 4]
     return np.stack([r.log_evidence for r in results]), np.stack([moments_of(r) for r in results])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_filters_grow_where_moves_are_hardly_accepted():
+    never = run_growing(0, 0.0)
+    assert never.num_state_particles.tolist() == [2, 2, 2, 2, 2]
+    assert never.filters.log_weights.shape == (100, 2)
+    rates = np.asarray(never.acceptance_rates)
+    for least in (rates[:-1].min() + 1e-4, rates[:-1].max() - 1e-4):
+        result = run_growing(0, least)
+        t = int(np.argmax(rates < least))
+        # until the first low rate nothing is different
+        np.testing.assert_array_equal(result.acceptance_rates[: t + 1], rates[: t + 1])
+        assert result.num_state_particles.tolist() == [2] * t + [4] * (5 - t)
+        assert result.filters.log_weights.shape == (100, 4)
+        assert np.all(np.asarray(result.filters.t) == 4)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -281,15 +301,6 @@ def test_filters_go_on():
     assert len(np.unique(infos.log_evidence_increment)) > 290
 
 
-def test_filters_grow_where_moves_are_hardly_accepted():
-    few = {"num_parameters": 100, "num_particles": 6, "ys": SERIES[:12]}
-    result = run_once(**few, max_particles=12, least_acceptance=0.3)
-    counts = np.asarray(result.num_state_particles)
-    assert counts[-1] == 12
-    assert np.all(np.asarray(result.acceptance_rates)[np.flatnonzero(np.diff(counts, prepend=6))] < 0.3)
-    assert result.filters.log_weights.shape == (100, 12)
-
-
 def test_the_covariance_of_the_moves():
     flat = np.random.default_rng(0).gamma(2.0, size=(40, 3)) @ np.array([[1.0, 0, 0], [5, 1, 0], [0, 0, 1e-4]])
     log_weights = np.log(np.random.default_rng(1).dirichlet(np.ones(40)))
@@ -320,6 +331,7 @@ def named_prior():
     numpyro.sample("q", dist.Gamma(3.0, 3.0))
 
 
+@pytest.mark.slow
 def test_a_numpyro_model_is_a_prior():
     prior = bi.Target.from_numpyro(named_prior)
     result = smc_squared(0, lambda theta: build(theta["q"]), prior, YS, num_parameters=50, num_particles=10)
