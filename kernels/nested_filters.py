@@ -117,8 +117,10 @@ class NestedFilters(eqx.Module):
         state, info = move_on(self.filter_of(position), state, keys_of(state.key, t), self._row(t))
         return state, info.log_evidence_increment, info.num_invalid
 
-    def anew(self, keys: Key[Array, " n"], positions: PyTree, t: Int[Array, ""]) -> tuple[FilterState, Array]:
-        """Filters over y_0, ..., y_t, and over nothing beyond; and how many weights were invalid in all."""
+    def anew(
+        self, keys: Key[Array, " n"], positions: PyTree, t: Int[Array, ""]
+    ) -> tuple[FilterState, Int[Array, " n"]]:
+        """Filters over y_0, ..., y_t, and over nothing beyond; and how many of their weights were invalid."""
 
         def filter_one(key: Array, position: PyTree) -> tuple[FilterState, Array]:
             def step(_: Any, carry: tuple[FilterState, Array]) -> tuple[FilterState, Array]:
@@ -128,8 +130,7 @@ class NestedFilters(eqx.Module):
             state, _, num_invalid = self.first(key, position)
             return jax.lax.fori_loop(0, t, step, (state, num_invalid))
 
-        filters, num_invalid = each(filter_one, self.batch_size, keys, positions)
-        return filters, jnp.sum(num_invalid, dtype=jnp.int32)
+        return each(filter_one, self.batch_size, keys, positions)
 
     def take(self, t: Int[Array, ""], population: Population, records: Records) -> tuple[Population, Records]:
         """Moves all filters to y_t, and weighs it in."""
@@ -167,10 +168,13 @@ class NestedFilters(eqx.Module):
         covariance = (num * (w * centred.T) @ centred + PRIOR_WEIGHT * jnp.diag(before)) / (num + PRIOR_WEIGHT)
         return 2.38 / jnp.sqrt(flat.shape[1]) * jnp.linalg.cholesky(covariance)
 
+    def log_prior(self, positions: PyTree) -> Float[Array, " n"]:
+        """Log p(theta), where it is not constrained."""
+        return weights.clean(jax.vmap(lambda position: self.prior.log_density(position))(positions))
+
     def log_density(self, positions: PyTree, filters: FilterState) -> Float[Array, " n"]:
         """Log p(theta) + log Zhat_{0..t}(theta, u), what the moves compare."""
-        log_prior = weights.clean(jax.vmap(lambda position: self.prior.log_density(position))(positions))
-        return (log_prior + filters.log_evidence).astype(filters.log_evidence.dtype)
+        return (self.log_prior(positions) + filters.log_evidence).astype(filters.log_evidence.dtype)
 
     def renew(
         self, key: Key[Array, ""], t: Int[Array, ""], population: Population
@@ -189,27 +193,30 @@ class NestedFilters(eqx.Module):
             key_walk, key_filter, key_accept = jax.random.split(jax.random.fold_in(key_moves, k), 3)
             flat = flatten(now[0])
             proposed = unravel((flat + jax.random.normal(key_walk, flat.shape, flat.dtype) @ tril.T).astype(flat.dtype))
-            proposed_filters, num = self.anew(jax.random.split(key_filter, flat.shape[0]), proposed, t)
+            proposed_filters, invalid = self.anew(jax.random.split(key_filter, num), proposed, t)
+            # where the prior vanishes the model may be none: what its filter says does not matter
+            invalid = jnp.where(jnp.isneginf(self.log_prior(proposed)), 0, invalid)
             there = [proposed, proposed_filters, self.log_density(proposed, proposed_filters)]
             log_ratio = there[2] - now[2]
             log_ratio = jnp.where(jnp.isnan(log_ratio), -jnp.inf, log_ratio)
             is_accepted = jnp.log(jax.random.uniform(key_accept, log_ratio.shape, dtype)) < log_ratio
             # what is accepted is theta with its random numbers: the filter that they make goes along
-            return *_choose(is_accepted, there, now), rate + _mean_rate(log_ratio), num_invalid + num
+            return (
+                *_choose(is_accepted, there, now),
+                rate + _mean_rate(log_ratio),
+                num_invalid + jnp.sum(invalid, dtype=jnp.int32),
+            )
 
-        start = (
+        carry = (
             positions,
             filters,
             self.log_density(positions, filters),
             jnp.zeros((), dtype),
             jnp.zeros((), jnp.int32),
         )
-        positions, filters, _, rate, num_invalid = jax.lax.fori_loop(0, self.num_moves, move, start)
-        return (
-            Population(positions, equal_weights(population.log_weights), filters),
-            rate / self.num_moves,
-            num_invalid,
-        )
+        positions, filters, _, rate, num_invalid = jax.lax.fori_loop(0, self.num_moves, move, carry)
+        population = Population(positions, equal_weights(population.log_weights), filters)
+        return population, rate / self.num_moves, num_invalid
 
     def _row(self, t: Any) -> PyTree:
         return jax.tree.map(lambda leaf: leaf[t], self.ys)
@@ -288,7 +295,7 @@ def grow(self: NestedFilters, key: Key[Array, ""], run: Run) -> Run:
         # it has mean one, and without it Zhat would be biased
         log_evidence_increments=records.log_evidence_increments.at[t].add(log_mean + jnp.log(self.num_parameters)),
         num_state_particles=jnp.where(is_after, self.num_particles, records.num_state_particles),
-        num_invalid=records.num_invalid.at[t].add(num_invalid),
+        num_invalid=records.num_invalid.at[t].add(jnp.sum(num_invalid, dtype=jnp.int32)),
     )
     population, records = self.take(t + 1, Population(old.positions, log_weights, filters), records)
     return Run(t + 1, jnp.zeros((), bool), population, records)

@@ -357,6 +357,21 @@ def test_moves_that_stand_still_warn():
         run_once(walk_tril=jnp.full((1, 1), 1e6))
 
 
+def test_proposals_outside_of_the_prior_are_rejected_silently():
+    """Where the prior vanishes there is no model: here a negative scale."""
+
+    def log_prior(q):
+        return jnp.where((q > 0.5) & (q < 1.5), 0.0, -jnp.inf)
+
+    def scaled(q):
+        return LinearGaussian.scalar(0.8, jnp.where(q > 0.5, q, jnp.nan), 1.0, 1.0, initial_scale=1.0)
+
+    prior = (lambda key: jax.random.uniform(key, minval=0.5, maxval=1.5), log_prior)
+    result = smc_squared(0, scaled, prior, YS, **FIXED)
+    assert np.all(np.asarray(result.num_invalid) == 0)
+    assert np.all((result.particles > 0.5) & (result.particles < 1.5))
+
+
 def observed_prior():
     named_prior()
     numpyro.sample("y", dist.Normal(0.0, 1.0), obs=0.0)
