@@ -28,6 +28,8 @@ from bayesinf.kernels.guarantees import guarantee as guarantee
 from bayesinf.kernels.guarantees import wasserstein_bound as wasserstein_bound
 from bayesinf.kernels.ibis import IBISResult as IBISResult
 from bayesinf.kernels.ibis import ibis as ibis
+from bayesinf.kernels.iterated_filtering import IteratedFilteringResult as IteratedFilteringResult
+from bayesinf.kernels.iterated_filtering import iterated_filtering as iterated_filtering
 from bayesinf.kernels.ito_chain import ItoChain as ItoChain
 from bayesinf.kernels.jitter import Jitter as Jitter
 from bayesinf.kernels.kinetic import KineticLangevin as KineticLangevin
@@ -70,6 +72,8 @@ from bayesinf.kernels.score_ascent import score_ascent as score_ascent
 from bayesinf.kernels.score_climbing import score_climbing as score_climbing
 from bayesinf.kernels.smc_sampler import SMCResult as SMCResult
 from bayesinf.kernels.smc_sampler import smc_sampler as smc_sampler
+from bayesinf.kernels.smc_squared import SMCSquaredResult as SMCSquaredResult
+from bayesinf.kernels.smc_squared import smc_squared as smc_squared
 from bayesinf.kernels.stochastic_gradient import SGHMC as SGHMC
 from bayesinf.kernels.stochastic_gradient import SGLD as SGLD
 from bayesinf.kernels.tail_index import tail_index as tail_index

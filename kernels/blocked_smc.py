@@ -137,7 +137,7 @@ class BlockedSMC(Kernel):
             is_divergent=~jnp.all(jnp.concatenate([block.is_ok for block in refreshed])),
             num_gradients=jnp.zeros((), jnp.int32),
             is_updated=is_updated,
-            num_invalid=sum(jnp.sum(block.num_invalid, dtype=jnp.int32) for block in refreshed),
+            num_invalid=jnp.sum(jnp.concatenate([block.num_invalid for block in refreshed]), dtype=jnp.int32),
         )
         return PathState(path), info
 

@@ -34,6 +34,7 @@ __all__ = [
     "check_threshold",
     "choose_ancestors",
     "cure_of_vanished",
+    "initial_law",
     "look_ahead",
     "propagate",
     "propagate_initial",
@@ -105,7 +106,7 @@ def propagate_initial(
     key: Key[Array, ""], model: StateSpaceModel, y: PyTree, num_particles: int, proposal: str = "bootstrap"
 ) -> PyTree:
     """The particles at t = 0."""
-    return sample_many(key, _initial_law(model, y, proposal), num_particles)
+    return sample_many(key, initial_law(model, y, proposal), num_particles)
 
 
 def weigh_initial(
@@ -197,7 +198,8 @@ def check_threshold(ess_threshold: Any) -> None:
         raise ValueError(f"ess_threshold must lie in [0, 1], a share of num_particles, got {ess_threshold}")
 
 
-def _initial_law(model: Any, y: PyTree, proposal: str) -> Any:
+def initial_law(model: Any, y: PyTree, proposal: str) -> Any:
+    """What x_0 is drawn from."""
     if proposal == "guided" and hasattr(model, "initial_proposal"):
         return model.initial_proposal(y)
     return model.initial()
@@ -206,7 +208,7 @@ def _initial_law(model: Any, y: PyTree, proposal: str) -> Any:
 def _log_initial_ratio(model: Any, x: PyTree, y: PyTree) -> Array:
     if hasattr(model, "log_initial_ratio"):
         return model.log_initial_ratio(x, y)
-    return log_prob(model.initial(), x) - log_prob(_initial_law(model, y, "guided"), x)
+    return log_prob(model.initial(), x) - log_prob(initial_law(model, y, "guided"), x)
 
 
 def _log_move_ratio(model: Any, x_prev: PyTree, x: PyTree, y: PyTree, t: Array) -> Array:

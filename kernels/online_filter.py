@@ -235,6 +235,5 @@ def _estimate(self: ParticleFilter, particles: PyTree, log_weights: Array) -> Py
         if not jax.tree.leaves(values):
             raise ValueError("functional must return at least one number, got None; is a return missing?")
         return weights.average(log_weights, values)
-    if hasattr(self.model, "summarize"):
-        return self.model.summarize(log_weights, particles)
-    return weights.moments(log_weights, particles)
+    summarize = getattr(self.model, "summarize", weights.moments)
+    return summarize(log_weights, particles)

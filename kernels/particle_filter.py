@@ -22,7 +22,7 @@ References:
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -186,20 +186,24 @@ def _filter(self: ParticleFilter, key: Key[Array, ""], ys: PyTree, store: str, s
         return state, (record(info), History(state.particles, state.log_weights, info.ancestors))
 
     start, info = begin(self, key, first)
-    tree = plant(start.particles, size) if store == "tree" else None
+    tree: Any = plant(start.particles, size) if store == "tree" else None
     # the keys of all steps are made at once, where that is a single operation
     num_steps = jax.tree.leaves(ys)[0].shape[0]
     rows = (jax.vmap(partial(keys_of, key))(jnp.arange(1, num_steps)), rest)
     # the steps of which nothing is stored, and then the others; the first of all is `begin`
     num_stored = size if store in ("full", "window") else 0
     num_plain = max(num_steps - 1 - num_stored, 0)
-    last, records, history = start, jax.tree.map(lambda leaf: leaf[None], record(info)), None
+    last, history = start, tree
+    records = jax.tree.map(lambda leaf: leaf[None], record(info))
     if num_plain or not num_stored:
-        (last, history), more = jax.lax.scan(step, (last, tree), jax.tree.map(lambda leaf: leaf[:num_plain], rows))
+        plain_rows = jax.tree.map(lambda leaf: leaf[:num_plain], rows)
+        carry, more = jax.lax.scan(step, (last, tree), plain_rows)
+        last, history = carry
         records = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), records, more)
     if num_stored:
         stored_rows = jax.tree.map(lambda leaf: leaf[num_plain:], rows)
-        last, (more, history) = jax.lax.scan(step_stored, last, stored_rows)
+        last, kept = jax.lax.scan(step_stored, last, stored_rows)
+        more, history = kept
         records = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), records, more)
         if num_stored == num_steps:
             first_row = History(start.particles, start.log_weights, info.ancestors)

@@ -29,7 +29,7 @@ from bayesinf.captured import captured
 from bayesinf.kernel import is_finite
 from bayesinf.target import Target, as_target
 
-__all__ = ["Posterior", "as_posterior", "as_prior", "powered"]
+__all__ = ["Model", "Posterior", "as_posterior", "as_prior", "check_proper", "powered"]
 
 
 class Laws(eqx.Module):
@@ -166,12 +166,7 @@ def as_posterior(prior: Any, log_likelihood: Callable[..., Any] | None, data: Py
     if log_likelihood is not None:
         errors.check_arguments("log_likelihood", log_likelihood, "values" if data is None else "values, data")
     posterior = Posterior(checked, log_likelihood, errors.as_arrays("data", data))
-    # by functions, not methods: JAX compares what it traces, and a prior may hold traced parameters
-    try:
-        position = jax.eval_shape(lambda key: posterior.prior.draw(key), jax.random.key(0))
-    except NotImplementedError as error:
-        raise ValueError("prior must be proper and have a sampler, since particles start from its draws") from error
-    errors.check_floating("prior", position)
+    position = check_proper(posterior.prior)
     terms = jax.eval_shape(lambda position: posterior.log_likelihood(position), position)
     if terms.ndim != 1 or terms.shape[0] == 0 or not jnp.issubdtype(terms.dtype, jnp.floating):
         raise ValueError(
@@ -208,6 +203,21 @@ def as_prior(prior: Any) -> Laws | Pair | Model:
         f"Target.from_numpyro(model, ...); got {type(prior).__name__}"
         + (", which cannot be sampled: pass (sample, target)" if isinstance(prior, Target) else "")
     )
+
+
+def check_proper(prior: Laws | Pair | Model) -> PyTree:
+    """That particles can start from draws of the prior; the shapes and dtypes of one.
+
+    Raises:
+        ValueError: it cannot be sampled, or not on a space of floating point.
+    """
+    # by a function, not a method: JAX compares what it traces, and a prior may hold traced parameters
+    try:
+        position = jax.eval_shape(lambda key: prior.draw(key), jax.random.key(0))
+    except NotImplementedError as error:
+        raise ValueError("prior must be proper and have a sampler, since particles start from its draws") from error
+    errors.check_floating("prior", position)
+    return position
 
 
 def _is_law(leaf: Any) -> bool:

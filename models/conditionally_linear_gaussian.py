@@ -139,8 +139,8 @@ class ConditionallyLinearGaussian(NestedModel):
         mean, tril, _ = square_root.update(belief.mean, belief.tril, C, d, tril, y.reshape(C.shape[0]))
         return GaussianBelief(mean, tril)
 
-    def draw_inner(self, key: Key[Array, ""], belief: GaussianBelief) -> Float[Array, " d"]:
-        return gaussian(belief.mean, belief.tril).sample(key)
+    def draw_inner(self, key: Key[Array, ""], belief: GaussianBelief) -> PyTree:
+        return sample(key, gaussian(belief.mean, belief.tril))
 
     def average(self, log_weights: Float[Array, " n"], beliefs: GaussianBelief) -> weights.Moments:
         mean, spread = weights.moments(log_weights, beliefs.mean)

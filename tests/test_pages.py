@@ -33,6 +33,8 @@ SLOW = (  # to compile
         "score",
         "score_ascent",
         "saem",
+        "smc_squared",
+        "iterated_filtering",
         "jitter",
         "cycle",
         "replica_exchange",
