@@ -15,8 +15,9 @@ from jaxtyping import Key, PyTree
 
 from bayesinf.kernel import Info, Kernel
 from bayesinf.kernels.vectors import strong
+from bayesinf.target import Target
 
-__all__ = ["Foreign", "ForeignState", "as_kernel"]
+__all__ = ["Foreign", "ForeignOn", "ForeignState", "as_kernel"]
 
 
 class ForeignState(NamedTuple):
@@ -53,6 +54,24 @@ class Foreign(Kernel):
             num_gradients=jnp.asarray(num_gradients, jnp.int32),
         )
         return ForeignState(position), info
+
+
+class ForeignOn(Kernel):
+    """A foreign kernel that is built anew on the target of every step, for targets that change between them.
+
+    Attributes:
+        target: what it is built on.
+        make: `make(target)` returns the two functions. Static.
+    """
+
+    target: Target
+    make: Callable[[Target], Any] = eqx.field(static=True)
+
+    def init(self, position: PyTree) -> ForeignState:
+        return as_kernel(self.make(self.target)).init(position)
+
+    def step(self, key: Key[jax.Array, ""], state: ForeignState) -> tuple[ForeignState, Info]:
+        return as_kernel(self.make(self.target)).step(key, state)
 
 
 def as_kernel(part: Any) -> Any:

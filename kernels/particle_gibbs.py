@@ -36,6 +36,7 @@ from bayesinf.kernel import Kernel
 from bayesinf.kernels.backward import backward_sample
 from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC, PathState
 from bayesinf.kernels.filter_steps import PROPOSALS
+from bayesinf.kernels.foreign import ForeignOn
 from bayesinf.kernels.innovations import innovations, path_of
 from bayesinf.kernels.particle_filter import particle_filter
 from bayesinf.kernels.parts import (
@@ -83,6 +84,7 @@ class ParticleGibbs(Kernel):
         num_particles: N >= 2, the reference among them.
         parameter_kernel: what moves theta: a function of a target that returns a kernel, such as
             `functools.partial(MALA, step_size=0.05)`, or a kernel, which is rebound. Its step size is tuned by warm-up.
+            The function may return a kernel of BlackJAX too, which is built anew on the target of every sweep.
         refresh: how the path is refreshed, see `ConditionalSMC`.
         proposal: "bootstrap", or "guided" by the model's own proposals.
         interweave: whether theta is also moved given the innovations; needs Gaussian initial and transition laws.
@@ -291,15 +293,18 @@ class _GivenInnovations:
 def _as_part(name: str, part: Any, target: Target) -> Kernel:
     """A kernel of theta, which can be rebound to the target of every sweep."""
     if not isinstance(part, Kernel) and callable(part):
+        make = part
         try:
-            part = part(target)
+            part = make(target)
         except TypeError as error:
-            if not isinstance(part, type):
+            if not isinstance(make, type):
                 raise
             raise ValueError(
-                f"{name}={part.__name__} needs more than a target ({error}); give its parameters too, such as "
-                f"functools.partial({part.__name__}, step_size=0.05)"
+                f"{name}={make.__name__} needs more than a target ({error}); give its parameters too, such as "
+                f"functools.partial({make.__name__}, step_size=0.05)"
             ) from error
+        if not isinstance(part, Kernel) and all(callable(getattr(part, method, None)) for method in ("init", "step")):
+            part = ForeignOn(target, make)
     if not isinstance(part, Kernel) or not hasattr(part, "target"):
         raise ValueError(
             f"{name} must be a kernel with a target, or a function of a target that returns one, such as "

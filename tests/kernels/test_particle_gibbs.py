@@ -16,7 +16,7 @@ from ppg_models import Scalar, assert_published, learning_series, mean_and_error
 import bayesinf as bi
 from bayesinf import kernels
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels import MALA, ParticleGibbs, Repeat
+from bayesinf.kernels import MALA, NUTS, ParticleGibbs, Repeat
 from bayesinf.kernels.innovations import innovations, path_of
 
 # ---- a Gaussian model of a level and a path, whose joint posterior is Gaussian ----
@@ -234,6 +234,41 @@ def test_interwoven_moves_leave_the_posterior_of_the_parameters():
     )
     assert mean_p_value(means, _quadrature()) > FALSE_ALARM
     assert mean_p_value(means, _with_means_off_by(0.25)) < FALSE_ALARM
+
+
+def _blackjax_mala(target):
+    import blackjax
+
+    return blackjax.mala(target.logdensity, step_size=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parameter_kernel", [partial(NUTS, step_size=0.1), _blackjax_mala])
+def test_kernels_of_blackjax_move_the_parameters(parameter_kernel):
+    """Its NUTS on our targets, and a kernel of its own that is built on the path of every sweep."""
+    means = _posterior_means(50, 1_000, 300, parameter_kernel)
+    assert mean_p_value(means, _quadrature()) > FALSE_ALARM
+    assert mean_p_value(means, _with_means_off_by(0.5)) < FALSE_ALARM
+
+
+def test_a_kernel_of_blackjax_sees_the_path_of_its_sweep():
+    """Were it built once, on the path of the start, it would go on as the target of that path has it."""
+    ours = _variances_kernel(parameter_kernel=partial(MALA, step_size=0.02))
+    theirs = _variances_kernel(parameter_kernel=_blackjax_mala)
+    start = ours.initial(0, 1)
+    start = jax.tree.map(lambda leaf: leaf[0], start)
+    (after, _), (state, info) = (
+        jax.jit(lambda kernel, key, start: kernel.step(key, kernel.init(start)))(kernel, jax.random.key(1), start)
+        for kernel in (ours, theirs)
+    )
+    np.testing.assert_array_equal(after.position["path"], state.position["path"])  # the sweep comes first
+    target = theirs._target(0, state.position["path"])
+    expected, _ = _blackjax_mala(target).step(
+        jax.random.split(jax.random.key(1), 2)[1], _blackjax_mala(target).init(start["theta"])
+    )
+    for a, b in zip(jax.tree.leaves(state.position["theta"]), jax.tree.leaves(expected.position), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert int(info.num_gradients) >= 1
 
 
 @pytest.mark.slow
