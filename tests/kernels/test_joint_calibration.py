@@ -27,7 +27,7 @@ def calibrate(start, step, look, *, thin, num_simulations=2_000):
     Args:
         start: `start(position, ys)` is the first state.
         step: `step(key, state, ys)` is the next.
-        look: `look(key, before, state, ys)` is theta and path at a state; with that of the draw before, for planted mistakes.
+        look: `look(key, before, state, ys)` is theta and path at a state; before is for planted mistakes.
         thin: steps a draw, enough that two draws hardly correlate.
         num_simulations: data sets.
     """
