@@ -208,10 +208,10 @@ def _evidence_p_value(model, ys, **options):
 @pytest.mark.usefixtures("compile_fast")
 def test_auxiliary_weights_divide_by_the_lookahead_at_the_parent():
     """pfjax: divided by the lookahead at the new particle, and dropped the constant of the first stage."""
-    model = Guess(*(getattr(SCALAR, name) for name in SCALAR.__dataclass_fields__))
+    model = Guess.scalar(0.8, 0.7, 1.0, 0.8, initial_mean=0.5)
     p_value = partial(_evidence_p_value, model, SCALAR_YS, lookahead=True, ess_threshold=1.0)
     assert p_value() > FALSE_ALARM
-    wrong = {"choose_ancestors": peers.equal_first_stage, "weigh": peers.over_lookahead_at_the_new_particle}
+    wrong = {"choose_ancestors": peers.equal_first_stage, "weigh_parts": peers.over_lookahead_at_the_new_particle}
     with planted(online_filter, **wrong):
         assert p_value() < FALSE_ALARM
 

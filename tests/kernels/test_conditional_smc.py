@@ -129,17 +129,26 @@ def test_ancestor_and_backward_sampling_have_one_matrix():
     np.testing.assert_allclose(_transition_matrix("backward"), _transition_matrix("ancestor"), atol=1e-12)
 
 
-@pytest.mark.parametrize("refresh", ["ancestor", "backward"])
-def test_the_inverse_of_the_conditional_evidence_is_unbiased(refresh):
-    pi, evidence = _smoothing_law()
+def _inverse_evidence(refresh, law):
+    """Of 1 / Zhat having the mean 1 / Z where the reference has this law."""
     kernel = ConditionalSMC(Chain(), CHAIN_YS, 2, refresh)
 
     def negative_log_evidence(key):
         key_path, key_step = jax.random.split(key)
-        path = jnp.asarray(PATHS)[jax.random.categorical(key_path, jnp.log(jnp.asarray(pi)))]
+        path = jnp.asarray(PATHS)[jax.random.categorical(key_path, jnp.log(jnp.asarray(law)))]
         return -kernel.step(key_step, kernel.init(path))[1].log_evidence
 
-    conformance.evidence_is_unbiased(5, negative_log_evidence, -np.log(evidence)).raise_if_rejected()
+    return conformance.evidence_is_unbiased(5, negative_log_evidence, -np.log(_smoothing_law()[1]))
+
+
+@pytest.mark.parametrize("refresh", ["none", "ancestor", "backward"])
+def test_the_inverse_of_the_conditional_evidence_is_unbiased(refresh):
+    _inverse_evidence(refresh, _smoothing_law()[0]).raise_if_rejected()
+
+
+def test_the_inverse_of_the_evidence_is_biased_for_a_reference_of_another_law():
+    pi, _ = _smoothing_law()
+    assert _inverse_evidence("ancestor", np.sqrt(pi) / np.sqrt(pi).sum()).p_value < FALSE_ALARM
 
 
 def _moments_after(kernel, num, num_steps):

@@ -11,12 +11,12 @@ import numpy as np
 import numpyro.distributions as dist
 import pytest
 import switching_laws as exact
+from switching_models import Driven, Regimes
 
 from bayesinf import errors
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.kernels import ParticleFilter, backward_sample, particle_filter, predict
 from bayesinf.models import (
-    ConditionallyDiscrete,
     ConditionallyLinearGaussian,
     LinearGaussian,
     Marginalized,
@@ -27,60 +27,6 @@ from bayesinf.models import (
 YS = jnp.asarray(exact.SERIES)[:, None]
 EVIDENCE = np.exp(exact.LOG_EVIDENCE)
 LAST_MEAN = float(exact.PROBABILITIES @ exact.MEANS[:, -1])
-
-
-def take(values, r):
-    return jnp.asarray(values)[r]
-
-
-class Regimes(ConditionallyLinearGaussian):
-    """Particles of regimes; a Kalman filter of the state."""
-
-    def outer_initial(self):
-        return dist.Categorical(jnp.asarray(exact.INITIAL))
-
-    def outer_transition(self, u_prev, t):
-        return dist.Categorical(take(exact.SWITCHES, u_prev))
-
-    def linear_initial(self, u):
-        return take(exact.LEVEL, u)[None], take(exact.SCALE, u)[None, None]
-
-    def linear_transition(self, u_prev, u, t):
-        return take(exact.PULL, u)[None, None], take(exact.LEVEL, u)[None], take(exact.SCALE, u)[None, None]
-
-    def linear_observation(self, u, t):
-        return jnp.eye(1), jnp.zeros(1), exact.NOISE * jnp.eye(1)
-
-    def outer_initial_proposal(self, y):
-        return dist.Categorical(jnp.array([0.3, 0.4, 0.3]))
-
-    def outer_proposal(self, u_prev, belief, y, t):
-        return dist.Categorical(logits=jnp.array([0.5, 0.2, 0.1]) * (y[0] - belief.mean[0]))
-
-
-class Driven(ConditionallyDiscrete):
-    """Particles of the state; a hidden Markov filter of the regimes."""
-
-    def regime_initial(self):
-        return jnp.asarray(exact.INITIAL)
-
-    def regime_transition(self, u_prev, t):
-        return jnp.asarray(exact.SWITCHES)
-
-    def outer_initial(self, r):
-        return dist.Normal(take(exact.LEVEL, r), take(exact.SCALE, r))
-
-    def outer_transition(self, u_prev, r, t):
-        return dist.Normal(take(exact.PULL, r) * u_prev + take(exact.LEVEL, r), take(exact.SCALE, r))
-
-    def observation(self, x, t):
-        return dist.Normal(x.outer[None], exact.NOISE)
-
-    def outer_initial_proposal(self, y):
-        return dist.Normal(0.5 * y[0], 1.2)
-
-    def outer_proposal(self, u_prev, belief, y, t):
-        return dist.Normal(0.5 * y[0] + belief.probabilities[0], 1.2)
 
 
 @partial(jax.jit, static_argnames=("num_particles", "proposal", "lookahead"))

@@ -98,10 +98,10 @@ def equal_first_stage(*args, log_lookahead=None, choose=online_filter.choose_anc
     return ancestors, jnp.where(is_resampled, equal, log_carried), is_resampled
 
 
-def over_lookahead_at_the_new_particle(model, parents, particles, y, t, proposal, weigh=online_filter.weigh):
+def over_lookahead_at_the_new_particle(model, parents, particles, y, t, proposal, weigh=online_filter.weigh_parts):
     """Second-stage weights that divide by the lookahead at x_t, which was made at its parent."""
-    log_lookahead = filter_steps.look_ahead(model, particles, y, t)
-    return weigh(model, parents, particles, y, t, proposal) - log_lookahead
+    log_observed, log_moves = weigh(model, parents, particles, y, t, proposal)
+    return log_observed - filter_steps.look_ahead(model, particles, y, t), log_moves
 
 
 def frozen_regimes(key, model, parents, *args, propagate=online_filter.propagate):
