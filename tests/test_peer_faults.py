@@ -33,16 +33,6 @@ from bayesinf.kernels import (
 from bayesinf.kernels.smc_sampler import next_temperature
 from bayesinf.models import LinearGaussian, StateSpaceModel, kalman_filter
 
-
-@pytest.fixture
-def compile_fast():
-    """Where nearly all the time is compilation: unoptimised programs compile three times as fast."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 # ---- kernels on paths, from exact starts ----
 
 

@@ -23,13 +23,7 @@ from bayesinf.kernels.perturbed import PerturbedModel
 MODULE = importlib.import_module("bayesinf.kernels.iterated_filtering")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Nearly all the time of most of these tests is compilation."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all the time is compilation
 
 
 @pytest.fixture

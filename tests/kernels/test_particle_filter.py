@@ -37,11 +37,8 @@ class LogEvidence(eqx.Module):
         return particle_filter(key, self.model, self.ys, ess_threshold=self.ess_threshold, **options).log_evidence
 
 
-@pytest.mark.parametrize(
-    ("scheme", "proposal"),
-    [(scheme, "bootstrap") for scheme in resampling.SCHEMES] + [("systematic", "guided"), ("killing", "guided")],
-)
-def test_evidence_is_unbiased_for_every_scheme_and_threshold(scheme, proposal):
+@pytest.mark.parametrize(("scheme", "proposal"), [("systematic", "bootstrap"), ("killing", "guided")])
+def test_evidence_is_unbiased_also_where_a_row_is_missing(scheme, proposal):
     exact = kalman_filter(MODEL, YS).log_evidence
     for threshold in (0.0, 0.5, 1.0):
         options = (("resampling", scheme), ("proposal", proposal))

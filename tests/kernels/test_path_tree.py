@@ -17,6 +17,8 @@ from bayesinf.kernels import (
 from bayesinf.kernels.path_tree import default_capacity
 from bayesinf.models import LinearGaussian, StochasticVolatility, simulate
 
+pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all the time is compilation
+
 MODEL = StochasticVolatility(mean=-1.0, persistence=0.95, scale=0.3)
 _, YS = simulate(0, MODEL, num_steps=60)
 
@@ -82,8 +84,10 @@ def test_a_tree_without_room_is_told_with_the_result():
 def test_a_window_is_the_end_of_the_whole(window):
     part, full = run("window", window=window), run("full")
     for a, b in zip(jax.tree.leaves(part[:-1]), jax.tree.leaves(full[:-1]), strict=True):
-        np.testing.assert_array_equal(a, b)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[-window:]), part.history, full.history)
+        np.testing.assert_allclose(a, b, rtol=1e-5)  # another program: the last digit may differ
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b[-window:], rtol=1e-5, atol=1e-6), part.history, full.history
+    )
 
 
 def test_a_window_is_smoothed_at_its_own_times():

@@ -52,13 +52,7 @@ def exact_moments(data=DATA):
     return np.array([rate.mean(), rate.moment(2), p.mean(), p.moment(2), rate.mean() * p.mean()])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Nearly all the time of these tests is compilation; unoptimised programs compile three times as fast."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all the time is compilation
 
 
 class Run(eqx.Module):

@@ -47,13 +47,7 @@ def quadrature():
 LOG_EVIDENCE, MOMENTS = quadrature()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compile_fast():
-    """Nearly all the time of these tests is compilation; unoptimised programs compile three times as fast."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all the time is compilation
 
 
 def moments_of(result):

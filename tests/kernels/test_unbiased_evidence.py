@@ -6,7 +6,6 @@ default one every filter is met, and every scheme twice.
 """
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import pytest
 import switching_laws as exact
@@ -38,6 +37,9 @@ FILTERS = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all the time is compilation
+
+
 class LogEvidence(eqx.Module):
     """key -> log evidence; one compilation for all thresholds."""
 
@@ -60,15 +62,6 @@ class LogEvidence(eqx.Module):
             ess_threshold=self.ess_threshold,
             store="none",
         ).log_evidence
-
-
-@pytest.fixture(autouse=True)
-def compile_fast():
-    """Nearly all the time is compilation, of which this takes a third."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def report(name: str, scheme: str, ess_threshold: float) -> Report:

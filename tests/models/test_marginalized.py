@@ -24,6 +24,8 @@ from bayesinf.models import (
     simulate,
 )
 
+pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all the time is compilation
+
 YS = jnp.asarray(exact.SERIES)[:, None]
 EVIDENCE = np.exp(exact.LOG_EVIDENCE)
 LAST_MEAN = float(exact.PROBABILITIES @ exact.MEANS[:, -1])
