@@ -2,19 +2,19 @@
 
     x_0 ~ N(0, q^2 / (1 - a^2)),   x_t = a x_{t-1} + q e_t,   y_t = b x_t + r z_t,   (a, q, b, r) = (.97, .60, .54, .33)
 
-with fixed data, T = 51, and the functionals sum_t x_t^2 and sum_t x_{t-1} x_t, whose smoothed expectations are known
-from the Kalman filter and the Rauch-Tung-Striebel smoother. R independent runs of k sweeps of N particles give the
-roll-outs
+with data without random numbers, T = 51, and the functionals sum_t x_t^2 and sum_t x_{t-1} x_t, whose smoothed
+expectations are known from the Kalman filter and the Rauch-Tung-Striebel smoother. R independent runs of k sweeps of N
+particles give the roll-outs
 
     Pi_{k0, k} = (k - k0)^{-1} sum_{l = k0 + 1}^{k} estimate_l,   k0 = k - 1 and k0 = floor(k / 2)
 
-for every k at once. Their budget is N k particles a time step: that of one run of PaRIS of N k particles. Not counted is
-the one filter of N particles that draws the first path, which carries no statistics.
+for every k at once. Their budget is N k particles a time step: that of one run of PaRIS of N k particles. Not counted
+is the one filter of N particles that draws the first path, which carries no statistics.
 
-    python -m benchmarks.ppg.bias            # minutes; --full: tenfold the runs and twofold the budget, more than an hour
+    python -m benchmarks.ppg.bias            # minutes; --full: T = 1001 and more particles, hours
 
 References:
-    Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), https://arxiv.org/abs/2301.00900, section 5.
+    Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), https://arxiv.org/abs/2301.00900.
 """
 
 from collections.abc import Sequence
@@ -40,9 +40,9 @@ BURN_INS = {"k-1": lambda k: k - 1, "k/2": lambda k: k // 2}
 SHADES = ("#56B4E9", "#0072B2", "#003A5C")  # of the fewest particles to the most
 
 
-def series() -> jax.Array:
-    """y_0, ..., y_50, with no random numbers."""
-    t = np.arange(51)
+def series(num_steps: int) -> jax.Array:
+    """Observations, the same in every run."""
+    t = np.arange(num_steps)
     return jnp.asarray(1.2 * np.sin(0.35 * t) + 0.6 * np.cos(1.7 * t + 0.4) + 0.3 * np.sin(0.11 * t**2))[:, None]
 
 
@@ -88,13 +88,15 @@ def describe(errors: np.ndarray, **about) -> list[dict]:
 
 def main(
     folder: Path,
+    num_steps: int = 51,
     num_particles: Sequence[int] = (10, 20, 40),
+    num_particles_paris: Sequence[int] = (10, 20, 40, 80, 160, 320, 640),
     budget: int = 640,
     max_sweeps: int = 32,
     num_runs: int = 4000,
 ) -> list[dict]:
     """Runs everything, writes bias.png and bias.csv, and returns the rows of the table."""
-    ys = series()
+    ys = series(num_steps)
     exact = truth(ys)
     rows: list[dict] = []
     for n in num_particles:
@@ -105,12 +107,10 @@ def main(
             for k in 2 ** np.arange(int(np.log2(num_sweeps)) + 1):
                 about = {"estimator": "ppg", "budget": n * k, "num_particles": n, "num_sweeps": k}
                 rows += describe(errors[:, burn_in(k) : k].mean(axis=1), **about, rule=rule, burn_in=burn_in(k))
-    n = min(num_particles)
-    while n <= budget:
+    for n in num_particles_paris:
         keys = jax.random.split(jax.random.key(1000 + n), num_runs // 4)  # as its bias is seen with fewer
         about = {"estimator": "paris", "budget": n, "num_particles": n, "num_sweeps": 1, "rule": "", "burn_in": 0}
         rows += describe(np.asarray(filters(keys, ys, n), np.float64) - exact, **about)
-        n *= 2
     save(folder, "bias", draw(rows, num_particles), rows)
     return rows
 
@@ -169,5 +169,10 @@ def _draw_bias(axis, budget, bias, half, color, marker, label) -> None:
 
 if __name__ == "__main__":
     given = arguments(__doc__)
-    larger = {"num_particles": (10, 20, 40), "budget": 1280, "num_runs": 20_000} if given.full else {}
-    main(given.results, **larger)
+    larger: dict = {
+        "num_steps": 1001,
+        "num_particles": (50, 100, 200),
+        "num_particles_paris": (50, 100, 200, 400, 800, 1600, 3200),
+        "budget": 3200,
+    }
+    main(given.results, **(larger if given.full else {}))

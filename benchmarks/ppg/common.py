@@ -33,12 +33,13 @@ LABELS = {
     "backward": "backward sampling",
     "gibbs": "particle Gibbs",
 }
+SHORT = {"ppg": "PPG", "paris": "PaRIS", "backward": "backward", "gibbs": "Gibbs"}
 
 
 def arguments(description: str) -> argparse.Namespace:
     """--full and --results of the command line."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="the sizes of the paper: hours")
+    parser.add_argument("--full", action="store_true", help="larger sizes, as in the literature: hours")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the figure and the table go")
     return parser.parse_args()
 

@@ -13,9 +13,10 @@ the gap by the exact likelihood, of the average over the last half of the iterat
     python -m benchmarks.ppg.learning_lgssm            # minutes; --full: five states, T = 500, hours
 
 References:
-    Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), https://arxiv.org/abs/2301.00900, section 5.
+    Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), https://arxiv.org/abs/2301.00900.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from jax.flatten_util import ravel_pytree
 
 import bayesinf as bi
 from bayesinf.kernels.learning import ESTIMATORS
-from benchmarks.ppg.common import COLORS, LABELS, MARKERS, arguments, half_width, learn, save
+from benchmarks.ppg.common import COLORS, LABELS, MARKERS, SHORT, arguments, half_width, learn, save
 
 LOG_SCALE = -0.5  # of all noises of the model that data are simulated from
 
@@ -77,6 +78,7 @@ def maximize(start: dict[str, jax.Array], ys: jax.Array) -> tuple[Any, np.ndarra
 
 def main(
     folder: Path,
+    estimators: Sequence[str] = ESTIMATORS,
     num_states: int = 3,
     num_steps: int = 100,
     budget: int = 32,
@@ -88,7 +90,7 @@ def main(
     ys, start = simulate(num_states, num_steps), beginning(num_states)
     log_likelihood, maximum = maximize(start, ys)
     rows, distances, gaps = [], {}, {}
-    for estimator in ESTIMATORS:
+    for estimator in estimators:
         trace, theta = learn(
             build,
             start,
@@ -124,7 +126,7 @@ def main(
 def draw(distances: dict[str, np.ndarray], gaps: dict[str, np.ndarray]):
     """The distance over the iterations with 95% bands, and the gap of each run with 95% intervals."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=(2, 1), layout="constrained")
-    for i, name in enumerate(ESTIMATORS):
+    for i, name in enumerate(gaps):
         iterations = 1 + np.arange(distances[name].shape[1])
         mean, half = distances[name].mean(0), half_width(distances[name])
         every = max(len(iterations) // 10, 1)
@@ -138,7 +140,7 @@ def draw(distances: dict[str, np.ndarray], gaps: dict[str, np.ndarray]):
     left.set(xlabel="iteration", ylabel=r"$|\theta - \hat\theta_{\mathrm{MLE}}|$", yscale="log")
     left.set_title("distance to the maximum likelihood estimate")
     right.set(ylabel="log likelihood below the maximum, nats", yscale="log")
-    right.set_xticks(range(len(ESTIMATORS)), ["PPG", "PaRIS", "backward", "Gibbs"])
+    right.set_xticks(range(len(gaps)), [SHORT[name] for name in gaps])
     right.set_title("what was learnt")
     for axis in (left, right):
         axis.grid(alpha=0.25, lw=0.6)
