@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 import bayesinf as bi
 from bayesinf.kernels import AdditiveFunctional, paris, ppg
@@ -140,31 +141,45 @@ def draw(rows: list[dict], num_particles: Sequence[int]):
                 row_of_axes[2].errorbar(budget, sd, sd_half, color=color, marker=marker, ms=5, lw=1.4, capsize=2)
         row_of_axes[0].set_ylabel(f"|bias| of {symbol}")
         row_of_axes[1].sharey(row_of_axes[0])
+        row_of_axes[0].set_ylim(bottom=0.5 * min(row["bias_half_width"] for row in rows))
         row_of_axes[2].set_ylabel(f"standard deviation of {symbol}")
         for axis in row_of_axes:
             axis.set(xscale="log", yscale="log")
             axis.grid(alpha=0.25, which="major", lw=0.6)
             axis.spines[["top", "right"]].set_visible(False)
+        row_of_axes[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        row_of_axes[2].yaxis.set_major_formatter(ScalarFormatter())
+        row_of_axes[2].yaxis.set_minor_formatter(NullFormatter())
     axes[0, 0].set_title(r"bias, $k_0 = k - 1$")
     axes[0, 1].set_title(r"bias, $k_0 = \lfloor k/2 \rfloor$")
     axes[0, 2].set_title(r"one run, $k_0 = \lfloor k/2 \rfloor$")
+    budgets = [row["budget"] for row in rows]
+    axes[0, 0].set_xlim(0.8 * min(budgets), 1.25 * max(budgets))
     for axis in axes[1]:
         axis.set_xlabel("budget $Nk$, particles a time step")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    hollow = plt.Line2D([], [], color="0.4", marker="o", mfc="white", ls="", label="0 within the 95% interval")
-    figure.legend([*handles, hollow], [*labels, hollow.get_label()], loc="outside lower center", ncols=5, frameon=False)
+    hollow = plt.Line2D([], [], color="0.4", marker="o", mfc="white", ls="", label="0 in the 95% interval: its end")
+    figure.legend(
+        [*handles, hollow],
+        [*labels, hollow.get_label()],
+        loc="outside lower center",
+        ncols=5,
+        frameon=False,
+        fontsize=9,
+    )
     return figure
 
 
 def _draw_bias(axis, budget, bias, half, color, marker, label) -> None:
-    """|bias| with its 95% interval; hollow, and the interval open below, where that holds 0."""
+    """|bias| with its 95% interval; where that holds 0, its upper end, hollow."""
     size = np.abs(bias)
     is_seen = size > half
-    lower = np.where(is_seen, half, 0.9 * size)
-    axis.plot(budget, size, color=color, lw=1.2, alpha=0.7)
-    axis.errorbar(budget, size, (lower, half), color=color, ls="", capsize=2, lw=1)
-    axis.plot(budget[is_seen], size[is_seen], color=color, marker=marker, ms=5, ls="", label=label)
-    axis.plot(budget[~is_seen], size[~is_seen], color=color, marker=marker, ms=5, ls="", mfc="white")
+    height = np.where(is_seen, size, size + half)
+    style = {"color": color, "marker": marker, "ms": 5}
+    axis.plot(budget, height, color=color, lw=1.2, alpha=0.7)
+    axis.errorbar(budget[is_seen], size[is_seen], half[is_seen], **style, ls="", capsize=2, lw=1, label=label)
+    hollow = {"mfc": "white", "ls": "", "lw": 1, "uplims": True}
+    axis.errorbar(budget[~is_seen], height[~is_seen], 0.4 * height[~is_seen], **style, **hollow)
 
 
 if __name__ == "__main__":

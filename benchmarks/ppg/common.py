@@ -53,7 +53,7 @@ def half_width(values: np.ndarray) -> np.ndarray:
 def save(folder: Path, name: str, figure: Any, rows: list[dict[str, Any]]) -> None:
     """Writes `name`.png and `name`.csv, numbers to four digits."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+    figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
     plt.close(figure)
     with open(folder / f"{name}.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")

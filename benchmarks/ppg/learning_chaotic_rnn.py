@@ -73,12 +73,12 @@ def main(
     folder: Path,
     estimators: Sequence[str] = ESTIMATORS,
     num_steps: int = 150,
-    budget: int = 64,
+    budget: int = 16,
     num_iterations: int = 200,
     num_runs: int = 6,
     step_size: float = 0.05,
     num_particles: int = 4000,
-    num_filters: int = 10,
+    num_filters: int = 20,
 ) -> list[dict]:
     """Runs everything, writes learning_chaotic_rnn.png and .csv, and returns the rows of the table."""
     _, ys = bi.models.simulate(1, build(truth()), num_steps=num_steps)
@@ -127,11 +127,11 @@ def main(
             }
         )
         print(rows[-1], flush=True)
-    save(folder, "learning_chaotic_rnn", draw(found, scales, marks_at), rows)
+    save(folder, "learning_chaotic_rnn", draw(found, scales), rows)
     return rows
 
 
-def draw(found: dict, scales: dict, marks: np.ndarray):
+def draw(found: dict, scales: dict):
     """The two scales over the iterations with 95% bands, and the log likelihood of each run with 95% intervals."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.9), layout="constrained")
     for i, name in enumerate(found):
@@ -149,7 +149,6 @@ def draw(found: dict, scales: dict, marks: np.ndarray):
     for axis, symbol, what in ((left, "q", "transition"), (middle, "r", "observation")):
         axis.axhline(0.1, color="0.3", ls=":", lw=1.2, label="of the data" if axis is left else None)
         axis.set(xlabel="iteration", ylabel=f"${symbol}$", title=f"scale of the {what} noise")
-    right.axhline(marks[1], color="0.3", ls=":", lw=1.2)
     right.set_xticks(range(len(found)), [SHORT[name] for name in found])
     right.set(ylabel="log likelihood, nats", title="what was learnt")
     for axis in (left, middle, right):
