@@ -9,7 +9,8 @@ particles give the roll-outs
     Pi_{k0, k} = (k - k0)^{-1} sum_{l = k0 + 1}^{k} estimate_l,   k0 = k - 1 and k0 = floor(k / 2)
 
 for every k at once. Their budget is N k particles a time step: that of one run of PaRIS of N k particles. Not counted
-is the one filter of N particles that draws the first path, which carries no statistics.
+is the one filter of N particles that draws the first path: it carries no statistics, and resamples systematically when
+the effective sample size is below N / 2, so that already the first sweep is less biased than PaRIS.
 
     python -m benchmarks.ppg.bias            # minutes; --full: T = 1001 and more particles, hours
 
