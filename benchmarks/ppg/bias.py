@@ -10,7 +10,7 @@ particles give the roll-outs
 
 for every k at once. Their budget is N k particles a time step: that of one run of PaRIS of N k particles. Not counted
 is the one filter of N particles that draws the first path: it carries no statistics, and resamples systematically when
-the effective sample size is below N / 2, so that already the first sweep is less biased than PaRIS.
+the effective sample size is below N / 2.
 
     python -m benchmarks.ppg.bias            # minutes; --full: T = 1001 and more particles, hours
 
