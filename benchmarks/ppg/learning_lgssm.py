@@ -90,7 +90,7 @@ def main(
     num_states: int = 3,
     num_steps: int = 100,
     budget: int = 32,
-    num_iterations: int = 400,
+    num_iterations: int = 1000,
     num_runs: int = 8,
     step_size: float = 0.05,
 ) -> list[dict]:
@@ -159,5 +159,5 @@ def draw(distances: dict[str, np.ndarray], gaps: dict[str, np.ndarray]):
 
 if __name__ == "__main__":
     given = arguments(__doc__)
-    larger = {"num_states": 5, "num_steps": 500, "budget": 256, "num_iterations": 2000, "num_runs": 20}
+    larger = {"num_states": 5, "num_steps": 500, "budget": 256, "num_iterations": 5000, "num_runs": 20}
     main(given.results, **(larger if given.full else {}))
