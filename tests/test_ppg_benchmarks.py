@@ -41,6 +41,7 @@ def test_the_roll_out_has_no_visible_bias_where_paris_has(tmp_path):
         assert p_values["paris", 1, 0] < FALSE_ALARM
 
 
+@pytest.mark.slow  # to compile
 def test_a_linear_model_is_learnt(tmp_path):
     (row,) = learning_lgssm.main(
         tmp_path, ("ppg",), num_states=1, num_steps=40, budget=20, num_iterations=100, num_runs=2, step_size=0.1
@@ -53,6 +54,7 @@ def test_a_linear_model_is_learnt(tmp_path):
     assert row["distance"] < 0.5 * np.linalg.norm(at_start - maximum)
 
 
+@pytest.mark.slow  # to compile
 def test_a_chaotic_network_is_learnt(tmp_path):
     rows = learning_chaotic_rnn.main(
         tmp_path, ("gibbs",), num_steps=20, budget=16, num_iterations=30, num_runs=2, num_particles=200, num_filters=4
