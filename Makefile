@@ -3,6 +3,7 @@
 # make slow      the long statistical runs
 # make lint      format, lint, types
 # make bench     speed, beside other libraries where they are installed
+# make ppg       the experiments with Parisian particle Gibbs, with figures; writes benchmarks/ppg/results/
 # make docs      the documentation, with its notebooks executed: docs/_build/html
 # make package   build sdist and wheel, install the wheel where nothing else is, and use it
 #
@@ -16,7 +17,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test slow lint bench docs package clean
+.PHONY: demo test slow lint bench ppg docs package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-plots
@@ -37,6 +38,12 @@ lint: $(VENV)/installed-lint
 
 bench: $(VENV)/installed-bench
 	$(BIN)/pytest benchmarks -o filterwarnings=default -o addopts="" --benchmark-quiet $(ARGS)
+
+# each stands alone: python -m benchmarks.ppg.bias
+ppg: $(VENV)/installed-plots
+	$(BIN)/python -m benchmarks.ppg.bias $(ARGS)
+	$(BIN)/python -m benchmarks.ppg.learning_lgssm $(ARGS)
+	$(BIN)/python -m benchmarks.ppg.learning_chaotic_rnn $(ARGS)
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
