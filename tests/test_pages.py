@@ -25,6 +25,7 @@ SLOW = (  # to compile
         "mixture",
         "paris",
         "parisian_gibbs",
+        "unbiased_smoother",
     ),
     *(
         "particle_gibbs",

@@ -25,6 +25,7 @@ def test_the_truth_is_the_published_one():
     np.testing.assert_allclose(bias.truth(bias.series(51)), [129.59137616, 109.54469942], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_roll_out_has_no_visible_bias_where_paris_has(tmp_path):
     num_runs = 200
     sizes = {"num_particles": (20,), "num_particles_paris": (20,), "budget": 160}

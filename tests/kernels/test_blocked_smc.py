@@ -134,7 +134,8 @@ def _update_rates(kernel_class, last, **options):
     return np.asarray(info.acceptance_rate), np.mean(info.is_updated, axis=0)
 
 
-@pytest.mark.parametrize("refresh", ["none", pytest.param("backward", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("refresh", ["none", "backward"])
 def test_the_update_rate_does_not_fall_with_the_length(refresh):
     short, _ = _update_rates(BlockedSMC, 49, block_size=10, refresh=refresh)
     long, by_time = _update_rates(BlockedSMC, 399, block_size=10, refresh=refresh)

@@ -52,6 +52,7 @@ def log_evidence(model, ys, method):
     return kalman_filter(model, ys, method=method).log_evidence
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_the_sequential_methods():
     def wave(model, ys, method):
         """A function of everything that is told, with no symmetry."""
