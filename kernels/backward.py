@@ -31,6 +31,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bayesinf import errors, resampling, weights
+from bayesinf.kernels.genealogy import history_of
 from bayesinf.kernels.particle_filter import FilterResult, History
 from bayesinf.kernels.rejection import Counts, draw_by_rejection
 from bayesinf.models.state_space import StateSpaceModel, log_prob
@@ -86,11 +87,10 @@ def backward_sample(
     """
     errors.check_count("num_paths", num_paths)
     errors.check_choice("method", method, BACKWARD_METHODS)
-    if not isinstance(filtered, FilterResult) or not isinstance(filtered.history, History):
-        raise ValueError("filtered must hold its history; call particle_filter with store='full'")
+    history = history_of(filtered, is_whole=False)
     if throw and errors.is_concrete(filtered.log_evidence) and not np.all(np.isfinite(filtered.log_evidence)):
         raise errors.DegenerateWeightsError("The filter lost all its weights: there is nothing to smooth.", filtered)
-    return _sample_paths(errors.as_key(key), model, filtered.history, filtered.ess.shape[-1], num_paths, method)
+    return _sample_paths(errors.as_key(key), model, history, filtered.ess.shape[-1], num_paths, method)
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5))

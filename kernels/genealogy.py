@@ -107,12 +107,12 @@ def fixed_lag_smoother(
     the fewer are the ancestors that it is an average of.
 
     Args:
-        filtered: of `particle_filter(..., store="full")`.
+        filtered: of `particle_filter(..., store="full")`; or "window", for the last steps alone.
         lag: L >= 0; 0 is the filter.
         functional: f, of one state; the state itself by default.
 
     Returns:
-        Estimates with leading axis T.
+        Estimates with leading axis T, or the window.
 
     Raises:
         ValueError: the filter did not store its history, or `lag` is no whole number of at least 0.

@@ -32,7 +32,7 @@ def marginal_smoother(model: StateSpaceModel, filtered: FilterResult) -> Float[A
 
     Args:
         model: the model that was filtered.
-        filtered: of `particle_filter(..., store="full")`.
+        filtered: of `particle_filter(..., store="full")`; or "window", for the last steps alone.
 
     Returns:
         Normalised log weights of `filtered.history.particles`, shape (T, N). A particle that nothing at t + 1 could

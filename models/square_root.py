@@ -4,7 +4,7 @@ A covariance is L L^T with L lower triangular and of non-negative diagonal. Form
 operation here is one QR decomposition instead, so covariances stay positive in float32 over any number of steps.
 
 Small matrices are worked on by reflections and substitutions that are written out: a population of them is then plain
-arithmetic on arrays, several times faster than a call of LAPACK for each, and one matrix is no slower.
+arithmetic on arrays, 1.6 (four rows) to 5 times (one row) faster than a call of LAPACK for each, and one is no slower.
 
 References:
     Kailath, Sayed and Hassibi (2000), Linear Estimation, chapter 12.

@@ -55,14 +55,11 @@ def test_it_holds_nothing_else():
 def test_a_long_series_takes_a_place_a_step():
     model = LinearGaussian.scalar(0.9, 0.5)
     _, ys = simulate(0, model, num_steps=5_000)
-    tree = particle_filter(1, model, ys, num_particles=50, store="tree").history
+    found = particle_filter(1, model, ys, num_particles=50, store="tree")
+    tree = found.history
     assert tree.free.shape[0] < 5_000 + 4 * 50 * 7
     assert not tree.is_overflowed
-    assert trace_paths(2, particle_filter(1, model, ys, num_particles=50, store="tree"), num_paths=3).shape == (
-        3,
-        5_000,
-        1,
-    )
+    assert trace_paths(2, found, num_paths=3).shape == (3, 5_000, 1)
 
 
 @pytest.mark.usefixtures("unchecked")
