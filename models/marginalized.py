@@ -131,11 +131,9 @@ class Marginalized(StateSpaceModel):
         return self.model.predict_observation(x.outer, x.predicted, t)
 
     def initial_proposal(self, y: PyTree):
-        def start(u: PyTree) -> PyTree:
-            return self.model.believe_initial(u)
-
         own = self.model.outer_initial_proposal(y) if self.outer_proposal == "guided" else None  # type: ignore[attr-defined]
-        return self._propose(self.model.predict_outer_initial(), own, start, y, jnp.zeros((), jnp.int32))
+        first = jnp.zeros((), jnp.int32)
+        return self._propose(self.model.predict_outer_initial(), own, self.model.believe_initial, y, first)
 
     def proposal(self, x_prev: Marginal, y: PyTree, t: Int[Array, ""]):
         u_prev, belief = x_prev.outer, x_prev.filtered
