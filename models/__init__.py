@@ -3,6 +3,7 @@
 if __name__ != "bayesinf.models":
     raise ImportError("import bayesinf.models, not models: this folder is only a part of bayesinf")
 
+from bayesinf.models import conformal as conformal
 from bayesinf.models.autoregression import autoregression_plus_noise as autoregression_plus_noise
 from bayesinf.models.chaotic_rnn import ChaoticRNN as ChaoticRNN
 from bayesinf.models.conditionally_discrete import ConditionallyDiscrete as ConditionallyDiscrete
