@@ -1,0 +1,194 @@
+"""Messages along a hidden Markov chain, by a scan, in blocks, or by an associative scan; no probability is floored.
+
+    m_0 = start,    m_{t+1, j} = sum_i m_{t, i} exp(log_lik_{t, i}) exp(log_trans_{t, ij}) / c_t
+
+Forwards m_t is p(x_t | y_{0:t-1}) and c_t = p(y_t | y_{0:t-1}); backwards, on the reversed series and with transposed
+transitions, m_t is proportional to p(y_{t+1:T-1} | x_t).
+
+Products of probabilities are quick, and wrong where one of them underflows that a later observation makes the only one
+left: with regimes that are never left again, everything after an outlier would be explained by the wrong one. A scan
+therefore works with probabilities and proves, step by step, that nothing was lost: what went into a message was zero
+exactly or at least sqrt(tiny), so that no product underflowed; or every entry that came out is so large that what was
+lost is below its rounding. Where neither holds, the messages are computed again from their logarithms. The two other
+methods are for accelerators, where a step of a scan costs more than its arithmetic, and work with logarithms
+throughout.
+
+References:
+    Särkkä and García-Fernández (2021), doi:10.1109/TAC.2020.2976316 (the associative scan).
+"""
+
+from functools import partial
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+__all__ = ["METHODS", "Method", "choose_method", "log_messages", "log_normalize", "log_scan", "log_total"]
+
+METHODS = ("auto", "scan", "blocked", "associative")
+Method = Literal["auto", "scan", "blocked", "associative"]
+
+
+def choose_method(method: Method, num_steps: int) -> Method:
+    """What "auto" stands for: "scan" on a CPU, where it is the fastest at every length; "blocked" for long series."""
+    if method != "auto":
+        return method
+    return "scan" if jax.default_backend() == "cpu" or num_steps < 256 else "blocked"
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def log_messages(
+    log_start: Float[Array, " k"],
+    log_trans: Float[Array, "k k"] | Float[Array, "s k k"],
+    log_lik: Float[Array, "t k"],
+    method: Method,
+) -> Float[Array, "t k"]:
+    """The logarithms of the messages; -inf throughout from where the data are impossible."""
+    num_steps = log_lik.shape[0]
+    if num_steps < 2:  # nothing to cut
+        return _scan(log_start, log_trans, log_lik)
+    run = {"scan": _scan, "blocked": _blocked, "associative": _associative}[choose_method(method, num_steps)]
+    return run(log_start, log_trans, log_lik)
+
+
+@log_messages.defjvp
+def _log_messages_jvp(method: Method, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    """The derivative of the recursion in logarithms, which runs in both directions."""
+    return log_messages(*primals, method), jax.jvp(log_scan, primals, tangents)[1]
+
+
+def log_total(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """Log of the sum of exp(x); -inf, with zero gradients, where every x is -inf, and NaN where one is."""
+    largest = jax.lax.stop_gradient(jnp.max(x, axis, keepdims=True))
+    is_none = largest == -jnp.inf
+    shifted = jnp.where(is_none, -jnp.inf, x) - jnp.where(is_none, 0.0, largest)
+    total = jnp.where(jnp.squeeze(is_none, axis), 1.0, jnp.sum(jnp.exp(shifted), axis))
+    return jnp.log(total) + jnp.squeeze(largest, axis)
+
+
+def log_normalize(log_p: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
+    """The logarithms less that of their sum over the last axis; -inf throughout where all are."""
+    return log_p - _finite(log_total(log_p))[..., None]
+
+
+def _scan(log_start: Array, log_trans: Array, log_lik: Array) -> Array:
+    log_message, is_certain = _linear_scan(log_start, log_trans, log_lik)
+
+    # A loop that runs once or never: under vmap a conditional would always pay for both branches, this only where one
+    # of the series needs it.
+    def again(carry):
+        _, log_message = carry
+        return jnp.array(True), jnp.where(is_certain, log_message, log_scan(log_start, log_trans, log_lik))
+
+    return jax.lax.while_loop(lambda carry: ~carry[0], again, (is_certain, log_message))[1]
+
+
+def _linear_scan(log_start: Array, log_trans: Array, log_lik: Array) -> tuple[Array, Bool[Array, ""]]:
+    """The messages by products of probabilities, and whether nothing was lost that matters."""
+    num_states = log_start.shape[0]
+    tiny, eps = jnp.finfo(log_lik.dtype).tiny, jnp.finfo(log_lik.dtype).eps
+    lik, trans = jnp.exp(log_lik - _finite(jnp.max(log_lik, -1, keepdims=True))), jnp.exp(log_trans)
+    # the start is a probability, or the ones that messages backwards begin with
+    message = _normalized(jnp.exp(log_start - _finite(jnp.max(log_start))))
+
+    def step(message: Array, data: tuple[Array, Array | None]) -> tuple[Array, Array]:
+        lik_t, trans_t = data
+        after = _normalized(message * lik_t)
+        predicted = jnp.sum(after[:, None] * (trans if trans_t is None else trans_t), axis=0)
+        return predicted, predicted
+
+    # XLA makes one native loop of a body with few bytes; a larger one it interprets, and unrolled that costs less
+    unroll = 1 if trans.shape[-1] ** 2 * trans.dtype.itemsize <= 256 else 8
+    xs = lik[:-1], trans if trans.ndim == 3 else None
+    _, predicted = jax.lax.scan(step, message, xs, unroll=unroll)
+    messages = jnp.concatenate([message[None], predicted])
+
+    floor = jnp.sqrt(tiny)
+    after = _normalized(messages[:-1] * lik[:-1])
+    is_kept = jnp.all((after >= floor) | (messages[:-1] == 0) | (log_lik[:-1] == -jnp.inf), -1)
+    is_trans_kept = jnp.all((trans >= floor) | (log_trans == -jnp.inf), (-2, -1))
+    is_large = jnp.all(predicted >= 2 * num_states * tiny / eps, -1)
+    is_start_kept = jnp.all((message >= floor) | (log_start == -jnp.inf))
+    is_certain = is_start_kept & jnp.all((is_kept & is_trans_kept) | is_large)
+    return jnp.concatenate([log_start[None], _log(predicted)]), is_certain | jnp.any(jnp.isnan(messages))
+
+
+def log_scan(log_start: Array, log_trans: Array, log_lik: Array) -> Array:
+    """The messages by sums of logarithms, step by step: slower, certain, and differentiable in both directions."""
+
+    def step(log_message: Array, data: tuple[Array, Array | None]) -> tuple[Array, Array]:
+        log_lik_t, log_trans_t = data
+        after = log_normalize(log_message + log_lik_t)
+        predicted = log_total(after[:, None] + (log_trans if log_trans_t is None else log_trans_t), axis=0)
+        return predicted, predicted
+
+    _, predicted = jax.lax.scan(step, log_start, (log_lik[:-1], log_trans if log_trans.ndim == 3 else None))
+    return jnp.concatenate([log_start[None], predicted])
+
+
+def _associative(log_start: Array, log_trans: Array, log_lik: Array) -> Array:
+    products = jax.lax.associative_scan(_multiply, log_lik[:-1, :, None] + log_trans)
+    # products are known up to their scale; one move from the message before gives the scale of a scan
+    before = jnp.concatenate([log_start[None], log_total(log_start[:, None] + products[:-1], axis=-2)])
+    after = log_normalize(before + log_lik[:-1])
+    return jnp.concatenate([log_start[None], log_total(after[:, :, None] + log_trans, axis=-2)])
+
+
+def _blocked(log_start: Array, log_trans: Array, log_lik: Array) -> Array:
+    """Products of all blocks at once, starts of the blocks one after the other, messages inside all blocks at once."""
+    num_moves = log_lik.shape[0] - 1
+    length = max(1, int(num_moves**0.5))
+    num_blocks, rest = divmod(num_moves, length)
+
+    # what does not fill a block goes first
+    trans_rest = log_trans[:rest] if log_trans.ndim == 3 else log_trans
+    first = log_scan(log_start, trans_rest, log_lik[: rest + 1])
+
+    def cut(x: Array) -> Array:
+        return x[rest:num_moves].reshape(num_blocks, length, *x.shape[1:])
+
+    lik = cut(log_lik)
+    trans = cut(log_trans) if log_trans.ndim == 3 else None
+
+    def product(lik_block: Array, trans_block: Array | None) -> Array:
+        def step(carry: Array, data: tuple[Array, Array | None]) -> tuple[Array, None]:
+            lik_t, trans_t = data
+            return _multiply(carry, lik_t[:, None] + (log_trans if trans_t is None else trans_t)), None
+
+        identity = jnp.where(jnp.eye(log_start.shape[0], dtype=bool), 0.0, -jnp.inf).astype(log_lik.dtype)
+        return jax.lax.scan(step, identity, (lik_block, trans_block))[0]
+
+    def over(start: Array, block: Array) -> tuple[Array, Array]:
+        return log_normalize(log_total(start[:, None] + block, axis=0)), start
+
+    _, starts = jax.lax.scan(over, first[-1], jax.vmap(product)(lik, trans))
+
+    def inside(start: Array, lik_block: Array, trans_block: Array | None) -> Array:
+        # the last row of the likelihood is not used
+        padded = jnp.concatenate([lik_block, lik_block[-1:]])
+        return log_scan(start, log_trans if trans_block is None else trans_block, padded)[1:]
+
+    messages = jax.vmap(inside)(starts, lik, trans)
+    return jnp.concatenate([first, messages.reshape(-1, log_start.shape[0])])
+
+
+def _multiply(x: Float[Array, "*s k k"], y: Float[Array, "*s k k"]) -> Float[Array, "*s k k"]:
+    """Product of matrices of logarithms, scaled so that its largest entry is one."""
+    product = log_total(x[..., :, :, None] + y[..., None, :, :], axis=-2)
+    return product - _finite(jnp.max(product, (-2, -1), keepdims=True))
+
+
+def _normalized(p: Array) -> Array:
+    """The probabilities over their sum; zeros where there are none."""
+    total = jnp.sum(p, -1, keepdims=True)
+    return p / jnp.where(total == 0, 1.0, total)
+
+
+def _finite(x: Array) -> Array:
+    """A shift that leaves -inf what it is."""
+    return jnp.where(x == -jnp.inf, 0.0, x)
+
+
+def _log(p: Array) -> Array:
+    return jnp.where(p == 0, -jnp.inf, jnp.log(jnp.where(p == 0, 1.0, p)))
