@@ -4,9 +4,9 @@ from importlib import resources
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 
-__all__ = ["PriceSeries", "wti_crude_oil"]
+__all__ = ["CountSeries", "PriceSeries", "earthquakes", "wti_crude_oil"]
 
 
 class PriceSeries(NamedTuple):
@@ -22,6 +22,37 @@ class PriceSeries(NamedTuple):
     dates: Shaped[np.ndarray, " t"]
     prices: Float[np.ndarray, " t"]
     returns: Float[np.ndarray, " t-1"]
+
+
+class CountSeries(NamedTuple):
+    """How often something happened, year by year.
+
+    Attributes:
+        years: successive.
+        counts: of each year.
+    """
+
+    years: Int[np.ndarray, " t"]
+    counts: Int[np.ndarray, " t"]
+
+
+def earthquakes() -> CountSeries:
+    """Major earthquakes in the world, of magnitude 7 and above, in every year from 1900 to 2006.
+
+    107 counts, more dispersed than a Poisson law and correlated from year to year: the standard example of a hidden
+    Markov model of counts.
+
+    Source: US Geological Survey, in the public domain in the United States (17 U.S.C. 105); as used by Zucchini,
+    MacDonald and Langrock (2016), Hidden Markov Models for Time Series, doi:10.1201/b20790.
+
+    Example:
+        >>> import bayesinf.datasets
+        >>> quakes = bayesinf.datasets.earthquakes()
+        >>> len(quakes.counts), int(quakes.years[quakes.counts.argmax()])
+        (107, 1943)
+    """
+    rows = _rows("earthquakes.csv")
+    return CountSeries(*(np.array(column, int) for column in zip(*rows, strict=True)))
 
 
 def wti_crude_oil() -> PriceSeries:
@@ -43,8 +74,12 @@ def wti_crude_oil() -> PriceSeries:
         >>> str(oil.dates[oil.prices.argmin()])
         '2016-02-11'
     """
-    text = resources.files("bayesinf").joinpath("data", "wti_crude_oil.csv").read_text(encoding="utf-8")
-    rows = [line.split(",") for line in text.splitlines()[1:]]
+    rows = _rows("wti_crude_oil.csv")
     dates = np.array([date for date, _ in rows], "datetime64[D]")
     prices = np.array([price for _, price in rows], np.float64)
     return PriceSeries(dates, prices, 100.0 * np.diff(np.log(prices)))
+
+
+def _rows(file: str) -> list[list[str]]:
+    text = resources.files("bayesinf").joinpath("data", file).read_text(encoding="utf-8")
+    return [line.split(",") for line in text.splitlines()[1:]]

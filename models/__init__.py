@@ -4,10 +4,12 @@ if __name__ != "bayesinf.models":
     raise ImportError("import bayesinf.models, not models: this folder is only a part of bayesinf")
 
 from bayesinf.models import conformal as conformal
+from bayesinf.models import hmm as hmm
 from bayesinf.models.autoregression import autoregression_plus_noise as autoregression_plus_noise
 from bayesinf.models.chaotic_rnn import ChaoticRNN as ChaoticRNN
 from bayesinf.models.conditionally_discrete import ConditionallyDiscrete as ConditionallyDiscrete
 from bayesinf.models.conditionally_linear_gaussian import ConditionallyLinearGaussian as ConditionallyLinearGaussian
+from bayesinf.models.hmm import HiddenMarkovModel as HiddenMarkovModel
 from bayesinf.models.hmm import HMMBelief as HMMBelief
 from bayesinf.models.hmm import HMMFiltered as HMMFiltered
 from bayesinf.models.hmm import HMMPath as HMMPath

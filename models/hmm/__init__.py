@@ -1,14 +1,33 @@
 """Hidden Markov models: exact inference on arrays of log probabilities, and models that learn them."""
 
+from bayesinf.models.hmm.count_emissions import Categorical as Categorical
+from bayesinf.models.hmm.count_emissions import GammaPrior as GammaPrior
+from bayesinf.models.hmm.count_emissions import Poisson as Poisson
+from bayesinf.models.hmm.em import HMMFit as HMMFit
+from bayesinf.models.hmm.emission import Emission as Emission
 from bayesinf.models.hmm.filter import HMMBelief as HMMBelief
 from bayesinf.models.hmm.filter import HMMFiltered as HMMFiltered
 from bayesinf.models.hmm.filter import hmm_filter as hmm_filter
 from bayesinf.models.hmm.filter import hmm_start as hmm_start
 from bayesinf.models.hmm.filter import hmm_step as hmm_step
 from bayesinf.models.hmm.forecast import hmm_forecast as hmm_forecast
+from bayesinf.models.hmm.gamma_emission import Gamma as Gamma
+from bayesinf.models.hmm.gaussian_emission import Gaussian as Gaussian
+from bayesinf.models.hmm.gaussian_emission import GaussianPrior as GaussianPrior
+from bayesinf.models.hmm.gibbs import HMMGibbs as HMMGibbs
+from bayesinf.models.hmm.mixture_emission import Mixture as Mixture
+from bayesinf.models.hmm.model import HiddenMarkovModel as HiddenMarkovModel
+from bayesinf.models.hmm.model import sticky as sticky
+from bayesinf.models.hmm.numpyro_emission import NumPyroEmission as NumPyroEmission
+from bayesinf.models.hmm.parameters import parameters_of as parameters_of
+from bayesinf.models.hmm.parameters import with_parameters as with_parameters
+from bayesinf.models.hmm.regression_emission import LinearRegression as LinearRegression
+from bayesinf.models.hmm.regression_emission import RegressionPrior as RegressionPrior
 from bayesinf.models.hmm.sample import hmm_sample as hmm_sample
 from bayesinf.models.hmm.smoother import HMMSmoothed as HMMSmoothed
 from bayesinf.models.hmm.smoother import hmm_fixed_lag as hmm_fixed_lag
 from bayesinf.models.hmm.smoother import hmm_smoother as hmm_smoother
+from bayesinf.models.hmm.student_t_emission import StudentT as StudentT
 from bayesinf.models.hmm.viterbi import HMMPath as HMMPath
 from bayesinf.models.hmm.viterbi import hmm_viterbi as hmm_viterbi
+from bayesinf.models.hmm.von_mises_emission import VonMises as VonMises
