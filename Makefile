@@ -23,12 +23,13 @@ JOBS ?= 2
 demo: $(VENV)/installed-plots
 	$(BIN)/python -m bayesinf $(ARGS)
 
-# one file of tests stays on one worker, so that what it compiles is compiled once; timings are of no use on two workers
+# neighbours stay on one worker, so that what a file compiles is compiled once, until another has nothing left to do;
+# timings are of no use on two workers
 test: $(VENV)/installed-test
-	$(BIN)/pytest -p no:benchmark -n $(JOBS) --dist loadfile $(ARGS)
+	$(BIN)/pytest -p no:benchmark -n $(JOBS) --dist worksteal $(ARGS)
 
 slow: $(VENV)/installed-test
-	$(BIN)/pytest -p no:benchmark -n $(JOBS) -m slow $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/pytest -p no:benchmark -n $(JOBS) -m slow $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .

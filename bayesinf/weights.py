@@ -1,8 +1,8 @@
 """Arithmetic of log weights.
 
 A log weight that is NaN or +inf is no weight: it counts as -inf everywhere here, and `num_invalid` says how many there
-are. Where no weight is left, `log_mean_exp` is -inf, `ess` is 0 and `normalize` returns -inf throughout, never NaN; the
-gradients of these are zero there.
+are. Where no weight is left, `log_mean_exp` and `log_sum_exp` are -inf, `ess` is 0 and `normalize` returns -inf
+throughout, never NaN; the gradients of these are zero there.
 """
 
 from functools import partial
@@ -23,6 +23,7 @@ __all__ = [
     "ess",
     "is_degenerate",
     "log_mean_exp",
+    "log_sum_exp",
     "moments",
     "normalize",
     "num_invalid",
@@ -112,6 +113,28 @@ def log_mean_exp(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     mean = jnp.mean(scaled, axis)
     is_positive = mean > 0
     return jnp.where(is_positive, jnp.log(jnp.where(is_positive, mean, 1.0)) + jnp.squeeze(shift, axis), -jnp.inf)
+
+
+def log_sum_exp(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """Log of the sum of exp(x); -inf where every x is -inf, NaN or +inf.
+
+    Args:
+        x: any shape; NaN and +inf count as -inf.
+        axis: the axis of the sum.
+
+    Returns:
+        Log sums, without the axis.
+
+    Raises:
+        ValueError: there are none to add.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import weights
+        >>> round(float(jnp.exp(weights.log_sum_exp(jnp.log(jnp.array([1.0, 2.0, 0.0]))))), 3)
+        3.0
+    """
+    return log_mean_exp(x, axis) + jnp.log(jnp.shape(x)[axis])
 
 
 def normalize(log_weights: Float[Array, "..."], axis: int = -1) -> tuple[Float[Array, "..."], Float[Array, "..."]]:

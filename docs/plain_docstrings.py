@@ -6,6 +6,7 @@ Python makes one up.
 """
 
 import re
+from urllib.parse import quote
 
 SECTION = re.compile(r"^(Args|Returns|Raises|Yields|Attributes|Class attributes|Example|Examples|References|Note):$")
 LINK = re.compile(r"\b(doi|arXiv):(10\.\S+[\w)]|\d{4}\.\d{4,5})")
@@ -63,5 +64,11 @@ def inline(line: str) -> str:
         text = (
             parts[i] if re.match(r"\s*\*{1,2}\w+:", parts[i]) else re.sub(r"([*|]|(?<=\w)_(?!\w))", r"\\\1", parts[i])
         )
-        parts[i] = LINK.sub(lambda m: f"`{m[0]} <{HOSTS[m[1]]}{m[2]}>`__", text)
+        parts[i] = LINK.sub(link, text)
     return "".join(parts)
+
+
+def link(match: re.Match) -> str:
+    """A link to a reference; older identifiers have angle brackets, which would end it."""
+    text = re.sub("([<>])", r"\\\1", match[0])
+    return f"`{text} <{HOSTS[match[1]]}{quote(match[2], safe='/:;()')}>`__"

@@ -18,7 +18,7 @@ References:
     Singh, Lindsten and Moulines (2017), doi:10.1093/biomet/asx051.
 """
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,18 +27,16 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.kernel import Kernel, select
+from bayesinf.kernel import select
 from bayesinf.kernels import cloud as clouds
 from bayesinf.kernels.conditional_smc import (
     REFRESHMENTS,
-    PathState,
-    check_path,
     draw_line,
     draw_parent,
-    first_paths,
 )
 from bayesinf.kernels.filter_steps import check_proposal
-from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, check_series, log_prob
+from bayesinf.kernels.path_kernel import PathKernel, PathState
+from bayesinf.models.state_space import StateSpaceModel, log_prob
 from bayesinf.resampling import gather
 from bayesinf.weights import clean, is_degenerate, num_invalid
 
@@ -65,7 +63,7 @@ class BlockedInfo(NamedTuple):
     num_invalid: Int[Array, ""]
 
 
-class BlockedSMC(Kernel):
+class BlockedSMC(PathKernel):
     """Blocked conditional SMC on paths: leaves p(x_{0:T-1} | y_{0:T-1}) invariant.
 
     Attributes:
@@ -89,33 +87,16 @@ class BlockedSMC(Kernel):
         ((50,), (50,))
     """
 
-    is_sequential: ClassVar[bool] = True
-
-    model: StateSpaceModel
-    ys: PyTree = eqx.field(converter=check_series)
     num_particles: int = eqx.field(static=True, default=32)
     block_size: int = eqx.field(static=True, default=32)
     refresh: str = eqx.field(static=True, default="backward")
     proposal: str = eqx.field(static=True, default="bootstrap")
 
-    def __check_init__(self):
+    def _check_rest(self):
         errors.check_count("num_particles", self.num_particles, minimum=2)
         errors.check_count("block_size", self.block_size)
         errors.check_choice("refresh", self.refresh, REFRESHMENTS)
         check_proposal(self.model, self.proposal)
-        check_observations(self.model, self.ys)
-        check_model(self.model)
-
-    def init(self, position: PyTree) -> PathState:
-        return PathState(check_path(self.model, self.ys, position))
-
-    def initial(self, key: errors.KeyLike, num_chains: int = 4) -> PyTree:
-        """Starting paths, with a leading chain axis: backward draws from one free particle filter.
-
-        Raises:
-            DegenerateWeightsError: all weights of the filter vanished.
-        """
-        return first_paths(self, key, num_chains)
 
     def step(self, key: Key[Array, ""], state: PathState) -> tuple[PathState, BlockedInfo]:
         path, num_steps = state.position, jax.tree.leaves(self.ys)[0].shape[0]

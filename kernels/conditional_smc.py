@@ -21,27 +21,21 @@ References:
 """
 
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.kernel import Kernel, select
+from bayesinf.kernel import select
 from bayesinf.kernels import cloud as clouds
-from bayesinf.kernels.backward import backward_sample
 from bayesinf.kernels.filter_steps import check_proposal
-from bayesinf.kernels.particle_filter import particle_filter
+from bayesinf.kernels.path_kernel import PathKernel, PathState
 from bayesinf.models.state_space import (
     StateSpaceModel,
-    check_model,
-    check_observations,
-    check_series,
     log_prob,
-    sample,
 )
 from bayesinf.resampling import gather
 from bayesinf.weights import clean, compensated_sum, is_degenerate, log_mean_exp, num_invalid
@@ -50,22 +44,13 @@ __all__ = [
     "REFRESHMENTS",
     "ConditionalSMC",
     "PathInfo",
-    "PathState",
-    "check_path",
     "draw_last",
     "draw_line",
     "draw_parent",
     "finish_sweep",
-    "first_paths",
 ]
 
 REFRESHMENTS = ("ancestor", "backward", "none")
-
-
-class PathState(NamedTuple):
-    """A path x_{0:T-1}: every leaf has leading axis T."""
-
-    position: PyTree
 
 
 class PathInfo(NamedTuple):
@@ -90,7 +75,7 @@ class PathInfo(NamedTuple):
     num_invalid: Int[Array, ""]
 
 
-class ConditionalSMC(Kernel):
+class ConditionalSMC(PathKernel):
     """Conditional SMC on paths: leaves p(x_{0:T-1} | y_{0:T-1}) invariant.
 
     Attributes:
@@ -113,31 +98,14 @@ class ConditionalSMC(Kernel):
         ((50,), (50,))
     """
 
-    is_sequential: ClassVar[bool] = True
-
-    model: StateSpaceModel
-    ys: PyTree = eqx.field(converter=check_series)
     num_particles: int = eqx.field(static=True, default=64)
     refresh: str = eqx.field(static=True, default="ancestor")
     proposal: str = eqx.field(static=True, default="bootstrap")
 
-    def __check_init__(self):
+    def _check_rest(self):
         errors.check_count("num_particles", self.num_particles, minimum=2)
         errors.check_choice("refresh", self.refresh, REFRESHMENTS)
         check_proposal(self.model, self.proposal)
-        check_observations(self.model, self.ys)
-        check_model(self.model)
-
-    def init(self, position: PyTree) -> PathState:
-        return PathState(check_path(self.model, self.ys, position))
-
-    def initial(self, key: errors.KeyLike, num_chains: int = 4) -> PyTree:
-        """Starting paths, with a leading chain axis: backward draws from one free particle filter.
-
-        Raises:
-            DegenerateWeightsError: all weights of the filter vanished.
-        """
-        return first_paths(self, key, num_chains)
 
     def step(self, key: Key[Array, ""], state: PathState) -> tuple[PathState, PathInfo]:
         model, reference = self.model, state.position
@@ -189,15 +157,7 @@ def draw_line(
     return jnp.concatenate([indices, last[None]])
 
 
-# ---- what the kernels on paths have in common ----
-
-
-def first_paths(kernel: Any, key: errors.KeyLike, num_paths: int, *, throw: bool = True) -> PyTree:
-    """Backward draws from one free particle filter; any paths at all if its weights vanish and nothing is to raise."""
-    key_filter, key_back = jax.random.split(errors.as_key(key))
-    options = {"num_particles": kernel.num_particles, "proposal": kernel.proposal, "throw": throw}
-    filtered = particle_filter(key_filter, kernel.model, kernel.ys, store="full", **options)
-    return backward_sample(key_back, kernel.model, filtered, num_paths, throw=throw)
+# ---- what conditional filters have in common ----
 
 
 def draw_last(key: Key[Array, ""], log_weights: Float[Array, "t N"]) -> Int[Array, ""]:
@@ -221,27 +181,3 @@ def finish_sweep(state: PathState, cloud: clouds.Cloud, indices: Int[Array, " t"
         num_invalid=num_invalid(cloud.log_weights.ravel()).astype(jnp.int32),
     )
     return PathState(select(is_ok, path, state.position)), info
-
-
-def check_path(model: StateSpaceModel, ys: PyTree, path: PyTree) -> PyTree:
-    """The path as arrays, if it is one of the model: T rows, each of the structure, shape and kind of a state."""
-    path = errors.as_arrays("position", path)
-    num_steps = jax.tree.leaves(ys)[0].shape[0]
-    x = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, sample(jax.random.key(0), model.initial())))
-    if jax.tree.structure(path) != jax.tree.structure(x):
-        raise ValueError(
-            f"position must be a path of states of structure {jax.tree.structure(x)}, got {jax.tree.structure(path)}"
-        )
-    for leaf, like in zip(jax.tree.leaves(path), jax.tree.leaves(x), strict=True):
-        if leaf.shape != (num_steps, *like.shape):
-            raise ValueError(
-                f"position must be a path with the {num_steps} rows of ys, of shape {(num_steps, *like.shape)}, "
-                f"got shape {leaf.shape}"
-            )
-        kind = jnp.floating if jnp.issubdtype(like.dtype, jnp.floating) else jnp.integer
-        if not jnp.issubdtype(leaf.dtype, kind):
-            raise ValueError(f"position must be {kind.__name__} point like the model's states, got {leaf.dtype}")
-        if errors.is_concrete(leaf) and not np.all(np.isfinite(np.asarray(leaf))):
-            rows = np.unique(np.nonzero(~np.isfinite(np.asarray(leaf)))[0])[:5]
-            raise ValueError(f"position must be a path of finite states, but rows {rows.tolist()} are not finite")
-    return path

@@ -27,7 +27,7 @@ References:
     Corenflos, Chopin and Särkkä (2022), https://arxiv.org/abs/2202.02264 (conditional SMC in parallel).
 """
 
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -37,13 +37,11 @@ from jax.scipy.special import logsumexp
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.kernel import Kernel, select
-from bayesinf.kernels.conditional_smc import ConditionalSMC, PathState, check_path
+from bayesinf.kernel import select
+from bayesinf.kernels.conditional_smc import ConditionalSMC
+from bayesinf.kernels.path_kernel import PathKernel, PathState
 from bayesinf.models.state_space import (
     StateSpaceModel,
-    check_model,
-    check_observations,
-    check_series,
     log_prob,
     observation_log_prob,
     sample,
@@ -81,7 +79,7 @@ class EmbeddedInfo(NamedTuple):
     num_invalid: Int[Array, ""]
 
 
-class EmbeddedHMM(Kernel):
+class EmbeddedHMM(PathKernel):
     """The embedded hidden Markov model on paths: leaves p(x_{0:T-1} | y_{0:T-1}) invariant.
 
     Attributes:
@@ -105,20 +103,14 @@ class EmbeddedHMM(Kernel):
         ((50,), (50,))
     """
 
-    is_sequential: ClassVar[bool] = True
-
-    model: StateSpaceModel
-    ys: PyTree = eqx.field(converter=check_series)
     num_particles: int = eqx.field(static=True, default=16)
     step_size: Float[Array, "..."] = eqx.field(converter=errors.as_array("step_size", is_floating=True), default=1.0)
     method: str = eqx.field(static=True, default="auto")
 
-    def __check_init__(self):
+    def _check_rest(self):
         errors.check_count("num_particles", self.num_particles, minimum=2)
         errors.check_positive("step_size", self.step_size)
         errors.check_choice("method", self.method, EMBEDDED_METHODS)
-        check_observations(self.model, self.ys)
-        check_model(self.model)
         _check_states(self.model)
         num_steps = jax.tree.leaves(self.ys)[0].shape[0]
         if self.step_size.shape not in ((), (num_steps,)):
@@ -133,9 +125,6 @@ class EmbeddedHMM(Kernel):
         # in dimension 1 it is at rates up to 0.16 higher and in dimension 20 up to 0.19 lower, and no less than 0.86 of
         # it is left at this one. It is below (N - 1) / N, to which the rate tends as the step size vanishes.
         return 1.0 - self.num_particles ** (-1.0 / 3.0)
-
-    def init(self, position: PyTree) -> PathState:
-        return PathState(check_path(self.model, self.ys, position))
 
     def initial(self, key: errors.KeyLike, num_chains: int = 4) -> PyTree:
         """Starting paths, with a leading chain axis: backward draws from one particle filter of 256 particles.

@@ -28,11 +28,12 @@ from bayesinf import errors
 from bayesinf.captured import as_pytree
 from bayesinf.kernels.additive import AdditiveFunctional
 from bayesinf.kernels.backward import BACKWARD_METHODS, backward_sample
-from bayesinf.kernels.conditional_smc import ConditionalSMC, PathState, check_path, first_paths
+from bayesinf.kernels.conditional_smc import ConditionalSMC
 from bayesinf.kernels.filter_steps import PROPOSALS
 from bayesinf.kernels.paris import paris
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs
 from bayesinf.kernels.particle_filter import particle_filter
+from bayesinf.kernels.path_kernel import PathState, check_path, first_paths
 from bayesinf.kernels.vectors import strong
 from bayesinf.models.state_space import StateSpaceModel, check_series
 from bayesinf.progress import Progress

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors, weights
 from bayesinf.captured import as_pytree
+from bayesinf.kernels.lineage import Lineage, descend, found, relative_variance
 from bayesinf.kernels.mutation import each, equal_weights
 from bayesinf.kernels.online_filter import FilterState, ParticleFilter, begin, keys_of, move_on
 from bayesinf.models.state_space import StateSpaceModel
@@ -40,11 +41,13 @@ class Population(NamedTuple):
         positions: unconstrained parameters, leading axis N.
         log_weights: normalised.
         filters: states of a particle filter of each, leading axis N.
+        lineage: from which of the first parameters each descends.
     """
 
     positions: PyTree
     log_weights: Float[Array, " n"]
     filters: FilterState
+    lineage: Lineage
 
 
 class Records(NamedTuple):
@@ -65,12 +68,14 @@ class Run(NamedTuple):
         t: the time.
         needs_more: whether it was done, moves were hardly accepted, and the filters need more particles to go on.
         population, records: as they are.
+        variance: of Zhat_{0..t} / Z, from the weights before they are resampled.
     """
 
     t: Int[Array, ""]
     needs_more: Bool[Array, ""]
     population: Population
     records: Records
+    variance: Float[Array, ""]
 
 
 class NestedFilters(eqx.Module):
@@ -89,6 +94,7 @@ class NestedFilters(eqx.Module):
     num_moves: int = eqx.field(static=True)
     proposal: str = eqx.field(static=True)
     resampling: str = eqx.field(static=True)
+    filter_resampling: str = eqx.field(static=True)
     batch_size: int | None = eqx.field(static=True)
 
     @property
@@ -102,7 +108,7 @@ class NestedFilters(eqx.Module):
             self.build(self.prior.constrain(position)),
             num_particles=self.num_particles,
             proposal=self.proposal,
-            resampling=self.resampling,
+            resampling=self.filter_resampling,
             ess_threshold=self.filter_ess_threshold,
         )
 
@@ -184,6 +190,7 @@ class NestedFilters(eqx.Module):
         key_resample, key_filters, key_moves = jax.random.split(key, 3)
         tril = self.walk(population)
         parents = resample(key_resample, population.log_weights, num, self.resampling)
+        lineage = descend(population.lineage, parents, self.resampling)
         positions, filters = gather((population.positions, population.filters), parents)
         filters = filters._replace(key=jax.random.split(key_filters, num))  # copies go on independently
         flatten, unravel = _flattening(positions)
@@ -215,7 +222,7 @@ class NestedFilters(eqx.Module):
             jnp.zeros((), jnp.int32),
         )
         positions, filters, _, rate, num_invalid = jax.lax.fori_loop(0, self.num_moves, move, carry)
-        population = Population(positions, equal_weights(population.log_weights), filters)
+        population = Population(positions, equal_weights(population.log_weights), filters, lineage)
         return population, rate / self.num_moves, num_invalid
 
     def _row(self, t: Any) -> PyTree:
@@ -243,8 +250,9 @@ def start(self: NestedFilters, key: Key[Array, ""]) -> Run:
     )
     t = jnp.zeros((), jnp.int32)
     equal = jnp.full(num, -jnp.log(num), dtype)
-    population, records = self.weigh(t, Population(positions, equal, filters), records, increments, num_invalid)
-    return Run(t, jnp.zeros((), bool), population, records)
+    population = Population(positions, equal, filters, found(num, dtype))
+    population, records = self.weigh(t, population, records, increments, num_invalid)
+    return Run(t, jnp.zeros((), bool), population, records, jnp.zeros((), dtype))
 
 
 @jax.jit
@@ -255,6 +263,7 @@ def advance(self: NestedFilters, key: Key[Array, ""], run: Run) -> Run:
     def step(run: Run) -> Run:
         t, population, records = run.t, run.population, run.records
         ess = weights.ess(population.log_weights)
+        variance = relative_variance(population.lineage, population.log_weights)
         is_resampled = (ess <= self.ess_threshold * self.num_parameters) & (ess > 0)
         population, rate, num_invalid = jax.lax.cond(
             is_resampled,
@@ -278,7 +287,7 @@ def advance(self: NestedFilters, key: Key[Array, ""], run: Run) -> Run:
             population,
             records,
         )
-        return Run(jnp.where(needs_more, t, t + 1), needs_more, population, records)
+        return Run(jnp.where(needs_more, t, t + 1), needs_more, population, records, variance)
 
     return jax.lax.while_loop(lambda run: (run.t < self.num_steps) & ~run.needs_more, step, run)
 
@@ -297,8 +306,9 @@ def grow(self: NestedFilters, key: Key[Array, ""], run: Run) -> Run:
         num_state_particles=jnp.where(is_after, self.num_particles, records.num_state_particles),
         num_invalid=records.num_invalid.at[t].add(jnp.sum(num_invalid, dtype=jnp.int32)),
     )
-    population, records = self.take(t + 1, Population(old.positions, log_weights, filters), records)
-    return Run(t + 1, jnp.zeros((), bool), population, records)
+    population = old._replace(log_weights=log_weights, filters=filters)
+    population, records = self.take(t + 1, population, records)
+    return run._replace(t=t + 1, needs_more=jnp.zeros((), bool), population=population, records=records)
 
 
 def _log_exchange(new: FilterState, old: FilterState) -> Float[Array, " n"]:

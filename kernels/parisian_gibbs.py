@@ -20,7 +20,7 @@ References:
 """
 
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,7 +30,6 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
 from bayesinf.captured import current
-from bayesinf.kernel import Kernel
 from bayesinf.kernels import cloud as clouds
 from bayesinf.kernels.additive import (
     AdditiveFunctional,
@@ -41,9 +40,10 @@ from bayesinf.kernels.additive import (
     weighted_mean,
 )
 from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
-from bayesinf.kernels.conditional_smc import PathState, check_path, draw_last, finish_sweep, first_paths
+from bayesinf.kernels.conditional_smc import draw_last, finish_sweep
 from bayesinf.kernels.filter_steps import check_proposal, cure_of_vanished, warn_of_invalid
-from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations, check_series
+from bayesinf.kernels.path_kernel import PathKernel, PathState, first_paths
+from bayesinf.models.state_space import StateSpaceModel
 from bayesinf.resampling import gather
 
 __all__ = ["PPGResult", "ParisianGibbs", "ParisianInfo", "ppg", "roll_out"]
@@ -62,7 +62,7 @@ class ParisianInfo(NamedTuple):
     estimate: PyTree
 
 
-class ParisianGibbs(Kernel):
+class ParisianGibbs(PathKernel):
     """Conditional PaRIS on paths: leaves p(x_{0:T-1} | y_{0:T-1}) invariant, and estimates an additive functional.
 
     Attributes:
@@ -86,36 +86,19 @@ class ParisianGibbs(Kernel):
         ((50,), ())
     """
 
-    is_sequential: ClassVar[bool] = True
-
-    model: StateSpaceModel
-    ys: PyTree = eqx.field(converter=check_series)
     functional: AdditiveFunctional
     num_particles: int = eqx.field(static=True, default=64)
     num_backward: int = eqx.field(static=True, default=2)
     method: str = eqx.field(static=True, default="auto")
     proposal: str = eqx.field(static=True, default="bootstrap")
 
-    def __check_init__(self):
+    def _check_rest(self):
         errors.check_count("num_particles", self.num_particles, minimum=2)
         errors.check_count("num_backward", self.num_backward)
         errors.check_choice("method", self.method, BACKWARD_METHODS)
         check_proposal(self.model, self.proposal)
-        check_observations(self.model, self.ys)
-        check_model(self.model)
         check_functional(self.functional)
         check_terms(self.functional, self.model, jax.tree.map(lambda leaf: leaf[0], self.ys))
-
-    def init(self, position: PyTree) -> PathState:
-        return PathState(check_path(self.model, self.ys, position))
-
-    def initial(self, key: errors.KeyLike, num_chains: int = 4) -> PyTree:
-        """Starting paths, with a leading chain axis: backward draws from one free particle filter.
-
-        Raises:
-            DegenerateWeightsError: all weights of the filter vanished.
-        """
-        return first_paths(self, key, num_chains)
 
     def step(self, key: Key[Array, ""], state: PathState) -> tuple[PathState, ParisianInfo]:
         model, reference = self.model, state.position

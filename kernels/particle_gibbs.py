@@ -34,7 +34,7 @@ from bayesinf import errors
 from bayesinf.captured import captured, current
 from bayesinf.kernel import Kernel
 from bayesinf.kernels.backward import backward_sample
-from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC, PathState
+from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC
 from bayesinf.kernels.filter_steps import PROPOSALS
 from bayesinf.kernels.foreign import ForeignOn
 from bayesinf.kernels.innovations import innovations, path_of
@@ -48,6 +48,7 @@ from bayesinf.kernels.parts import (
     merge_infos,
     scale_steps,
 )
+from bayesinf.kernels.path_kernel import PathState
 from bayesinf.models.state_space import StateSpaceModel, check_series, log_joint, log_likelihood
 from bayesinf.target import Target
 

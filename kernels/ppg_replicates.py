@@ -23,8 +23,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from bayesinf import errors
 from bayesinf.captured import current
 from bayesinf.kernels.additive import AdditiveFunctional
-from bayesinf.kernels.conditional_smc import first_paths
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs, PPGResult, roll_out
+from bayesinf.kernels.path_kernel import first_paths
 from bayesinf.models.state_space import StateSpaceModel
 
 __all__ = ["PPGReplicates", "ppg_replicates"]

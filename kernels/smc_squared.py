@@ -19,6 +19,9 @@ filter over y_{0..t}, with random numbers u', and
 With fixed `walk_tril` and `num_particles`, and ess_threshold = 1, E[Zhat] = Z for every N. What is chosen by looking at
 the population costs a bias of order 1 / N.
 
+It is an SMC sampler of the pairs (theta, u), and so its variance can be estimated from the ancestors of the theta (see
+`lineage`), the noise of their filters included.
+
 References:
     Chopin, Jacob and Papaspiliopoulos (2013), doi:10.1111/j.1467-9868.2012.01046.x.
     Roberts, Gelman and Gilks (1997), doi:10.1214/aoap/1034625254 (2.38).
@@ -56,6 +59,9 @@ class SMCSquaredResult(NamedTuple):
         positions: the same, unconstrained.
         log_weights: normalised; they are to be used, unless the last step resampled.
         log_evidence: log Zhat; -inf if all weights vanished.
+        log_evidence_variance: estimate of var(Zhat) / Z^2, to first order the variance of log Zhat (see `lineage`);
+            NaN for other resampling of the parameters than multinomial. From few parameters it is rough and may be
+            negative.
         log_evidence_increments: estimates of log p(y_t | y_{0..t-1}).
         ess: effective sample size of the weights given y_{0..t}.
         is_resampled: whether the parameters were then resampled and moved.
@@ -71,6 +77,7 @@ class SMCSquaredResult(NamedTuple):
     positions: PyTree
     log_weights: Float[Array, " n"]
     log_evidence: Float[Array, ""]
+    log_evidence_variance: Float[Array, ""]
     log_evidence_increments: Float[Array, " t"]
     ess: Float[Array, " t"]
     is_resampled: Bool[Array, " t"]
@@ -94,7 +101,8 @@ def smc_squared(
     num_moves: int = 5,
     walk_tril: Float[Array, "d d"] | None = None,
     proposal: str = "bootstrap",
-    resampling: str = "systematic",
+    resampling: str = "multinomial",
+    filter_resampling: str = "systematic",
     filter_ess_threshold: Float[Array, ""] | float = 0.5,
     batch_size: int | None = None,
     throw: bool = True,
@@ -119,7 +127,9 @@ def smc_squared(
         walk_tril: L, the Cholesky factor of the covariance of a move, over the unconstrained theta as `ravel_pytree`
             lays it out; by default it follows the population.
         proposal: of the filters, "bootstrap" or "guided" by the model's own proposals.
-        resampling: of parameters and of states, one of `bayesinf.resampling.SCHEMES`.
+        resampling: of parameters, one of `bayesinf.resampling.SCHEMES`. Only "multinomial" has a variance estimate;
+            "systematic" has a little less variance.
+        filter_resampling: of the states of each filter, one of the same.
         filter_ess_threshold: in [0, 1]; a filter resamples its states where their ess is at most that share of them.
         batch_size: how many filters run at once; None for all.
         throw: whether to raise when no weight is left.
@@ -161,6 +171,7 @@ def smc_squared(
         num_moves=errors.check_count("num_moves", num_moves),
         proposal=proposal,
         resampling=resampling,
+        filter_resampling=filter_resampling,
         batch_size=batch_size if batch_size is None else errors.check_count("batch_size", batch_size),
     )
     _check(nested)
@@ -185,10 +196,11 @@ def smc_squared(
 
 @jax.jit
 def _result(self: NestedFilters, run: Run) -> SMCSquaredResult:
-    positions, log_weights, filters = run.population
+    positions, log_weights, filters, _ = run.population
     particles = jax.vmap(lambda position: self.prior.constrain(position))(positions)
     log_evidence = weights.compensated_sum(run.records.log_evidence_increments)
-    return SMCSquaredResult(particles, positions, log_weights, log_evidence, *run.records, filters)
+    variance = jnp.where(jnp.isneginf(log_evidence), jnp.nan, run.variance)
+    return SMCSquaredResult(particles, positions, log_weights, log_evidence, variance, *run.records, filters)
 
 
 def _as_drawable(prior: Any) -> Any:
@@ -205,7 +217,8 @@ def _as_drawable(prior: Any) -> Any:
 def _check(self: NestedFilters) -> None:
     """What can be known of the arguments before anything runs."""
     errors.check_arguments("build", self.build, "theta")
-    errors.check_choice("resampling", self.resampling, SCHEMES)
+    for name in ("resampling", "filter_resampling"):
+        errors.check_choice(name, getattr(self, name), SCHEMES)
     for name in ("ess_threshold", "filter_ess_threshold", "least_acceptance"):
         value = getattr(self, name)
         if errors.is_concrete(value) and not np.all((np.asarray(value) >= 0) & (np.asarray(value) <= 1)):

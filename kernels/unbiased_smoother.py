@@ -29,8 +29,9 @@ from bayesinf.captured import current
 from bayesinf.kernels import cloud as clouds
 from bayesinf.kernels.additive import AdditiveFunctional, start_statistics, update_statistics, weighted_mean
 from bayesinf.kernels.cloud import Cloud
-from bayesinf.kernels.conditional_smc import PathState, finish_sweep, first_paths
+from bayesinf.kernels.conditional_smc import finish_sweep
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs
+from bayesinf.kernels.path_kernel import PathState, first_paths
 from bayesinf.models.state_space import StateSpaceModel, log_prob
 from bayesinf.resampling import gather
 

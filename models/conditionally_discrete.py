@@ -164,7 +164,7 @@ def _each(p: Array, log_density: Callable[[Array], Array]) -> Array:
 
 
 def _sum_over(p: Array, log_density: Callable[[Array], Array]) -> Array:
-    return weights.log_mean_exp(_each(p, log_density)) + jnp.log(p.shape[0])
+    return weights.log_sum_exp(_each(p, log_density))
 
 
 def _weigh(p: Array, log_density: Callable[[Array], Array]) -> DiscreteBelief:

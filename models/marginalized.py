@@ -152,7 +152,7 @@ class Marginalized(StateSpaceModel):
         _, log_prior, log_likelihood = self._enumerate(
             law, lambda u: self.model.believe(x_prev.outer, x_prev.filtered, u, t), y, t
         )
-        return _log_sum_exp(log_prior + log_likelihood)
+        return weights.log_sum_exp(log_prior + log_likelihood)
 
     def log_initial_ratio(self, x: Marginal, y: PyTree) -> Float[Array, ""]:
         return x.log_ratio
@@ -193,7 +193,7 @@ class Marginalized(StateSpaceModel):
                 log_joint = weights.clean(log_prior + log_likelihood)
                 is_lost = weights.is_degenerate(log_joint)  # then any value will do: its weight is zero
                 index = jax.random.categorical(key, jnp.where(is_lost, 0.0, log_joint))
-                return values[index], jnp.where(is_lost, 0.0, _log_sum_exp(log_joint) - log_likelihood[index])
+                return values[index], jnp.where(is_lost, 0.0, weights.log_sum_exp(log_joint) - log_likelihood[index])
             if own is None:
                 return sample(key, law), jnp.zeros(())
             u = sample(key, own)
@@ -220,10 +220,6 @@ class Marginalized(StateSpaceModel):
 
 def _is_finite(law: Law) -> bool:
     return isinstance(law, dist.Distribution) and law.has_enumerate_support and not law.shape()
-
-
-def _log_sum_exp(x: Array) -> Array:
-    return weights.log_mean_exp(x) + jnp.log(x.shape[0])
 
 
 def _refuse() -> Any:

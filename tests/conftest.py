@@ -1,11 +1,19 @@
 """Shared set-up: shapes and dtypes of every public signature are checked while the tests run."""
 
+import os
 import time
+from importlib.metadata import version
 
 import pytest
 from jaxtyping import config, install_import_hook
 
 install_import_hook("bayesinf", "beartype.beartype")
+
+# Most of the time is compilation, of programs that run once: without optimisation it takes a third of it. The slow
+# tests are for what users run: `make slow` sets this to 0.
+if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and version("jaxlib").startswith("0.10."):
+    # a version that does not know a flag ends the process
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
 
 STARTED = time.monotonic()
 
@@ -20,7 +28,7 @@ def unchecked():
 
 @pytest.fixture
 def compile_fast():
-    """Where nearly all the time is compilation: unoptimised programs compile three times as fast."""
+    """Unoptimised programs in slow tests too, where nearly all of their time is compilation."""
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")

@@ -14,11 +14,14 @@ def log_weights():
     return 5.0 * jax.random.normal(jax.random.key(0), (3, 40)) + jnp.array([[0.0], [500.0], [-500.0]])
 
 
-def test_log_mean_exp_and_ess_are_their_formulas(log_weights):
+def test_log_mean_exp_log_sum_exp_and_ess_are_their_formulas(log_weights):
     exact = np.asarray(log_weights, np.float64)
     np.testing.assert_allclose(
         weights.log_mean_exp(log_weights), scipy.special.logsumexp(exact, axis=1) - np.log(40), rtol=1e-5, atol=1e-5
     )
+    for axis in (0, 1):
+        expected = scipy.special.logsumexp(exact, axis=axis)
+        np.testing.assert_allclose(weights.log_sum_exp(log_weights, axis), expected, rtol=1e-5, atol=1e-5)
     w = scipy.special.softmax(exact, axis=1)
     np.testing.assert_allclose(weights.ess(log_weights), 1 / (w**2).sum(1), rtol=1e-4)
     np.testing.assert_allclose(weights.ess(log_weights.T, axis=0), weights.ess(log_weights), rtol=1e-5)
@@ -51,12 +54,15 @@ def test_no_weight_left_gives_no_nan():
     assert weights.is_degenerate(NONE)
     assert weights.ess(NONE) == 0
     assert weights.log_mean_exp(NONE) == -jnp.inf
+    assert weights.log_sum_exp(NONE) == -jnp.inf
     log_normalized, log_mean = weights.normalize(NONE)
     assert jnp.all(log_normalized == -jnp.inf)
     assert log_mean == -jnp.inf
 
 
-@pytest.mark.parametrize("function", [weights.ess, weights.log_mean_exp, lambda x: weights.normalize(x)[1]])
+@pytest.mark.parametrize(
+    "function", [weights.ess, weights.log_mean_exp, weights.log_sum_exp, lambda x: weights.normalize(x)[1]]
+)
 @pytest.mark.parametrize("x", [NONE, jnp.array([0.0, -jnp.inf, jnp.nan, 1.0])])
 def test_gradients_are_finite(function, x):
     gradient = jax.grad(function)(x)

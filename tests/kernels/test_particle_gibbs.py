@@ -165,7 +165,7 @@ class Conjugate(bi.Kernel):
     target: bi.Target
 
     def init(self, position):
-        return kernels.conditional_smc.PathState(position)
+        return kernels.path_kernel.PathState(position)
 
     def step(self, key, state):
         prior, ys, path = self.target.data
@@ -178,7 +178,7 @@ class Conjugate(bi.Kernel):
         ]
         theta = prior.unconstrain({"q2": drawn[0], "r2": drawn[1]})
         yes = jnp.ones((), bool)
-        return kernels.conditional_smc.PathState(theta), bi.Info(jnp.ones(()), yes, ~yes, jnp.zeros((), jnp.int32))
+        return kernels.path_kernel.PathState(theta), bi.Info(jnp.ones(()), yes, ~yes, jnp.zeros((), jnp.int32))
 
 
 @eqx.filter_jit

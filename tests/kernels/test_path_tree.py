@@ -31,7 +31,8 @@ def run(store, ess_threshold=0.7, **options):
 def test_the_tree_holds_the_paths_of_the_whole_genealogy(ess_threshold):
     tree, full = run("tree", ess_threshold), run("full", ess_threshold)
     np.testing.assert_array_equal(tree.log_evidence_increments, full.log_evidence_increments)
-    np.testing.assert_array_equal(trace_paths(2, tree, num_paths=100), trace_paths(2, full, num_paths=100))
+    paths = [trace_paths(2, filtered, num_paths=100) for filtered in (tree, full)]
+    np.testing.assert_allclose(*paths, rtol=1e-5, atol=1e-6)  # of two programs, which round on their own
 
 
 def alive(ancestors):
