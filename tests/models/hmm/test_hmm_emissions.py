@@ -175,9 +175,14 @@ def test_gibbs_sampling_leaves_the_joint_law_alone(name):
     blank = jnp.full((1, num_steps), jnp.nan) if emission.event_ndim == 0 else jnp.full((1, num_steps, 2), jnp.nan)
 
     def prior(key):
-        """A draw given data that are all missing is a draw of the prior."""
+        """The emission by a draw given data that are all missing, the chain from its Dirichlet laws."""
+        key_emission, key_initial, key_rows = jax.random.split(key, 3)
         kernel = hmm.HMMGibbs(model, blank[0], covariates=covariates)
-        return kernel.step(key, kernel.init(hmm.parameters_of(model)))[0].position
+        drawn = kernel.step(key_emission, kernel.init(hmm.parameters_of(model)))[0].position
+        return drawn | {
+            "initial": jax.random.dirichlet(key_initial, jnp.full(2, 2.0)),
+            "transition": jax.random.dirichlet(key_rows, model.transition_prior),
+        }
 
     def simulate(key, values):
         return hmm.with_parameters(model, values).simulate(key, num_steps, covariates=covariates)[1]
