@@ -108,17 +108,17 @@ class LinearRegression(Emission):
         return dist.Normal(self.intercept + covariates @ self.coefficients.T, self.scale)
 
     def sample(self, key: Key[Array, ""], states: Int[Array, " t"], covariates: Array | None = None) -> Array:
-        """One series, whose past before the first value is zeros."""
+        """One series; its first l values, which are conditioned on and not scored, are zeros."""
         noise = jax.random.normal(key, states.shape, self.scale.dtype)
         given = jnp.zeros((len(states), 0)) if covariates is None else covariates
 
-        def step(past: Array, data: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-            state, noise, row = data
+        def step(past: Array, data: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+            t, state, noise, row = data
             mean = self.intercept[state] + self.coefficients[state] @ jnp.concatenate([past, row])
-            y = mean + self.scale[state] * noise
+            y = jnp.where(t < self.num_lags, 0.0, mean + self.scale[state] * noise)
             return jnp.concatenate([y[None], past])[: self.num_lags], y
 
-        return jax.lax.scan(step, jnp.zeros(self.num_lags), (states, noise, given))[1]
+        return jax.lax.scan(step, jnp.zeros(self.num_lags), (jnp.arange(len(states)), states, noise, given))[1]
 
     def maximize(self, ys: Array, weights: Float[Array, "t k"], covariates: Array | None = None) -> "LinearRegression":
         design = _design(covariates)

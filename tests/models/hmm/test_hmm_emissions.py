@@ -169,7 +169,7 @@ def test_em_climbs_to_a_stationary_point(name):
 @pytest.mark.parametrize("name", CONJUGATE)
 def test_gibbs_sampling_leaves_the_joint_law_alone(name):
     """Parameters, path and data drawn forwards, and by alternating data and a step; with products of parameters."""
-    emission, num_steps = EMISSIONS[name], 6
+    emission, num_steps = EMISSIONS[name], 8
     covariates = None if given(name) is None else jnp.asarray(COVARIATES[:num_steps])
     model = hmm.HiddenMarkovModel(emission, initial_prior=2.0, transition_prior=np.array([[3.0, 1.0], [1.0, 2.0]]))
     blank = jnp.full((1, num_steps), jnp.nan) if emission.event_ndim == 0 else jnp.full((1, num_steps, 2), jnp.nan)
@@ -191,8 +191,26 @@ def test_gibbs_sampling_leaves_the_joint_law_alone(name):
         kernel = hmm.HMMGibbs(model, ys, covariates=covariates)
         return kernel.step(key, kernel.init(values))[0].position
 
-    report = geweke_joint(0, prior, simulate, transition, num_chains=4_000, num_rounds=3)
+    report = geweke_joint(0, prior, simulate, transition, num_chains=20_000, num_rounds=3)
     report.raise_if_rejected()
+
+
+def test_the_chain_is_drawn_given_its_moves():
+    """Where the data show the path, the rows of the transition matrix have Dirichlet laws with its counts."""
+    ys = np.array([[0, 1, 2, 2, 1, 1, 0, 1, 2], [2, 2, 2, 0, 0, 1, -1, -1, -1]], float)
+    prior = np.array([[3.0, 1.0, 0.5], [1.0, 2.0, 1.5], [0.7, 1.0, 1.0]])
+    counts = np.array([[1.0, 3.0, 0.0], [1.0, 1.0, 2.0], [1.0, 1.0, 3.0]])
+    model = hmm.HiddenMarkovModel(hmm.Categorical(np.eye(3)), transition_prior=prior, initial_prior=[1.0, 2.0, 3.0])
+    kernel = hmm.HMMGibbs(model, ys, lengths=np.array([9, 6]))
+    state = kernel.init(hmm.parameters_of(model))
+    ends, _ = jax.vmap(lambda key: kernel.step(key, state))(jax.random.split(jax.random.key(0), 20_000))
+    assert np.array_equal(np.asarray(ends.path[0]), ys)
+    laws = {"transition": prior + counts, "initial": np.array([2.0, 2.0, 4.0])}
+    for name, concentration in laws.items():
+        total = concentration.sum(-1, keepdims=True)
+        for index, c in np.ndenumerate(concentration):
+            law = scipy.stats.beta(c, np.broadcast_to(total, concentration.shape)[index] - c)
+            assert scipy.stats.kstest(np.asarray(ends.position[name])[:, *index], law.cdf).pvalue > FALSE_ALARM
 
 
 def test_a_draw_of_the_prior_is_one():
