@@ -1,5 +1,6 @@
 """Hidden Markov models: exact inference on arrays of log probabilities, and models that learn them."""
 
+from bayesinf.models.hmm.as_state_space import HMMStateSpace as HMMStateSpace
 from bayesinf.models.hmm.count_emissions import Categorical as Categorical
 from bayesinf.models.hmm.count_emissions import GammaPrior as GammaPrior
 from bayesinf.models.hmm.count_emissions import Poisson as Poisson

@@ -78,8 +78,10 @@ def fit(
     found = _fit(key, model, data._replace(is_single=None), num_starts, max_iterations, jnp.asarray(tolerance), method)
     if not errors.is_concrete(found.objectives):
         return found
-    if throw and not bool(jnp.isfinite(found.log_evidence)):
-        raise errors.InitializationError(_why_impossible(model, data, found.log_evidence), found)
+    if not bool(jnp.isfinite(found.log_evidence)):
+        if throw:
+            raise errors.InitializationError(_why_impossible(model, data, found.log_evidence), found)
+        return found
     if not bool(found.is_converged):
         warnings.warn(
             f"EM stopped after {max_iterations} iterations, before the log posterior rose by less than {tolerance}; "
