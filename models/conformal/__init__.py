@@ -4,6 +4,9 @@ from bayesinf.models.conformal.aci import ACI as ACI
 from bayesinf.models.conformal.aci import AgACI as AgACI
 from bayesinf.models.conformal.aci import DtACI as DtACI
 from bayesinf.models.conformal.aci import aci as aci
+from bayesinf.models.conformal.bayes import ConformalBayes as ConformalBayes
+from bayesinf.models.conformal.bayes import conformal_bayes as conformal_bayes
+from bayesinf.models.conformal.bayes import predictive_scores as predictive_scores
 from bayesinf.models.conformal.cross import cv_plus as cv_plus
 from bayesinf.models.conformal.cross import jackknife_after_bootstrap as jackknife_after_bootstrap
 from bayesinf.models.conformal.cross import jackknife_minmax as jackknife_minmax
