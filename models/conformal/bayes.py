@@ -189,9 +189,7 @@ def conformal_bayes(
         noise = 1.0 - jax.random.uniform(errors.as_key(key), (num_new,))  # in (0, 1]
     p, is_in, ess, log_added, num_nan = _sets(log_lik, batch_size, draws, (x, y), (x_new, grid, noise), alpha, log_w)
     if errors.is_concrete(num_nan) and int(num_nan):
-        raise ValueError(
-            f"log_lik is NaN or +inf at {int(num_nan)} of the {n} points of data; leave missing points out"
-        )
+        raise ValueError(f"log_lik is NaN or +inf at {int(num_nan)} of the {n} points of data; leave missing ones out")
     relation = ">=" if key is None else "="
     guarantee = Guarantee(
         "exact",
@@ -214,7 +212,7 @@ def _sets(
     alpha: Array,
     log_w: Array,
 ) -> tuple[Array, ...]:
-    """The p-values, what is in, the effective sample sizes, the weights at the ends; and how many points are no good."""
+    """The p-values, what is in, effective sample sizes, the weights at the ends, and how many points are no good."""
     x, y = data
     dtype = jax.tree.leaves(y)[0].dtype
     log_rows = jax.vmap(lambda theta: jax.vmap(partial(log_lik, theta))(x, y))(draws)
@@ -230,7 +228,7 @@ def _sets(
         x_new, tried, u = new
         log_new = jax.vmap(lambda y: jax.vmap(lambda theta: log_lik(theta, x_new, y))(draws))(tried.astype(dtype))
         log_added, _ = weights.normalize(log_w + log_new)
-        sigma = jnp.log(jnp.exp(log_added) @ rows) + largest
+        sigma = jnp.log(jnp.matmul(jnp.exp(log_added), rows, precision="highest")) + largest
         sigma_new = weights.log_mean_exp(log_added + log_new) + jnp.log(num_draws)
         # of density zero under every draw: then there is no posterior to tell the points apart by
         p = jnp.where(weights.is_degenerate(log_added), u, _p_values(sigma, sigma_new, u))

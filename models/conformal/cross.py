@@ -171,7 +171,9 @@ def jackknife_after_bootstrap(
     residuals = jnp.abs(y - jnp.sum(share * fitted, 0))
     statement = "P(y in set) >= 1 - 2 alpha"
     assumes = f"{_ALIKE}; and their number was drawn from a binomial law, as else it holds in the limit of many fits"
-    return _plus(residuals, predictions @ share, alpha, Guarantee("exact", statement, assumes))
+    return _plus(
+        residuals, jnp.matmul(predictions, share, precision="highest"), alpha, Guarantee("exact", statement, assumes)
+    )
 
 
 def _plus(residuals: Array, predictions: Array, alpha: Real[Array, ""] | float, guarantee: Guarantee) -> Interval:

@@ -10,7 +10,6 @@ A method is a pytree with three pure functions, for a loop of one's own; `run_on
 """
 
 import abc
-from functools import partial
 from typing import ClassVar
 
 import equinox as eqx
@@ -75,6 +74,7 @@ def run_online(
     *,
     window: int = 200,
     past: Float[Array, " s"] | None = None,
+    after: OnlineSets | None = None,
 ) -> OnlineSets:
     """An online method over a whole series of scores, in one compiled loop.
 
@@ -84,6 +84,7 @@ def run_online(
         window: of how many past scores thresholds are made.
         past: scores from before, of calibration, of which the last `window` are used; without them the first sets are
             infinite.
+        after: what was found for the series up to here, by the same method; it replaces `window` and `past`.
 
     Returns:
         OnlineSets.
@@ -101,12 +102,14 @@ def run_online(
     size = errors.check_count("window", window)
     if scores.ndim != 1:
         raise ValueError(f"scores must have shape (T,), got {scores.shape}; vmap for several series")
-    past = jnp.zeros(0, scores.dtype) if past is None else past[-size:]
-    return _run(method, scores, past.astype(scores.dtype), size)
+    if after is not None:
+        return _run(method, scores, (after.state, after.window))
+    past = jnp.zeros(0, scores.dtype) if past is None else past[-size:].astype(scores.dtype)
+    return _run(method, scores, (method.init(), fill(past, size)))
 
 
-@partial(jax.jit, static_argnums=3)
-def _run(method: Online, scores: Array, past: Array, size: int) -> OnlineSets:
+@jax.jit
+def _run(method: Online, scores: Array, start: tuple[PyTree, Window]) -> OnlineSets:
     def step(carry: tuple[PyTree, Window], score: Array) -> tuple[tuple[PyTree, Window], tuple]:
         state, window = carry
         threshold = method.threshold(state, window)
@@ -115,6 +118,5 @@ def _run(method: Online, scores: Array, past: Array, size: int) -> OnlineSets:
         after = jax.tree.map(lambda old, new: jnp.where(is_observed, new, old), state, learnt)
         return (after, window.push(score)), (threshold, score <= threshold, is_observed, state)
 
-    start = method.init(), fill(past, size)
     (state, window), (thresholds, is_covered, is_observed, states) = jax.lax.scan(step, start, scores)
     return OnlineSets(thresholds, is_covered, is_observed, states, state, window, method.guarantee)

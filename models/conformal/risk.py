@@ -191,7 +191,7 @@ def _posterior(key: Array, losses: Array, target: Array, num_draws: int) -> Arra
 
     def draw(key: Array) -> Array:
         gaps = jax.random.exponential(key, (losses.shape[0] + 1,), losses.dtype)
-        return (gaps[:-1] @ losses + gaps[-1]) <= target * jnp.sum(gaps)
+        return jnp.matmul(gaps[:-1], losses, precision="highest") + gaps[-1] <= target * jnp.sum(gaps)
 
     is_within = jax.lax.map(draw, jax.random.split(key, num_draws), batch_size=min(num_draws, 128))
     return jnp.mean(is_within.astype(losses.dtype), 0)

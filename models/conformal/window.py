@@ -4,6 +4,8 @@ Leaving and entering shift what lies between, O(w) work without a sort, so that 
 microseconds a step inside a compiled loop.
 """
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -100,6 +102,7 @@ class Window(eqx.Module):
         return jnp.where(jnp.any(is_finite), largest - smallest, 0.0)
 
 
+@partial(jax.jit, static_argnums=1)
 def fill(past: Float[Array, " t"], size: int) -> Window:
     """The window after the scores of the past."""
     window = Window.empty(size, past.dtype)
