@@ -179,7 +179,7 @@ def conformal_bayes(
     num_new = 1 if x_new is None else _length("x_new", x_new)
     num_draws = _length("draws", draws)
     grid = jnp.broadcast_to(candidates, (num_new, candidates.shape[-1]))
-    if errors.is_concrete(candidates) and not bool(jnp.all(jnp.diff(candidates) > 0)):
+    if errors.is_concrete(candidates) and not np.all(np.diff(np.asarray(candidates)) > 0):
         raise ValueError("candidates must ascend")
     log_w = _normalized(log_weights, num_draws)
     most = max(1, min(num_new, 2**24 // (grid.shape[-1] * (num_draws + n))))

@@ -30,7 +30,7 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import betainc, xlogy
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Real
 
 from bayesinf import errors
@@ -93,6 +93,7 @@ def risk_threshold(
 
     Example:
         >>> import jax.numpy as jnp
+    import numpy as np
         >>> from bayesinf.models import conformal
         >>> scores, lambdas = jnp.arange(1.0, 20.0), jnp.arange(25.0)
         >>> missed = scores[:, None] > lambdas                      # with this loss it is the conformal quantile
@@ -132,9 +133,7 @@ def risk_threshold(
     return _choose(lambdas, adjusted * bound, adjusted <= target * slack, "sequence", _IN_EXPECTATION)
 
 
-def hoeffding_bentkus(
-    risk: Float[Array, "*l"], num_points: Int[Array, ""] | int, target: Real[Array, ""] | float
-) -> Float[Array, "*l"]:
+def hoeffding_bentkus(risk: Float[Array, "*l"], num_points: int, target: Real[Array, ""] | float) -> Float[Array, "*l"]:
     """The p-value of the hypothesis that the mean of a loss in [0, 1] exceeds the target; valid at every n.
 
         p = min( exp(-n h(min(R, t), t)),  e P( Binomial(n, t) <= ceil(n R) ) )
@@ -142,7 +141,7 @@ def hoeffding_bentkus(
 
     Args:
         risk: R, means of n independent losses.
-        num_points: n.
+        num_points: n; static.
         target: t in (0, 1).
 
     Returns:
@@ -150,6 +149,7 @@ def hoeffding_bentkus(
 
     Example:
         >>> import jax.numpy as jnp
+    import numpy as np
         >>> from bayesinf.models import conformal
         >>> p = conformal.hoeffding_bentkus(jnp.array([0.0, 0.1]), 50, 0.1)
         >>> round(float(p[0]), 4), float(p[1])
@@ -158,15 +158,24 @@ def hoeffding_bentkus(
     References:
         Bates, Angelopoulos, Lei, Malik and Jordan (2021), doi:10.1145/3478535.
     """
+    n = errors.check_count("num_points", num_points)
+    errors.check_fraction("target", target)
     with jax.enable_x64(True):
-        r, t = risk.astype(jnp.float64), jnp.asarray(target, jnp.float64)
-        n = jnp.asarray(num_points, jnp.float64)
+        r, t = risk.astype(jnp.float64), jnp.asarray(target).astype(jnp.float64)
         a = jnp.minimum(r, t)
-        hoeffding = jnp.exp(-n * (xlogy(a, a / t) + xlogy(1 - a, (1 - a) / (1 - t))))
-        k = jnp.ceil(n * r * (1 - 4 * jnp.finfo(risk.dtype).eps))  # the mean of whole numbers is one of them
-        is_all = k >= n
-        below = jnp.where(is_all, 1.0, betainc(jnp.where(is_all, 1.0, n - k), k + 1, 1 - t))
-        return jnp.minimum(jnp.minimum(hoeffding, jnp.e * below), 1.0).astype(risk.dtype)
+        hoeffding = jnp.exp(-n * (_entropy_term(a, t) + _entropy_term(1 - a, 1 - t)))
+        j = jnp.arange(n, dtype=jnp.float64)
+        steps = jnp.log((n - j) / (j + 1)) + jnp.log(t) - jnp.log1p(-t)
+        log_pmf = n * jnp.log1p(-t) + jnp.concatenate([jnp.zeros(1, jnp.float64), jnp.cumsum(steps)])
+        k = jnp.ceil(n * r * (1 - 4 * float(jnp.finfo(risk.dtype).eps)))  # the mean of whole numbers is one of them
+        bentkus = jnp.e * jnp.cumsum(jnp.exp(log_pmf))[jnp.clip(k, 0, n).astype(jnp.int32)]
+        return jnp.minimum(jnp.minimum(hoeffding, bentkus), 1.0).astype(risk.dtype)
+
+
+def _entropy_term(a: Array, b: Array) -> Array:
+    """A log(a / b), 0 where a is."""
+    is_none = a <= 0
+    return jnp.where(is_none, 0.0, a * jnp.log(jnp.where(is_none, 1.0, a) / b))
 
 
 _IN_EXPECTATION = Guarantee(
@@ -212,7 +221,10 @@ def _check_grid(losses: Array, lambdas: Array, bound: Real[Array, ""] | float) -
             "losses must have shape (n, L) for lambdas of shape (L,), neither empty, got "
             f"{losses.shape} and {lambdas.shape}"
         )
-    if errors.is_concrete(lambdas) and not bool(jnp.all(jnp.diff(lambdas) > 0)):
+    if errors.is_concrete(lambdas) and not np.all(np.diff(np.asarray(lambdas)) > 0):
         raise ValueError("lambdas must ascend, from the boldest setting to the most cautious one")
-    if errors.is_concrete((losses, bound)) and not bool(jnp.all((losses >= 0) & (losses <= bound))):
+    if not errors.is_concrete((losses, bound)):
+        return
+    values, most = np.asarray(losses), np.asarray(bound)
+    if not np.all((values >= 0) & (values <= most)):
         raise ValueError(f"losses must lie in [0, bound], with bound={bound}; scale them, or give their bound")
