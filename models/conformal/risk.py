@@ -93,7 +93,6 @@ def risk_threshold(
 
     Example:
         >>> import jax.numpy as jnp
-    import numpy as np
         >>> from bayesinf.models import conformal
         >>> scores, lambdas = jnp.arange(1.0, 20.0), jnp.arange(25.0)
         >>> missed = scores[:, None] > lambdas                      # with this loss it is the conformal quantile
@@ -149,7 +148,6 @@ def hoeffding_bentkus(risk: Float[Array, "*l"], num_points: int, target: Real[Ar
 
     Example:
         >>> import jax.numpy as jnp
-    import numpy as np
         >>> from bayesinf.models import conformal
         >>> p = conformal.hoeffding_bentkus(jnp.array([0.0, 0.1]), 50, 0.1)
         >>> round(float(p[0]), 4), float(p[1])

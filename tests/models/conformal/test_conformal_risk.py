@@ -84,6 +84,16 @@ def test_tested_thresholds_are_safe_with_their_level(correction):
     assert scipy.stats.binomtest(int(is_unsafe.sum()), NUM, 0.1, alternative="greater").pvalue < FALSE_ALARM
 
 
+def test_tested_thresholds_spend_the_level_once_or_share_it():
+    risk = missed(jax.random.uniform(jax.random.key(4), (100,))).mean(0)
+    p = np.asarray(hoeffding_bentkus(risk, 100, 0.2))
+    losses = (jnp.arange(100)[:, None] < jnp.round(100 * risk)) * 1.0
+    for level in (0.5, 0.8, 0.9, 0.99):
+        for correction, spent in (("sequence", 1 - level), ("bonferroni", (1 - level) / len(LAMBDAS))):
+            found = risk_threshold(losses, LAMBDAS, 0.2, method="ltt", level=level, correction=correction)
+            assert int(found.index) == np.flatnonzero(p > spent)[-1] + 1
+
+
 def test_the_posterior_of_misses_is_that_of_clopper_and_pearson():
     """sum of k of n + 1 Dirichlet weights, and the one of the bound: Beta(k + 1, n - k)."""
     n, target, num_draws = 20, 0.25, 20_000

@@ -148,7 +148,7 @@ def label_sets(keys, randomised, smooth):
 
 
 def test_smoothed_label_sets_cover_exactly():
-    assert share_p_value(label_sets(keys(4), True, True), 0.8) > FALSE_ALARM
+    assert share_p_value(label_sets(keys(4, 40_000), True, True), 0.8) > FALSE_ALARM
 
 
 def test_label_sets_without_randomisation_hold_too_much():
