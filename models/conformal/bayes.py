@@ -135,7 +135,8 @@ def conformal_bayes(
     """Conformal sets around a Bayesian model, from draws of its posterior.
 
     Args:
-        log_lik: `log_lik(theta, x, y)`, the log density of one point given one draw; a scalar.
+        log_lik: `log_lik(theta, x, y)`, the log density of one point given one draw; a scalar. The same function object
+            compiles once.
         draws: a pytree with a leading axis of draws.
         data: (x, y) of the n points that the posterior was conditioned on, pytrees with a leading axis; x may be None.
         x_new: of m new points, like x; where x is None, None for one point.
