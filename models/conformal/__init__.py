@@ -1,3 +1,30 @@
 """Conformal prediction: sets over any model, over hidden Markov models, over particles; pure functions of scores."""
 
+from bayesinf.models.conformal.batch import BatchBound as BatchBound
+from bayesinf.models.conformal.batch import BatchInterval as BatchInterval
+from bayesinf.models.conformal.batch import BatchPValue as BatchPValue
+from bayesinf.models.conformal.batch import BatchSelection as BatchSelection
+from bayesinf.models.conformal.batch import batch_interval as batch_interval
+from bayesinf.models.conformal.batch import batch_mean_bound as batch_mean_bound
+from bayesinf.models.conformal.batch import batch_p_value as batch_p_value
+from bayesinf.models.conformal.batch import batch_quantile_bound as batch_quantile_bound
+from bayesinf.models.conformal.batch import batch_selection as batch_selection
 from bayesinf.models.conformal.guarantee import Guarantee as Guarantee
+from bayesinf.models.conformal.hmm_sets import ObservationSet as ObservationSet
+from bayesinf.models.conformal.hmm_sets import StateSet as StateSet
+from bayesinf.models.conformal.hmm_sets import hmm_observation_set as hmm_observation_set
+from bayesinf.models.conformal.hmm_sets import hmm_state_set as hmm_state_set
+from bayesinf.models.conformal.markov import MarkovPValue as MarkovPValue
+from bayesinf.models.conformal.markov import log_whittle as log_whittle
+from bayesinf.models.conformal.markov import markov_p_value as markov_p_value
+from bayesinf.models.conformal.markov import tail_law as tail_law
+from bayesinf.models.conformal.markov import transition_counts as transition_counts
+from bayesinf.models.conformal.pac import PACThreshold as PACThreshold
+from bayesinf.models.conformal.pac import pac_count as pac_count
+from bayesinf.models.conformal.pac import pac_threshold as pac_threshold
+from bayesinf.models.conformal.ranks import batch_rank as batch_rank
+from bayesinf.models.conformal.ranks import batch_rank_pair as batch_rank_pair
+from bayesinf.models.conformal.ranks import rank_pmf as rank_pmf
+from bayesinf.models.conformal.ranks import rank_sum_pmf as rank_sum_pmf
+from bayesinf.models.conformal.visits import VisitSet as VisitSet
+from bayesinf.models.conformal.visits import visit_conformal as visit_conformal
