@@ -19,6 +19,10 @@ from bayesinf.models.conformal.markov import log_whittle as log_whittle
 from bayesinf.models.conformal.markov import markov_p_value as markov_p_value
 from bayesinf.models.conformal.markov import tail_law as tail_law
 from bayesinf.models.conformal.markov import transition_counts as transition_counts
+from bayesinf.models.conformal.martingale import ExchangeabilityMartingale as ExchangeabilityMartingale
+from bayesinf.models.conformal.martingale import ExchangeabilityTest as ExchangeabilityTest
+from bayesinf.models.conformal.martingale import MartingaleState as MartingaleState
+from bayesinf.models.conformal.martingale import exchangeability_test as exchangeability_test
 from bayesinf.models.conformal.pac import PACThreshold as PACThreshold
 from bayesinf.models.conformal.pac import pac_count as pac_count
 from bayesinf.models.conformal.pac import pac_threshold as pac_threshold
