@@ -4,16 +4,16 @@ Of scores s_1, s_2, ... that arrive one by one, the smoothed p-values
 
     p_n = (#{i <= n : s_i > s_n} + u_n #{i <= n : s_i = s_n}) / n,      u_n uniform
 
-are independent and uniform if the scores are exchangeable. A gambler who bets on each with densities f_n on [0, 1], which
-depend on earlier p-values alone, has wealth M_n = f_1(p_1) ... f_n(p_n), a martingale, and by Ville's inequality
+are independent and uniform if the scores are exchangeable. A gambler who bets on each with densities f_n on [0, 1],
+which depend on earlier p-values alone, has wealth M_n = f_1(p_1) ... f_n(p_n), a martingale, and by Ville's inequality
 
     P( sup_n M_n >= c ) <= 1 / c
 
 so that one may look at every time, and stop at any. The bets:
 
     "power":    average over eps of prod_n eps p_n^(eps - 1): against p-values that crowd at 0
-    "jumper":   f_n = 1 + eps (p_n - 1/2), eps in {-1, 0, 1}; a share of the wealth of each eps is spread evenly over all
-                before every bet: against crowds at either end, also ones that come late
+    "jumper":   f_n = 1 + eps (p_n - 1/2), eps in {-1, 0, 1}; a share of the wealth of each eps is spread evenly over
+                all before every bet: against crowds at either end, also ones that come late
 
 References:
     Vovk, Nouretdinov and Gammerman (2003), Testing exchangeability on-line, ICML.
@@ -80,7 +80,7 @@ class ExchangeabilityTest(eqx.Module):
         return jnp.exp(-jnp.maximum(jnp.max(self.log_martingale), 0.0))
 
     def first_above(self, threshold: float) -> Int[Array, ""]:
-        """The first n, from 0, with M_n >= threshold; -1 if there is none. A false alarm has probability 1 / threshold."""
+        """The first n, from 0, with M_n >= threshold; -1 if none. The chance of a false alarm is at most 1 / threshold."""
         is_above = self.log_martingale >= jnp.log(threshold)
         return jnp.where(is_above.any(), jnp.argmax(is_above), -1)
 
@@ -103,7 +103,7 @@ class ExchangeabilityMartingale(eqx.Module):
         >>> from bayesinf.models.conformal import ExchangeabilityMartingale
         >>> martingale = ExchangeabilityMartingale()
         >>> state = martingale.init(capacity=100)
-        >>> for n in range(100):                                                       # ever higher: no exchangeable law
+        >>> for n in range(100):                                                # ever higher: no exchangeable law
         ...     state = martingale.step(jax.random.key(n), state, float(n))
         >>> bool(state.log_martingale > 20)
         True
