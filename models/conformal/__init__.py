@@ -18,7 +18,6 @@ from bayesinf.models.conformal.markov import MarkovPValue as MarkovPValue
 from bayesinf.models.conformal.markov import log_whittle as log_whittle
 from bayesinf.models.conformal.markov import markov_p_value as markov_p_value
 from bayesinf.models.conformal.markov import tail_law as tail_law
-from bayesinf.models.conformal.markov import transition_counts as transition_counts
 from bayesinf.models.conformal.martingale import ExchangeabilityMartingale as ExchangeabilityMartingale
 from bayesinf.models.conformal.martingale import ExchangeabilityTest as ExchangeabilityTest
 from bayesinf.models.conformal.martingale import MartingaleState as MartingaleState

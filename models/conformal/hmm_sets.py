@@ -40,13 +40,12 @@ from bayesinf.models.conformal.guarantee import Guarantee
 from bayesinf.models.conformal.markov import (
     check_values,
     draw_predecessor,
-    estimated,
     sequences,
     share,
     tail_law,
-    transition_counts,
     weighted_p_value,
 )
+from bayesinf.models.markov_chain import add_constant, transition_counts
 
 __all__ = ["ObservationSet", "StateSet", "hmm_observation_set", "hmm_state_set"]
 
@@ -259,7 +258,7 @@ def _p_values(
         x = jnp.concatenate([states, candidate])
         counts = transition_counts(x, num_states)
         emitted = jax.nn.one_hot(x, num_states).T @ jax.nn.one_hot(y, num_symbols)
-        terms = _score_terms(estimated(counts), estimated(emitted), horizon, score)
+        terms = _score_terms(add_constant(counts), add_constant(emitted), horizon, score)
         end = jnp.concatenate([x[-horizon - 1 :], obs_new])  # x_{N-h}, ..., x_N, y_{N-h+1}, ..., y_N
         if num_draws is None and group == "type":
             weights = _law_of_ends(counts, emitted, x[-1], horizon)

@@ -32,8 +32,9 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from bayesinf import errors
 from bayesinf.models.conformal.guarantee import Guarantee
+from bayesinf.models.markov_chain import add_constant, transition_counts
 
-__all__ = ["MarkovPValue", "log_whittle", "markov_p_value", "tail_law", "transition_counts"]
+__all__ = ["MarkovPValue", "log_whittle", "markov_p_value", "tail_law"]
 
 Score = Callable[[Int[Array, " h_plus_1"], Float[Array, "k k"]], Float[Array, ""]]
 Whole = Int[Array, ""] | int | np.integer
@@ -52,26 +53,6 @@ class MarkovPValue(eqx.Module):
 
     p: Float[Array, ""]
     guarantee: Guarantee = eqx.field(static=True)
-
-
-def transition_counts(states: Int[Array | np.ndarray, " n"], num_states: int) -> Float[Array, "k k"]:
-    """How often each state follows each: F_ij = #{t : x_t = i, x_{t+1} = j}.
-
-    Args:
-        states: a path, values in 0..K-1.
-        num_states: K.
-
-    Returns:
-        The counts, as floating-point numbers.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from bayesinf.models.conformal import transition_counts
-        >>> transition_counts(jnp.array([0, 1, 1, 0, 1]), 2).tolist()
-        [[0.0, 2.0], [1.0, 1.0]]
-    """
-    one_hot = jax.nn.one_hot(states, num_states)
-    return one_hot[:-1].T @ one_hot[1:]
 
 
 def log_whittle(counts: Num[Array | np.ndarray, "k k"], first: Whole, last: Whole) -> Float[Array, ""]:
@@ -127,7 +108,8 @@ def tail_law(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from bayesinf.models.conformal import tail_law, transition_counts
+        >>> from bayesinf.models.conformal import tail_law
+        >>> from bayesinf.models.markov_chain import transition_counts
         >>> tails, log_probabilities = tail_law(transition_counts(jnp.array([0, 0, 1, 0, 1]), 2), last=1, horizon=1)
         >>> tails.tolist(), [round(p, 4) for p in jnp.exp(log_probabilities).tolist()]
         ([[0, 1], [1, 1]], [1.0, 0.0])
@@ -276,9 +258,4 @@ def _log_trees(counts: Float[Array, "k k"], root: Whole) -> Float[Array, ""]:
 
 
 def _log_rarity(tail: Int[Array, " h_plus_1"], counts: Float[Array, "k k"]) -> Float[Array, ""]:
-    return -jnp.sum(jnp.log(estimated(counts))[tail[:-1], tail[1:]])
-
-
-def estimated(counts: Float[Array, "k m"]) -> Float[Array, "k m"]:
-    """Rows of probabilities from counts, half a count added to each: functions of counts are invariant."""
-    return (counts + 0.5) / (counts + 0.5).sum(1, keepdims=True)
+    return -jnp.sum(jnp.log(add_constant(counts))[tail[:-1], tail[1:]])

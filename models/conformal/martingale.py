@@ -80,7 +80,7 @@ class ExchangeabilityTest(eqx.Module):
         return jnp.exp(-jnp.maximum(jnp.max(self.log_martingale), 0.0))
 
     def first_above(self, threshold: float) -> Int[Array, ""]:
-        """The first n, from 0, with M_n >= threshold; -1 if none. The chance of a false alarm is at most 1 / threshold."""
+        """The first n, from 0, with M_n >= threshold, or -1. A false alarm has probability at most 1 / threshold."""
         is_above = self.log_martingale >= jnp.log(threshold)
         return jnp.where(is_above.any(), jnp.argmax(is_above), -1)
 

@@ -227,8 +227,8 @@ def cut_where_blocks_begin(x, y, y_new, key):
 
     def judge(candidate):
         xs, ys = jnp.append(x, candidate), jnp.append(y, y_new)
-        transition = hmm_sets.estimated(hmm_sets.transition_counts(xs, 2))
-        emission = hmm_sets.estimated(jax.nn.one_hot(xs, 2).T @ jax.nn.one_hot(ys, 2))
+        transition = hmm_sets.add_constant(hmm_sets.transition_counts(xs, 2))
+        emission = hmm_sets.add_constant(jax.nn.one_hot(xs, 2).T @ jax.nn.one_hot(ys, 2))
         score = 1 - hmm_sets._normalized(transition[:, None, :] * emission.T)
         is_visit = (xs == xs[-1]) & (ys == ys[-1])
         is_end = jnp.roll(is_visit, -1).at[-1].set(False) & (jnp.cumsum(is_visit) > 0)
