@@ -25,6 +25,12 @@ from bayesinf.models.conformal.martingale import exchangeability_test as exchang
 from bayesinf.models.conformal.pac import PACThreshold as PACThreshold
 from bayesinf.models.conformal.pac import pac_count as pac_count
 from bayesinf.models.conformal.pac import pac_threshold as pac_threshold
+from bayesinf.models.conformal.program_sets import Program as Program
+from bayesinf.models.conformal.program_sets import keep_nodes as keep_nodes
+from bayesinf.models.conformal.program_sets import nested_keeps as nested_keeps
+from bayesinf.models.conformal.program_sets import parse_program as parse_program
+from bayesinf.models.conformal.program_sets import program_score as program_score
+from bayesinf.models.conformal.program_sets import show_program as show_program
 from bayesinf.models.conformal.ranks import batch_rank as batch_rank
 from bayesinf.models.conformal.ranks import batch_rank_pair as batch_rank_pair
 from bayesinf.models.conformal.ranks import rank_pmf as rank_pmf
