@@ -88,7 +88,7 @@ def keep_nodes(
     max_holes: int,
     kept: Bool[np.ndarray, " n"] | None = None,
 ) -> Bool[np.ndarray, " n"]:
-    """Which nodes to keep: the most that cost at most tau, with at most `max_holes` holes; of equally many the cheapest.
+    """Which nodes to keep: the most that cost at most tau, with at most `max_holes` holes; of equals the cheapest.
 
     Args:
         parents: of each node, before it; -1 of the first, the root.
