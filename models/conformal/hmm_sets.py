@@ -12,9 +12,9 @@ of the model. Equally likely under every hidden Markov model, and every mixture 
 
 A series is scored by its end, with (P, B) estimated from F and E, which a rearrangement does not change:
 
-    "filter":   sum_k 1 - P(x_{N-h+k} | x_{N-h}, y_{N-h+1:N-h+k})         (k = 1, ..., h)
-    "smooth":   sum_k 1 - P(x_{N-h+k} | x_{N-h}, y_{N-h+1:N})
     "joint":    -log P(x_{N-h+1:N} | x_{N-h}, y_{N-h+1:N})
+    "filter":   sum_k 1 - P(x_{N-h+k} | x_{N-h}, y_{N-h+1:N-h+k})         (k = 1, ..., h), that of the reference
+    "smooth":   sum_k 1 - P(x_{N-h+k} | x_{N-h}, y_{N-h+1:N})
 
     p = P(score > observed) + u P(score = observed)          over the law of the end; u uniform, or 1 without a key
 
@@ -49,7 +49,7 @@ from bayesinf.models.markov_chain import add_constant, transition_counts
 
 __all__ = ["ObservationSet", "StateSet", "hmm_observation_set", "hmm_state_set"]
 
-SCORES = ("filter", "smooth", "joint")
+SCORES = ("joint", "filter", "smooth")
 OBSERVATION_SCORES = ("predictive", "joint")
 GROUPS = ("type", "block")
 MAX_TAILS = 10_000  # that are enumerated for one candidate
@@ -100,7 +100,7 @@ def hmm_state_set(
     num_symbols: int,
     alpha: Float[Array, ""] | float,
     *,
-    score: str = "filter",
+    score: str = "joint",
     group: str = "type",
     key: errors.KeyLike | None = None,
     num_draws: int | None = None,
@@ -114,7 +114,7 @@ def hmm_state_set(
         num_states: K.
         num_symbols: M.
         alpha: the probability of missing the truth that is allowed.
-        score: "filter", "smooth" or "joint".
+        score: "joint", "filter" or "smooth"; the same sets for h = 1, the first the smallest for more steps.
         group: "type", or "block" as in the reference.
         key: for ties, broken at random, so that coverage is 1 - alpha itself; without one they count for the
             candidate, and coverage is more.

@@ -315,7 +315,7 @@ def test_bad_series_are_named():
         hmm_state_set(x, x + 1, x[:1], 2, 2, 0.1)
     with pytest.raises(ValueError, match=r"alpha must lie in \(0, 1\), got 1.5"):
         hmm_state_set(x, x, x[:1], 2, 2, 1.5)
-    with pytest.raises(ValueError, match="score must be one of 'filter', 'smooth', 'joint', got 'best'"):
+    with pytest.raises(ValueError, match="score must be one of 'joint', 'filter', 'smooth', got 'best'"):
         hmm_state_set(x, x, x[:1], 2, 2, 0.1, score="best")
     with pytest.raises(ValueError, match="key must be given where the ends of the series are drawn"):
         hmm_state_set(x, x, x[:2], 2, 2, 0.1, group="block")
