@@ -10,6 +10,8 @@ from bayesinf.models.conformal.batch import batch_p_value as batch_p_value
 from bayesinf.models.conformal.batch import batch_quantile_bound as batch_quantile_bound
 from bayesinf.models.conformal.batch import batch_selection as batch_selection
 from bayesinf.models.conformal.guarantee import Guarantee as Guarantee
+from bayesinf.models.conformal.hmm_continuous import continuous_state_set as continuous_state_set
+from bayesinf.models.conformal.hmm_continuous import gaussian_log_likelihood as gaussian_log_likelihood
 from bayesinf.models.conformal.hmm_sets import ObservationSet as ObservationSet
 from bayesinf.models.conformal.hmm_sets import StateSet as StateSet
 from bayesinf.models.conformal.hmm_sets import hmm_observation_set as hmm_observation_set

@@ -343,10 +343,8 @@ def _draw_end(counts: Array, emitted: Array, last: Array, horizon: int, key: Arr
     ys: list[Array] = []
     for key_step in jax.random.split(key, horizon):
         key_state, key_symbol = jax.random.split(key_step)
-        previous, symbol = (
-            draw_predecessor(key_state, counts, xs[0]),
-            jax.random.categorical(key_symbol, jnp.log(emitted[xs[0]])),
-        )
+        previous = draw_predecessor(key_state, counts, xs[0])
+        symbol = jax.random.categorical(key_symbol, jnp.log(emitted[xs[0]]))
         emitted = emitted.at[xs[0], symbol].add(-1)
         counts = counts.at[previous, xs[0]].add(-1)
         xs, ys = [previous, *xs], [symbol, *ys]
