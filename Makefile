@@ -4,6 +4,7 @@
 # make lint      format, lint, types
 # make bench     speed, beside other libraries where they are installed
 # make ppg       the experiments with Parisian particle Gibbs, with figures; writes benchmarks/ppg/results/
+# make conformal coverage and size of conformal prediction sets, with figures; writes benchmarks/conformal/results/
 # make docs      the documentation, with its notebooks executed: docs/_build/html
 # make package   build sdist and wheel, install the wheel where nothing else is, and use it
 #
@@ -17,7 +18,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test slow lint bench ppg docs package clean
+.PHONY: demo test slow lint bench ppg conformal docs package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-plots
@@ -45,6 +46,9 @@ ppg: $(VENV)/installed-plots
 	$(BIN)/python -m benchmarks.ppg.bias $(ARGS)
 	$(BIN)/python -m benchmarks.ppg.learning_lgssm $(ARGS)
 	$(BIN)/python -m benchmarks.ppg.learning_chaotic_rnn $(ARGS)
+
+conformal: $(VENV)/installed-plots
+	$(BIN)/python -m benchmarks.conformal.hmm_panel $(ARGS)
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

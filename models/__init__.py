@@ -32,6 +32,13 @@ from bayesinf.models.linear_gaussian import sample_posterior as sample_posterior
 from bayesinf.models.lorenz import lorenz63 as lorenz63
 from bayesinf.models.lorenz import lorenz96 as lorenz96
 from bayesinf.models.marginalized import Marginalized as Marginalized
+from bayesinf.models.markov_chain import add_constant as add_constant
+from bayesinf.models.markov_chain import estimation_risk as estimation_risk
+from bayesinf.models.markov_chain import predict_next as predict_next
+from bayesinf.models.markov_chain import prediction_risk as prediction_risk
+from bayesinf.models.markov_chain import sample_chain as sample_chain
+from bayesinf.models.markov_chain import stationary_law as stationary_law
+from bayesinf.models.markov_chain import transition_counts as transition_counts
 from bayesinf.models.nested import Nested as Nested
 from bayesinf.models.nonlinear_gaussian import NonlinearGaussian as NonlinearGaussian
 from bayesinf.models.sir import SIR as SIR

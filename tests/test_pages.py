@@ -62,6 +62,13 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     run_examples(ROOT / page)
 
 
+@needs_docs
+@pytest.mark.parametrize("page", ["conformal_sequences.md"])
+def test_the_examples_of_a_guide_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_examples(DOCS / page)
+
+
 @pytest.mark.parametrize("page", [pytest.param(page, marks=[pytest.mark.slow] * (page in SLOW)) for page in PAGES])
 def test_the_example_of_a_kernel_holds(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
