@@ -73,45 +73,45 @@ def log_normalize(log_p: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
 
 
 def _scan(log_start: Array, log_trans: Array, log_lik: Array) -> Array:
-    log_message, is_certain = _linear_scan(log_start, log_trans, log_lik)
+    lik = jnp.exp(log_lik - _finite(jnp.max(log_lik, -1, keepdims=True)))
+    start, trans = jnp.exp(log_start - _finite(jnp.max(log_start))), jnp.exp(log_trans)
+    predicted = _linear_scan(start, trans, lik)
+    log_messages = jnp.concatenate([log_start[None], _log(predicted)])
+    # false for NaN, which a sum of zero leaves behind
+    is_large = jnp.all(predicted >= 2 * len(start) * jnp.finfo(lik.dtype).tiny / jnp.finfo(lik.dtype).eps, -1)
+
+    def is_certain() -> Bool[Array, ""]:
+        """Whether nothing was lost that matters."""
+        floor = jnp.sqrt(jnp.finfo(lik.dtype).tiny)
+        before = jnp.concatenate([(start / jnp.sum(start))[None], predicted[:-1]])
+        after = before * lik[:-1] / jnp.sum(before * lik[:-1], -1, keepdims=True)
+        is_kept = jnp.all((after >= floor) | (before == 0) | (log_lik[:-1] == -jnp.inf), -1)
+        is_trans_kept = jnp.all((trans >= floor) | (log_trans == -jnp.inf), (-2, -1))
+        is_start_kept = jnp.all((start >= floor) | (log_start == -jnp.inf))
+        return is_start_kept & jnp.all((is_kept & is_trans_kept) | is_large)
 
     # A loop that runs once or never: under vmap a conditional would always pay for both branches, this only where one
     # of the series needs it.
-    def again(carry):
-        _, log_message = carry
-        return jnp.array(True), jnp.where(is_certain, log_message, log_scan(log_start, log_trans, log_lik))
+    def again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        exact = jax.lax.cond(is_certain(), lambda: carry[1], lambda: log_scan(log_start, log_trans, log_lik))
+        return jnp.array(True), exact
 
-    return jax.lax.while_loop(lambda carry: ~carry[0], again, (is_certain, log_message))[1]
+    return jax.lax.while_loop(lambda carry: ~carry[0], again, (jnp.all(is_large), log_messages))[1]
 
 
-def _linear_scan(log_start: Array, log_trans: Array, log_lik: Array) -> tuple[Array, Bool[Array, ""]]:
-    """The messages by products of probabilities, and whether nothing was lost that matters."""
-    num_states = log_start.shape[0]
-    tiny, eps = jnp.finfo(log_lik.dtype).tiny, jnp.finfo(log_lik.dtype).eps
-    lik, trans = jnp.exp(log_lik - _finite(jnp.max(log_lik, -1, keepdims=True))), jnp.exp(log_trans)
-    # the start is a probability, or the ones that messages backwards begin with
-    message = _normalized(jnp.exp(log_start - _finite(jnp.max(log_start))))
+def _linear_scan(start: Array, trans: Array, lik: Array) -> Float[Array, "s k"]:
+    """All messages but the first, by products of probabilities; NaN after a sum of zero."""
 
     def step(message: Array, data: tuple[Array, Array | None]) -> tuple[Array, Array]:
         lik_t, trans_t = data
-        after = _normalized(message * lik_t)
+        joint = message * lik_t
+        after = joint / jnp.sum(joint)
         predicted = jnp.sum(after[:, None] * (trans if trans_t is None else trans_t), axis=0)
         return predicted, predicted
 
     # XLA makes one native loop of a body with few bytes; a larger one it interprets, and unrolled that costs less
     unroll = 1 if trans.shape[-1] ** 2 * trans.dtype.itemsize <= 256 else 8
-    xs = lik[:-1], trans if trans.ndim == 3 else None
-    _, predicted = jax.lax.scan(step, message, xs, unroll=unroll)
-    messages = jnp.concatenate([message[None], predicted])
-
-    floor = jnp.sqrt(tiny)
-    after = _normalized(messages[:-1] * lik[:-1])
-    is_kept = jnp.all((after >= floor) | (messages[:-1] == 0) | (log_lik[:-1] == -jnp.inf), -1)
-    is_trans_kept = jnp.all((trans >= floor) | (log_trans == -jnp.inf), (-2, -1))
-    is_large = jnp.all(predicted >= 2 * num_states * tiny / eps, -1)
-    is_start_kept = jnp.all((message >= floor) | (log_start == -jnp.inf))
-    is_certain = is_start_kept & jnp.all((is_kept & is_trans_kept) | is_large)
-    return jnp.concatenate([log_start[None], _log(predicted)]), is_certain | jnp.any(jnp.isnan(messages))
+    return jax.lax.scan(step, start, (lik[:-1], trans if trans.ndim == 3 else None), unroll=unroll)[1]
 
 
 def log_scan(log_start: Array, log_trans: Array, log_lik: Array) -> Array:
@@ -177,12 +177,6 @@ def _multiply(x: Float[Array, "*s k k"], y: Float[Array, "*s k k"]) -> Float[Arr
     """Product of matrices of logarithms, scaled so that its largest entry is one."""
     product = log_total(x[..., :, :, None] + y[..., None, :, :], axis=-2)
     return product - _finite(jnp.max(product, (-2, -1), keepdims=True))
-
-
-def _normalized(p: Array) -> Array:
-    """The probabilities over their sum; zeros where there are none."""
-    total = jnp.sum(p, -1, keepdims=True)
-    return p / jnp.where(total == 0, 1.0, total)
 
 
 def _finite(x: Array) -> Array:
