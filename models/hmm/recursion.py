@@ -88,7 +88,7 @@ def _scan(log_start: Array, log_trans: Array, log_lik: Array) -> Array:
         is_kept = jnp.all((after >= floor) | (before == 0) | (log_lik[:-1] == -jnp.inf), -1)
         is_trans_kept = jnp.all((trans >= floor) | (log_trans == -jnp.inf), (-2, -1))
         is_start_kept = jnp.all((start >= floor) | (log_start == -jnp.inf))
-        return is_start_kept & jnp.all((is_kept & is_trans_kept) | is_large)
+        return is_start_kept & jnp.all((is_kept & is_trans_kept) | is_large) & ~jnp.any(jnp.isnan(predicted))
 
     # A loop that runs once or never: under vmap a conditional would always pay for both branches, this only where one
     # of the series needs it.
