@@ -205,6 +205,17 @@ def test_what_underflows_and_matters_is_not_lost(method):
     close(many.log_evidence / truth, [1.0, 0.0])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_transition_too_rare_for_a_number_is_counted(method):
+    """Its probability underflows, and the data leave no other: it happened once."""
+    log_trans = np.array([[0.0, -800.0], [-800.0, 0.0]])
+    with np.errstate(divide="ignore"):
+        log_lik = np.log([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    smoothed = hmm_smoother(np.log([0.5, 0.5]), log_trans, log_lik, method=method)
+    close(smoothed.log_evidence, np.log(0.5) - 800.0)
+    close(smoothed.expected_transitions, [[1.0, 1.0], [0.0, 0.0]])
+
+
 def enumerate_left_to_right(log_init, log_trans, log_lik):
     """Log evidence by the time of the only move: there are T paths from the first state, and one from the second."""
     num_steps = len(log_lik)
