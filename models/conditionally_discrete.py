@@ -27,9 +27,14 @@ __all__ = ["ConditionallyDiscrete", "DiscreteBelief"]
 
 
 class DiscreteBelief(NamedTuple):
-    """The probabilities of the regimes."""
+    """The probabilities of the regimes, as logarithms: one that underflows today may be the only one left tomorrow."""
 
-    probabilities: Float[Array, " k"]
+    log_probabilities: Float[Array, " k"]
+
+    @property
+    def probabilities(self) -> Float[Array, "*particles k"]:
+        """The probabilities, of one belief or of those of all particles; zeros where no regime explains the data."""
+        return jnp.exp(self.log_probabilities)
 
 
 class ConditionallyDiscrete(NestedModel):
@@ -83,22 +88,20 @@ class ConditionallyDiscrete(NestedModel):
         return _nested(self._initial(), self.outer_initial)
 
     def transition(self, x_prev: Nested, t: Int[Array, ""]):
-        p = self._transition(x_prev.outer, t)[x_prev.inner]
-        return _nested(p, lambda r: self.outer_transition(x_prev.outer, r, t))
+        log_p = self._transition(x_prev.outer, t)[x_prev.inner]
+        return _nested(log_p, lambda r: self.outer_transition(x_prev.outer, r, t))
 
     def predict_outer_initial(self) -> Law:
         return _mixture(self._initial(), self.outer_initial)
 
     def predict_outer(self, u_prev: PyTree, belief: DiscreteBelief, t: Int[Array, ""]) -> Law:
-        predicted = belief.probabilities @ self._transition(u_prev, t)
-        return _mixture(predicted, lambda r: self.outer_transition(u_prev, r, t))
+        return _mixture(self._predict(u_prev, belief, t), lambda r: self.outer_transition(u_prev, r, t))
 
     def believe_initial(self, u: PyTree) -> DiscreteBelief:
         return _weigh(self._initial(), lambda r: log_prob(self.outer_initial(r), u))
 
     def believe(self, u_prev: PyTree, belief: DiscreteBelief, u: PyTree, t: Int[Array, ""]) -> DiscreteBelief:
-        predicted = belief.probabilities @ self._transition(u_prev, t)
-        return _weigh(predicted, lambda r: log_prob(self.outer_transition(u_prev, r, t), u))
+        return _weigh(self._predict(u_prev, belief, t), lambda r: log_prob(self.outer_transition(u_prev, r, t), u))
 
     def predict_observation(self, u: PyTree, belief: DiscreteBelief, t: Int[Array, ""]) -> Law:
         def draw(key: Key[Array, ""]) -> PyTree:
@@ -107,15 +110,15 @@ class ConditionallyDiscrete(NestedModel):
             return sample(key_y, self.observation(Nested(u, r), t))
 
         def density(y: PyTree) -> Array:
-            return _sum_over(belief.probabilities, lambda r: observation_log_prob(self, Nested(u, r), y, t))
+            return _sum_over(belief.log_probabilities, lambda r: observation_log_prob(self, Nested(u, r), y, t))
 
         return draw, density
 
     def update(self, u: PyTree, belief: DiscreteBelief, y: PyTree, t: Int[Array, ""]) -> DiscreteBelief:
-        return _weigh(belief.probabilities, lambda r: observation_log_prob(self, Nested(u, r), y, t))
+        return _weigh(belief.log_probabilities, lambda r: observation_log_prob(self, Nested(u, r), y, t))
 
     def draw_inner(self, key: Key[Array, ""], belief: DiscreteBelief) -> Int[Array, ""]:
-        return _draw_regime(key, belief.probabilities)
+        return _draw_regime(key, belief.log_probabilities)
 
     def average(self, log_weights: Float[Array, " n"], beliefs: DiscreteBelief) -> Float[Array, " k"]:
         return weights.average(log_weights, beliefs.probabilities)
@@ -124,7 +127,10 @@ class ConditionallyDiscrete(NestedModel):
         p = jnp.asarray(self.regime_initial(), float)
         if p.ndim != 1:
             raise ValueError(f"model.regime_initial() must return a vector of K probabilities, got shape {p.shape}")
-        return p
+        return jnp.log(p)
+
+    def _predict(self, u_prev: PyTree, belief: DiscreteBelief, t: Int[Array, ""]) -> Array:
+        return weights.log_sum_exp(belief.log_probabilities[:, None] + self._transition(u_prev, t), axis=0)
 
     def _transition(self, u_prev: PyTree, t: Int[Array, ""]) -> Array:
         num = self._initial().shape[0]
@@ -134,39 +140,39 @@ class ConditionallyDiscrete(NestedModel):
                 f"model.regime_transition(u_prev, t) must return probabilities of shape {(num, num)}, to fit "
                 f"regime_initial(), got shape {p.shape}"
             )
-        return p
+        return jnp.log(p)
 
 
-def _draw_regime(key: Key[Array, ""], p: Array) -> Int[Array, ""]:
-    return jax.random.categorical(key, jnp.log(p)).astype(jnp.int32)
+def _draw_regime(key: Key[Array, ""], log_p: Array) -> Int[Array, ""]:
+    return jax.random.categorical(key, log_p).astype(jnp.int32)
 
 
-def _nested(p: Array, outer: Callable[[Array], Law]) -> Law:
+def _nested(log_p: Array, outer: Callable[[Array], Law]) -> Law:
     """The joint law of a regime and of the outer state given it."""
 
     def draw(key: Key[Array, ""]) -> Nested:
         key_regime, key_outer = jax.random.split(key)
-        r = _draw_regime(key_regime, p)
+        r = _draw_regime(key_regime, log_p)
         return Nested(sample(key_outer, outer(r)), r)
 
-    return draw, lambda x: jnp.log(p[x.inner]) + log_prob(outer(x.inner), x.outer)
+    return draw, lambda x: log_p[x.inner] + log_prob(outer(x.inner), x.outer)
 
 
-def _mixture(p: Array, outer: Callable[[Array], Law]) -> Law:
+def _mixture(log_p: Array, outer: Callable[[Array], Law]) -> Law:
     """The law of the outer state, averaged over the regimes."""
-    draw, _ = _nested(p, outer)
-    return lambda key: draw(key).outer, lambda u: _sum_over(p, lambda r: log_prob(outer(r), u))
+    draw, _ = _nested(log_p, outer)
+    return lambda key: draw(key).outer, lambda u: _sum_over(log_p, lambda r: log_prob(outer(r), u))
 
 
-def _each(p: Array, log_density: Callable[[Array], Array]) -> Array:
+def _each(log_p: Array, log_density: Callable[[Array], Array]) -> Array:
     """Log p_r density(r) of every regime."""
-    return weights.clean(jnp.log(p) + jax.vmap(log_density)(jnp.arange(p.shape[0], dtype=jnp.int32)))
+    return weights.clean(log_p + jax.vmap(log_density)(jnp.arange(log_p.shape[0], dtype=jnp.int32)))
 
 
-def _sum_over(p: Array, log_density: Callable[[Array], Array]) -> Array:
-    return weights.log_sum_exp(_each(p, log_density))
+def _sum_over(log_p: Array, log_density: Callable[[Array], Array]) -> Array:
+    return weights.log_sum_exp(_each(log_p, log_density))
 
 
-def _weigh(p: Array, log_density: Callable[[Array], Array]) -> DiscreteBelief:
-    """The law of the regimes given what has this density; zeros where no regime explains it."""
-    return DiscreteBelief(jnp.exp(weights.normalize(_each(p, log_density))[0]))
+def _weigh(log_p: Array, log_density: Callable[[Array], Array]) -> DiscreteBelief:
+    """The law of the regimes given what has this density; -inf where no regime explains it."""
+    return DiscreteBelief(weights.normalize(_each(log_p, log_density))[0])

@@ -17,9 +17,11 @@ from bayesinf import errors
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.kernels import ParticleFilter, backward_sample, particle_filter, predict
 from bayesinf.models import (
+    ConditionallyDiscrete,
     ConditionallyLinearGaussian,
     LinearGaussian,
     Marginalized,
+    hmm_filter,
     kalman_filter,
     simulate,
 )
@@ -249,3 +251,37 @@ def test_impossible_data_are_a_clear_loss():
     far = YS.at[1].set(float(jnp.finfo(jnp.result_type(float)).max))
     with pytest.raises(errors.DegenerateWeightsError, match="At time step 1"):
         particle_filter(0, Marginalized(Regimes(), "optimal"), far, num_particles=10, proposal="guided")
+
+
+class Absorbed(ConditionallyDiscrete):
+    """A regime that is never left again; the outer state says nothing."""
+
+    def regime_initial(self):
+        return jnp.array([0.9, 0.1])
+
+    def regime_transition(self, u_prev, t):
+        return jnp.array([[0.9, 0.1], [0.0, 1.0]])
+
+    def outer_initial(self, r):
+        return dist.Normal(0.0, 1.0)
+
+    def outer_transition(self, u_prev, r, t):
+        return dist.Normal(u_prev, 1.0)
+
+    def observation(self, x, t):
+        return dist.Normal(jnp.where(x.inner == 1, 60.0, 0.0), 1.0)
+
+
+def test_a_regime_that_underflows_is_not_lost():
+    """An outlier speaks for the wrong regime by more than a number can hold; all that follows denies it.
+
+    Beliefs held as probabilities explain the rest by that regime, and are off by its whole evidence.
+    """
+    ys = jnp.zeros(8).at[3].set(60.0)
+    log_lik = jnp.stack([dist.Normal(level, 1.0).log_prob(ys) for level in (0.0, 60.0)], axis=1)
+    model = Absorbed()
+    exact_evidence = hmm_filter(
+        jnp.log(model.regime_initial()), jnp.log(model.regime_transition(None, 0)), log_lik
+    ).log_evidence
+    found = particle_filter(0, Marginalized(model), ys, num_particles=4, proposal="guided")
+    np.testing.assert_allclose(found.log_evidence, exact_evidence, rtol=1e-5)
