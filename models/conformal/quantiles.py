@@ -58,7 +58,7 @@ def conformal_rank(num_scores: Int[ArrayLike, "..."], alpha: Real[ArrayLike, "..
 
 
 def conformal_quantile(
-    scores: Float[ArrayLike, "*b n"],
+    scores: Real[ArrayLike, "*b n"],
     alpha: Real[ArrayLike, "..."],
     *,
     weights: Real[ArrayLike, "*b n"] | None = None,
