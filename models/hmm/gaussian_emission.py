@@ -149,12 +149,15 @@ class Gaussian(Emission):
         counts, sums = _count(ys, every)
         center, variance = ratio(sums, counts, jnp.zeros_like(sums))[0], _pooled_variance(ys, every)
         rows = jnp.where(jnp.isnan(ys), center, ys)
-        mean = rows[spread_rows(key, (rows - center) / jnp.sqrt(variance), is_seen, self.num_states)]
+        key_rows, key_scale = jax.random.split(key)
+        mean = rows[spread_rows(key_rows, (rows - center) / jnp.sqrt(variance), is_seen, self.num_states)]
+        # states may differ in their scale alone
+        factor = jnp.exp(0.5 * jax.random.normal(key_scale, (self.num_states, 1)))
         if self.covariance == "diagonal":
-            return self._replaced(mean, jnp.broadcast_to(jnp.sqrt(variance), mean.shape))
+            return self._replaced(mean, factor * jnp.sqrt(variance))
         apart = jnp.where(is_seen[:, None], rows - center, 0.0)
         tril = jnp.linalg.cholesky(apart.T @ apart / jnp.sum(every) + RIDGE * jnp.diag(variance))
-        return self._replaced(mean, jnp.broadcast_to(tril, self.scale_tril.shape))
+        return self._replaced(mean, tril if self.covariance == "tied" else factor[..., None] * tril)
 
     def draw(
         self, key: Key[Array, ""], ys: Array, weights: Float[Array, "t k"], covariates: Array | None = None
