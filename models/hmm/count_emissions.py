@@ -146,7 +146,7 @@ class Categorical(Emission):
         return self.probs.shape[0]
 
     def law(self, covariates: Array | None = None) -> dist.Distribution:
-        return dist.Categorical(probs=self.probs)
+        return dist.CategoricalProbs(self.probs)
 
     def log_prob(self, ys: Array, covariates: Array | None = None) -> Float[Array, "t k"]:
         num = self.probs.shape[1]

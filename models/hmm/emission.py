@@ -91,7 +91,7 @@ class Emission(eqx.Module):
         Returns:
             Shape (T, K).
         """
-        law = self.law(covariates)
+        law: Any = self.law(covariates)
         y = jnp.expand_dims(ys, 1)
         is_inside = law.support(y)
         inside = is_inside.reshape(is_inside.shape + (1,) * (y.ndim - is_inside.ndim))

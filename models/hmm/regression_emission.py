@@ -105,6 +105,7 @@ class LinearRegression(Emission):
         return jnp.concatenate([*lags, covariates], axis=1)
 
     def law(self, covariates: Array | None = None) -> dist.Distribution:
+        assert covariates is not None  # `features` makes them
         return dist.Normal(self.intercept + covariates @ self.coefficients.T, self.scale)
 
     def sample(self, key: Key[Array, ""], states: Int[Array, " t"], covariates: Array | None = None) -> Array:
