@@ -3,6 +3,9 @@
 from bayesinf.models.hmm.count_emissions import Categorical as Categorical
 from bayesinf.models.hmm.count_emissions import GammaPrior as GammaPrior
 from bayesinf.models.hmm.count_emissions import Poisson as Poisson
+from bayesinf.models.hmm.duration import CategoricalDuration as CategoricalDuration
+from bayesinf.models.hmm.duration import Duration as Duration
+from bayesinf.models.hmm.duration import NegativeBinomialDuration as NegativeBinomialDuration
 from bayesinf.models.hmm.em import HMMFit as HMMFit
 from bayesinf.models.hmm.emission import Emission as Emission
 from bayesinf.models.hmm.filter import HMMBelief as HMMBelief
@@ -24,6 +27,15 @@ from bayesinf.models.hmm.parameters import with_parameters as with_parameters
 from bayesinf.models.hmm.regression_emission import LinearRegression as LinearRegression
 from bayesinf.models.hmm.regression_emission import RegressionPrior as RegressionPrior
 from bayesinf.models.hmm.sample import hmm_sample as hmm_sample
+from bayesinf.models.hmm.semi_markov import HSMMFiltered as HSMMFiltered
+from bayesinf.models.hmm.semi_markov import HSMMSmoothed as HSMMSmoothed
+from bayesinf.models.hmm.semi_markov import hsmm_filter as hsmm_filter
+from bayesinf.models.hmm.semi_markov import hsmm_smoother as hsmm_smoother
+from bayesinf.models.hmm.semi_markov_model import HiddenSemiMarkovModel as HiddenSemiMarkovModel
+from bayesinf.models.hmm.semi_markov_paths import HSMMPath as HSMMPath
+from bayesinf.models.hmm.semi_markov_paths import HSMMPaths as HSMMPaths
+from bayesinf.models.hmm.semi_markov_paths import hsmm_sample as hsmm_sample
+from bayesinf.models.hmm.semi_markov_paths import hsmm_viterbi as hsmm_viterbi
 from bayesinf.models.hmm.smoother import HMMSmoothed as HMMSmoothed
 from bayesinf.models.hmm.smoother import hmm_fixed_lag as hmm_fixed_lag
 from bayesinf.models.hmm.smoother import hmm_smoother as hmm_smoother
