@@ -12,6 +12,7 @@ from bayesinf.models.conditionally_linear_gaussian import ConditionallyLinearGau
 from bayesinf.models.hmm import HiddenMarkovModel as HiddenMarkovModel
 from bayesinf.models.hmm import HiddenSemiMarkovModel as HiddenSemiMarkovModel
 from bayesinf.models.hmm import HMMBelief as HMMBelief
+from bayesinf.models.hmm import HMMEstimator as HMMEstimator
 from bayesinf.models.hmm import HMMFiltered as HMMFiltered
 from bayesinf.models.hmm import HMMPath as HMMPath
 from bayesinf.models.hmm import HMMSmoothed as HMMSmoothed

@@ -8,6 +8,7 @@ from bayesinf.models.hmm.duration import Duration as Duration
 from bayesinf.models.hmm.duration import NegativeBinomialDuration as NegativeBinomialDuration
 from bayesinf.models.hmm.em import HMMFit as HMMFit
 from bayesinf.models.hmm.emission import Emission as Emission
+from bayesinf.models.hmm.estimator import HMMEstimator as HMMEstimator
 from bayesinf.models.hmm.filter import HMMBelief as HMMBelief
 from bayesinf.models.hmm.filter import HMMFiltered as HMMFiltered
 from bayesinf.models.hmm.filter import hmm_filter as hmm_filter
