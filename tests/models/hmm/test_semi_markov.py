@@ -143,7 +143,7 @@ def test_the_last_stay_counts_with_all_durations_it_may_have():
     close(best.log_joint, np.log(0.5 * 0.36))
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", CHAINS[:4])
 def test_sampled_paths_follow_the_law_of_all_stays(chain):
     laws = enumerate_stays(*chain).laws
     num = 20_000

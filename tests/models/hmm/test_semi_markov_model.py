@@ -124,6 +124,7 @@ def test_em_climbs_to_a_stationary_point(name):
     assert abs(float(slope[0] - slope[1])) < 0.3
 
 
+@pytest.mark.slow
 def test_em_of_durations_is_that_of_the_law_it_came_from():
     """By the likelihood ratio: of the durations alone, which have four free parameters."""
     truth = model_of("negative binomial")
