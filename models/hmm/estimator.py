@@ -116,7 +116,7 @@ class HMMEstimator:
         # as they are, and checked by `fit`: `clone` compares them with what it gave
         self.n_components = n_components
         self.emission = emission
-        self.covariance = covariance
+        self.covariance: Literal["diagonal", "full", "tied"] = covariance
         self.prior = prior
         self.initial_prior = initial_prior
         self.transition_prior = transition_prior
