@@ -69,7 +69,8 @@ def pytest_terminal_summary(terminalreporter):
     write = terminalreporter.write_line
     if not TABLES:
         return
-    names = [name for name in ("bayesinf", "jax", "numpy", "blackjax", "numpyro", "cuthbert") if has(name)]
+    rivals = ("blackjax", "numpyro", "cuthbert", "hmmlearn", "dynamax")
+    names = [name for name in ("bayesinf", "jax", "numpy", *rivals) if has(name)]
     terminalreporter.section("medians")
     write(f"{jax.devices()[0].device_kind}, {platform.platform()}, Python {platform.python_version()}")
     write(", ".join(f"{name} {metadata.version(name)}" for name in names))

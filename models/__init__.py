@@ -10,7 +10,9 @@ from bayesinf.models.chaotic_rnn import ChaoticRNN as ChaoticRNN
 from bayesinf.models.conditionally_discrete import ConditionallyDiscrete as ConditionallyDiscrete
 from bayesinf.models.conditionally_linear_gaussian import ConditionallyLinearGaussian as ConditionallyLinearGaussian
 from bayesinf.models.hmm import HiddenMarkovModel as HiddenMarkovModel
+from bayesinf.models.hmm import HiddenSemiMarkovModel as HiddenSemiMarkovModel
 from bayesinf.models.hmm import HMMBelief as HMMBelief
+from bayesinf.models.hmm import HMMEstimator as HMMEstimator
 from bayesinf.models.hmm import HMMFiltered as HMMFiltered
 from bayesinf.models.hmm import HMMPath as HMMPath
 from bayesinf.models.hmm import HMMSmoothed as HMMSmoothed
@@ -22,6 +24,10 @@ from bayesinf.models.hmm import hmm_smoother as hmm_smoother
 from bayesinf.models.hmm import hmm_start as hmm_start
 from bayesinf.models.hmm import hmm_step as hmm_step
 from bayesinf.models.hmm import hmm_viterbi as hmm_viterbi
+from bayesinf.models.hmm import hsmm_filter as hsmm_filter
+from bayesinf.models.hmm import hsmm_sample as hsmm_sample
+from bayesinf.models.hmm import hsmm_smoother as hsmm_smoother
+from bayesinf.models.hmm import hsmm_viterbi as hsmm_viterbi
 from bayesinf.models.leverage_volatility import LeverageVolatility as LeverageVolatility
 from bayesinf.models.linear_gaussian import KalmanResult as KalmanResult
 from bayesinf.models.linear_gaussian import LinearGaussian as LinearGaussian

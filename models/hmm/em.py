@@ -13,6 +13,7 @@ References:
 
 import dataclasses
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -27,7 +28,7 @@ from bayesinf.models.hmm.observations import Observations, score
 from bayesinf.models.hmm.recursion import Method
 from bayesinf.models.hmm.statistics import expected_statistics, forward
 
-__all__ = ["HMMFit", "fit"]
+__all__ = ["HMMFit", "climb_from_starts", "fit"]
 
 
 class HMMFit(NamedTuple):
@@ -71,11 +72,49 @@ def fit(
     throw: bool,
 ) -> HMMFit:
     """What `HiddenMarkovModel.fit` does with data that are checked."""
+    expect = jax.tree_util.Partial(_expect, method=method)
+    return climb_from_starts(
+        key,
+        model,
+        data,
+        expect,
+        _maximize,
+        num_starts=num_starts,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        throw=throw,
+    )
+
+
+def climb_from_starts(
+    key: errors.KeyLike,
+    model: Any,
+    data: Observations,
+    expect: Callable[[Any, Observations], tuple[Float[Array, ""], Any]],
+    maximize: Callable[[Any, Observations, Any, Any], Any],
+    *,
+    num_starts: int,
+    max_iterations: int,
+    tolerance: float,
+    throw: bool,
+) -> HMMFit:
+    """EM of any model with an emission and a `log_prior`.
+
+    Args:
+        key: a PRNG key or an integer seed.
+        model: the first start; the others have emissions guessed from the data.
+        data: as `observe` has them.
+        expect: expect(model, data) -> (log evidence, statistics). Both functions are compiled in: the same ones at
+            every call.
+        maximize: maximize(model, data, rows, statistics) -> model; rows are what emissions take, all series together.
+        num_starts, max_iterations, tolerance, throw: as of `HiddenMarkovModel.fit`.
+    """
     key = errors.as_key(key)
     num_starts = errors.check_count("num_starts", num_starts)
     max_iterations = errors.check_count("max_iterations", max_iterations)
     errors.check_positive("tolerance", tolerance)
-    found = _fit(key, model, data._replace(is_single=None), num_starts, max_iterations, jnp.asarray(tolerance), method)
+    steps = expect, maximize
+    found = _fit(key, model, data._replace(is_single=None), num_starts, max_iterations, jnp.asarray(tolerance), steps)
     if not errors.is_concrete(found.objectives):
         return found
     if not bool(jnp.isfinite(found.log_evidence)):
@@ -87,13 +126,13 @@ def fit(
             f"EM stopped after {max_iterations} iterations, before the log posterior rose by less than {tolerance}; "
             "raise max_iterations, or take the fit as it is",
             errors.SamplingWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return found
 
 
 @eqx.filter_jit
-def _fit(key, model, data, num_starts, max_iterations, tolerance, method):
+def _fit(key, model, data, num_starts, max_iterations, tolerance, steps):
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (data.ys, data.is_seen, data.features))
 
     def start(key: Array) -> Any:
@@ -106,8 +145,8 @@ def _fit(key, model, data, num_starts, max_iterations, tolerance, method):
     static = eqx.filter(model, eqx.is_array, inverse=True)
 
     def climb(arrays: Any) -> tuple[Any, ...]:
-        end = _climb(eqx.combine(arrays, static), data, rows, max_iterations, tolerance, method)
-        log_evidence = _expect(end.model, data, method)[0]
+        end = _climb(eqx.combine(arrays, static), data, rows, max_iterations, tolerance, steps)
+        log_evidence = steps[0](end.model, data)[0]
         return eqx.filter(end.model, eqx.is_array), log_evidence, log_evidence + end.model.log_prior(), end[2:]
 
     ends, log_evidences, objectives, rest = jax.vmap(climb)(starts)
@@ -117,19 +156,20 @@ def _fit(key, model, data, num_starts, max_iterations, tolerance, method):
     return HMMFit(eqx.combine(chosen[0], static), chosen[1], history, num_iterations, is_converged, objectives)
 
 
-def _climb(model, data, rows, max_iterations, tolerance, method) -> _Climb:
+def _climb(model, data, rows, max_iterations, tolerance, steps) -> _Climb:
+    expect, maximize = steps
     static = eqx.filter(model, eqx.is_array, inverse=True)
 
     def body(climb: _Climb) -> _Climb:
         model = eqx.combine(climb.model, static)
-        log_evidence, smoothed, transitions = _expect(model, data, method)
+        log_evidence, statistics = expect(model, data)
         objective = log_evidence + model.log_prior()
         gain = objective - climb.objective
         rounding = 4 * jnp.finfo(objective.dtype).eps * jnp.abs(objective)
         is_converged = gain <= jnp.maximum(tolerance, rounding)
         # NaN, or data that are impossible: nothing to learn from
         is_done = is_converged | ~jnp.isfinite(objective)
-        better = eqx.filter(_maximize(model, data, rows, smoothed, transitions), eqx.is_array)
+        better = eqx.filter(maximize(model, data, rows, statistics), eqx.is_array)
         return _Climb(
             jax.tree.map(lambda old, new: jnp.where(is_done, old, new.astype(old.dtype)), climb.model, better),
             objective,
@@ -153,7 +193,7 @@ def _climb(model, data, rows, max_iterations, tolerance, method) -> _Climb:
     return end._replace(model=eqx.combine(end.model, static))
 
 
-def _expect(model, data, method) -> tuple[Float[Array, ""], Float[Array, "b t k"], Float[Array, "b k k"]]:
+def _expect(model, data, *, method: Method) -> tuple[Float[Array, ""], tuple[Array, Array]]:
     log_lik = score(model.emission, data)
     is_real = jnp.arange(log_lik.shape[1]) < data.lengths[:, None]
 
@@ -163,10 +203,11 @@ def _expect(model, data, method) -> tuple[Float[Array, ""], Float[Array, "b t k"
         return passed.log_evidence, jnp.exp(statistics.log_smoothed), statistics.transitions
 
     log_evidence, smoothed, transitions = jax.vmap(one)(log_lik, is_real)
-    return jnp.sum(log_evidence), smoothed, transitions
+    return jnp.sum(log_evidence), (smoothed, transitions)
 
 
-def _maximize(model, data, rows, smoothed, transitions) -> Any:
+def _maximize(model, data, rows, statistics) -> Any:
+    smoothed, transitions = statistics
     first = jnp.maximum(jnp.sum(smoothed[:, 0], axis=0) + model.initial_prior - 1.0, 0.0)
     moves = jnp.maximum(jnp.sum(transitions, axis=0) + model.transition_prior - 1.0, 0.0)
     weights = jnp.where(data.is_seen[..., None], smoothed, 0.0).reshape(-1, smoothed.shape[-1])

@@ -1,0 +1,276 @@
+"""Hidden semi-Markov models with parameters: states of any emission, whose stays have durations of their own law.
+
+    state of the first stay ~ initial, of the next ~ transition from the one before;    duration ~ that of the state
+    y_t | x_t = k ~ emission_k
+
+A row of NaN in the data, or one outside `mask`, is missing, and integrated out. The durations of an ordinary hidden
+Markov model are geometric: most likely is a stay of one step, in every state.
+
+References:
+    Guédon (2003), doi:10.1198/1061860032030 (EM with a last stay that goes on after the end).
+    Yu (2010), doi:10.1016/j.artint.2009.11.011.
+"""
+
+import dataclasses
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bayesinf import errors
+from bayesinf.models.hmm.duration import Duration, log_or_never
+from bayesinf.models.hmm.em import HMMFit, climb_from_starts
+from bayesinf.models.hmm.emission import Emission, ratio
+from bayesinf.models.hmm.inputs import over_series
+from bayesinf.models.hmm.model import HiddenMarkovModel
+from bayesinf.models.hmm.observations import Observations, observe, score
+from bayesinf.models.hmm.semi_markov import (
+    HSMMFiltered,
+    HSMMSmoothed,
+    SemiChain,
+    hsmm_filter,
+    hsmm_smoother,
+    semi_forward,
+    semi_statistics,
+)
+from bayesinf.models.hmm.semi_markov_paths import HSMMPath, HSMMPaths, hsmm_sample, hsmm_viterbi
+
+__all__ = ["HiddenSemiMarkovModel"]
+
+
+class HiddenSemiMarkovModel(eqx.Module):
+    """A hidden semi-Markov model.
+
+    Attributes:
+        emission: the laws of observations, with K states.
+        duration: the laws of durations, such as `NegativeBinomialDuration`, with K states.
+        initial: probabilities of x_0, shape (K,); equal ones by default. A stay begins at time 0.
+        transition: row i holds the probabilities of the state after a stay in i, shape (K, K); by default all others
+            are equally likely. Where a state can follow itself, durations are of each of its stays.
+        initial_prior: concentrations of the Dirichlet law of `initial`, scalar or shape (K,); 1 by default, a flat one.
+        transition_prior: of the rows of `transition`, scalar or shape (K, K); 1 by default. It is of the transitions
+            that are not zero, which those that are stay.
+
+    Raises:
+        ValueError: a shape does not fit, or probabilities do not sum to one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf import models
+        >>> hmm = models.hmm
+        >>> duration = hmm.NegativeBinomialDuration(jnp.array([9.0, 9.0]), jnp.array([0.75, 0.75]), max_duration=12)
+        >>> model = models.HiddenSemiMarkovModel(hmm.Poisson(jnp.array([15.0, 26.0])), duration)
+        >>> model.viterbi(jnp.array([14.0, 12.0, 27.0, 13.0, 31.0, 25.0, 24.0])).path.tolist()  # no stay of one step
+        [0, 0, 0, 0, 1, 1, 1]
+    """
+
+    emission: Emission
+    duration: Duration
+    initial: Float[Array, " k"]
+    transition: Float[Array, "k k"]
+    initial_prior: Float[Array, "..."]
+    transition_prior: Float[Array, "..."]
+
+    def __init__(
+        self,
+        emission: Emission,
+        duration: Duration,
+        initial: Any = None,
+        transition: Any = None,
+        *,
+        initial_prior: Any = 1.0,
+        transition_prior: Any = 1.0,
+    ):
+        if not isinstance(duration, Duration):
+            raise ValueError(
+                f"duration must be a Duration, such as models.hmm.CategoricalDuration, got {type(duration).__name__}"
+            )
+        if transition is None and isinstance(emission, Emission):
+            num = emission.num_states
+            transition = (1.0 - jnp.eye(num)) / (num - 1) if num > 1 else jnp.ones((1, 1))
+        checked = HiddenMarkovModel(
+            emission, initial, transition, initial_prior=initial_prior, transition_prior=transition_prior
+        )
+        num_laws = duration.log_prob().shape[0]
+        if num_laws != checked.num_states:
+            raise ValueError(f"duration must be of {checked.num_states} states, as the emission is, got {num_laws}")
+        self.emission, self.duration = checked.emission, duration
+        self.initial, self.transition = checked.initial, checked.transition
+        self.initial_prior, self.transition_prior = checked.initial_prior, checked.transition_prior
+
+    @property
+    def num_states(self) -> int:
+        """K."""
+        return self.emission.num_states
+
+    def log_lik(self, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None) -> Float[Array, "..."]:
+        """Log p(y_t | x_t = k), shape (..., T, K); arguments as of `HiddenMarkovModel.log_lik`."""
+        data = observe(self.emission, ys, covariates=covariates, mask=mask, lengths=lengths)
+        log_lik = score(self.emission, data)
+        return log_lik[0] if data.is_single else log_lik
+
+    def log_prob(self, ys: Any, **given: Any) -> Float[Array, "..."]:
+        """Log p(y_{0:T-1}) of every series, differentiable in the model's arrays; arguments as of `log_lik`."""
+        return self.filter(ys, **given).log_evidence
+
+    def log_prior(self) -> Float[Array, ""]:
+        """Log density of the parameters under their conjugate priors, up to a constant."""
+        xlogy = jax.scipy.special.xlogy
+        first = jnp.sum(xlogy(self.initial_prior - 1.0, self.initial))
+        is_free = self.transition > 0
+        rows = jnp.sum(xlogy(jnp.where(is_free, self.transition_prior - 1.0, 0.0), self.transition))
+        return first + rows + self.emission.log_prior() + self.duration.log_prior()
+
+    def filter(self, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None) -> HSMMFiltered:
+        """What the data so far tell of the state, see `hsmm_filter`; arguments as of `log_lik`."""
+        log_lik = self.log_lik(ys, covariates=covariates, mask=mask, lengths=lengths)
+        return hsmm_filter(*self._laws(), log_lik, lengths=lengths)
+
+    def smooth(self, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None) -> HSMMSmoothed:
+        """What all data tell of the state, see `hsmm_smoother`; arguments as of `log_lik`."""
+        log_lik = self.log_lik(ys, covariates=covariates, mask=mask, lengths=lengths)
+        return hsmm_smoother(*self._laws(), log_lik, lengths=lengths)
+
+    def viterbi(self, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None) -> HSMMPath:
+        """The most probable stays, see `hsmm_viterbi`; arguments as of `log_lik`."""
+        log_lik = self.log_lik(ys, covariates=covariates, mask=mask, lengths=lengths)
+        return hsmm_viterbi(*self._laws(), log_lik, lengths=lengths)
+
+    def sample_posterior(
+        self,
+        key: errors.KeyLike,
+        ys: Any,
+        num_samples: int,
+        *,
+        covariates: Any = None,
+        mask: Any = None,
+        lengths: Any = None,
+    ) -> HSMMPaths:
+        """Paths given the data, shape (..., num_samples, T), see `hsmm_sample`; other arguments as of `log_lik`."""
+        log_lik = self.log_lik(ys, covariates=covariates, mask=mask, lengths=lengths)
+        return hsmm_sample(key, *self._laws(), log_lik, num_samples, lengths=lengths)
+
+    def fit(
+        self,
+        key: errors.KeyLike,
+        ys: Any,
+        *,
+        covariates: Any = None,
+        mask: Any = None,
+        lengths: Any = None,
+        num_starts: int = 10,
+        max_iterations: int = 500,
+        tolerance: float = 1e-4,
+        throw: bool = True,
+    ) -> HMMFit:
+        """Learns the parameters by EM, see `HiddenMarkovModel.fit`, which has the same arguments.
+
+        All starts have the model's own durations and transitions, and emissions guessed from the data.
+
+        Raises:
+            ValueError: an argument is out of its range, or a shape does not fit.
+            InitializationError: no start explains the data; `result` holds the fit.
+
+        Warns:
+            SamplingWarning: the best start has not converged.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from bayesinf import models
+            >>> from bayesinf.datasets import earthquakes
+            >>> hmm = models.hmm
+            >>> duration = hmm.NegativeBinomialDuration(jnp.ones(2), jnp.array([0.1, 0.1]), max_duration=60)
+            >>> model = models.HiddenSemiMarkovModel(hmm.Poisson(jnp.array([15.0, 26.0])), duration)
+            >>> fitted = model.fit(0, earthquakes().counts, num_starts=1)
+            >>> bool(fitted.log_evidence > model.log_prob(earthquakes().counts))
+            True
+
+        References:
+            Guédon (2003), doi:10.1198/1061860032030.
+        """
+        data = observe(self.emission, ys, covariates=covariates, mask=mask, lengths=lengths)
+        return climb_from_starts(
+            key,
+            self,
+            data,
+            _expect,
+            _maximize,
+            num_starts=num_starts,
+            max_iterations=max_iterations,
+            tolerance=tolerance,
+            throw=throw,
+        )
+
+    def simulate(self, key: errors.KeyLike, num_steps: int, *, covariates: Any = None) -> tuple[Array, Array]:
+        """A path of states and its observations.
+
+        Args:
+            key: a PRNG key or an integer seed.
+            num_steps: T.
+            covariates: shape (T, p), for emissions that take them.
+
+        Returns:
+            (states, ys), with leading axis T.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from bayesinf import models
+            >>> duration = models.hmm.CategoricalDuration(jnp.array([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0]]))
+            >>> emission = models.hmm.Poisson(jnp.array([15.0, 26.0]))
+            >>> model = models.HiddenSemiMarkovModel(emission, duration, initial=jnp.array([1.0, 0.0]))
+            >>> model.simulate(0, num_steps=8)[0].tolist()
+            [0, 0, 0, 1, 1, 0, 0, 0]
+        """
+        num_steps = errors.check_count("num_steps", num_steps)
+        key_first, key_stays, key_ys = jax.random.split(errors.as_key(key), 3)
+        log_initial, log_transition, log_duration = self._laws()
+
+        def step(carry: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], Array]:
+            state, rest = carry
+            key_state, key_duration = jax.random.split(key)
+            is_new = rest == 0
+            state = jnp.where(is_new, jax.random.categorical(key_state, log_transition[state]), state)
+            duration = jax.random.categorical(key_duration, log_duration[state])  # less one
+            return (state, jnp.where(is_new, duration, rest - 1)), state
+
+        key_state, key_duration = jax.random.split(key_first)
+        first = jax.random.categorical(key_state, log_initial)
+        begin = first, jax.random.categorical(key_duration, log_duration[first])
+        _, later = jax.lax.scan(step, begin, jax.random.split(key_stays, num_steps)[1:])
+        states = jnp.concatenate([first[None], later]).astype(jnp.int32)
+        given = None if covariates is None else jnp.asarray(covariates)
+        return states, self.emission.sample(key_ys, states, given)
+
+    def _laws(self) -> tuple[Float[Array, " k"], Float[Array, "k k"], Float[Array, "k d"]]:
+        return log_or_never(self.initial), log_or_never(self.transition), self.duration.log_prob()
+
+
+def _expect(model: HiddenSemiMarkovModel, data: Observations) -> tuple[Float[Array, ""], HSMMSmoothed]:
+    log_lik = score(model.emission, data)
+    is_real = jnp.arange(log_lik.shape[1]) < data.lengths[:, None]
+    log_initial, log_transition, log_duration = (law.astype(log_lik.dtype) for law in model._laws())
+    chain = SemiChain(log_initial, log_transition, log_duration, log_lik, is_real)
+
+    def one(log_lik: Array, is_real: Array) -> HSMMSmoothed:
+        passed = semi_forward(chain, log_lik, is_real, is_kept=True)
+        return semi_statistics(chain, passed, log_lik, is_real)
+
+    smoothed = over_series(one, log_lik, is_real)
+    return jnp.sum(smoothed.log_evidence), smoothed
+
+
+def _maximize(model: HiddenSemiMarkovModel, data: Observations, rows: Any, smoothed: HSMMSmoothed) -> Any:
+    visits = jnp.exp(smoothed.log_smoothed)
+    first = jnp.maximum(jnp.sum(visits[:, 0], axis=0) + model.initial_prior - 1.0, 0.0)
+    moves = jnp.maximum(jnp.sum(smoothed.expected_transitions, axis=0) + model.transition_prior - 1.0, 0.0)
+    moves = jnp.where(model.transition > 0, moves, 0.0)
+    weights = jnp.where(data.is_seen[..., None], visits, 0.0).reshape(-1, visits.shape[-1])
+    return dataclasses.replace(
+        model,
+        initial=ratio(first, jnp.sum(first), model.initial),
+        transition=ratio(moves, jnp.sum(moves, axis=-1, keepdims=True), model.transition),
+        emission=model.emission.maximize(rows[0], weights, rows[2]),
+        duration=model.duration.maximize(jnp.sum(smoothed.expected_durations, axis=0)),
+    )
