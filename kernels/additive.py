@@ -8,7 +8,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -24,6 +24,7 @@ from bayesinf.weights import normalize
 
 __all__ = [
     "AdditiveFunctional",
+    "Statistics",
     "check_functional",
     "check_terms",
     "start_statistics",
@@ -83,34 +84,68 @@ class AdditiveFunctional(eqx.Module):
         return jax.tree.map(lambda a, b: a + jnp.sum(b, axis=0), first, terms)
 
 
-def start_statistics(functional: AdditiveFunctional, cloud: Cloud, y: PyTree) -> PyTree:
+class Statistics(NamedTuple):
+    """The statistics tau^i of a population, as their weighted mean and what each differs by.
+
+    Sums grow with the length of the series, differences do not: kept apart, neither rounds the other away, however long
+    a stream goes on.
+
+    Attributes:
+        apart: tau^i - total, leading axis N.
+        total: sum_i W^i tau^i.
+        rounding: what `total` has lost to rounding so far, which the next step puts right.
+    """
+
+    apart: PyTree
+    total: PyTree
+    rounding: PyTree
+
+
+def start_statistics(functional: AdditiveFunctional, cloud: Cloud, y: PyTree) -> Statistics:
     """tau_0^i = h_0(X_0^i), in the dtype of the weights."""
-    return _as_statistics(jax.vmap(lambda x: functional.first_term(x, y))(cloud.particles), cloud)
+    tau = _as_statistics(jax.vmap(lambda x: functional.first_term(x, y))(cloud.particles), cloud)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros_like(leaf[0]), tau)
+    return _centred(cloud, tau, zeros, zeros)
 
 
 def update_statistics(
     functional: AdditiveFunctional,
-    tau: PyTree,
+    statistics: Statistics,
     cloud_prev: Cloud,
     cloud: Cloud,
     J: Int[Array, "N m"],
     y: PyTree,
     t: Int[Array, ""],
-) -> PyTree:
+) -> Statistics:
     """tau_t^i, the mean over j of tau_{t-1}^{J^{i,j}} + h_t(X_{t-1}^{J^{i,j}}, X_t^i)."""
 
     def increments(x, parents):
         return jax.vmap(lambda j: functional.term(gather(cloud_prev.particles, j), x, y, t))(parents)
 
     h = _as_statistics(jax.vmap(increments)(cloud.particles, J), cloud)
-    return jax.tree.map(lambda old, new: jnp.mean(old + new, axis=1), gather(tau, J), h)
+    tau = jax.tree.map(lambda old, new: jnp.mean(old + new, axis=1), gather(statistics.apart, J), h)
+    return _centred(cloud, tau, statistics.total, statistics.rounding)
 
 
-def weighted_mean(cloud: Cloud, tau: PyTree) -> PyTree:
+def weighted_mean(cloud: Cloud, statistics: Statistics) -> PyTree:
     """sum_i W_t^i tau_t^i; NaN where no weight is positive."""
+    return jax.tree.map(lambda total, rest: total + rest, statistics.total, _mean(cloud, statistics.apart))
+
+
+def _mean(cloud: Cloud, tau: PyTree) -> PyTree:
     log_weights, log_mean = normalize(cloud.log_weights)
     weights = jnp.where(jnp.isfinite(log_mean), jnp.exp(log_weights), jnp.nan)
     return jax.tree.map(lambda leaf: jnp.tensordot(weights, leaf, 1), tau)
+
+
+def _centred(cloud: Cloud, tau: PyTree, total: PyTree, rounding: PyTree) -> Statistics:
+    """The mean moved from tau to the total, by Kahan's sum; nothing where it is not finite."""
+    means = jax.tree.map(lambda mean: jnp.where(jnp.isfinite(mean), mean, 0.0), _mean(cloud, tau))
+    apart = jax.tree.map(jnp.subtract, tau, means)
+    corrected = jax.tree.map(jnp.subtract, means, rounding)
+    new = jax.tree.map(jnp.add, total, corrected)
+    lost = jax.tree.map(lambda new, old, term: (new - old) - term, new, total, corrected)
+    return Statistics(apart, new, lost)
 
 
 def check_functional(functional: Any) -> None:

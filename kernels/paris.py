@@ -26,6 +26,7 @@ from bayesinf import errors
 from bayesinf.captured import current
 from bayesinf.kernels.additive import (
     AdditiveFunctional,
+    Statistics,
     check_functional,
     check_terms,
     start_statistics,
@@ -52,10 +53,10 @@ __all__ = [
 
 
 class ParisState(NamedTuple):
-    """Where PaRIS stands after y_t: the filter, and the statistics tau of its particles, with leading axis N."""
+    """Where PaRIS stands after y_t: the filter, and the statistics tau of its particles."""
 
     filter: FilterState
-    statistics: PyTree
+    statistics: Statistics
 
 
 class ParisInfo(NamedTuple):

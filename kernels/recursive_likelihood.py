@@ -185,7 +185,7 @@ def _learn(self: RecursiveLikelihood, paris: ParisState, info, filtered, free, m
         found = jnp.tensordot(weights - predicted, tau, 1) + jnp.tensordot(predicted, slope.astype(tau.dtype), 1)
         return found.astype(like.dtype)
 
-    gradient = jax.tree.map(difference, paris.statistics, slopes, free)
+    gradient = jax.tree.map(difference, paris.statistics.apart, slopes, free)
     updates, new_memory = self.optimizer.update(jax.tree.map(jnp.negative, gradient), memory, free)
     moved = optax.apply_updates(free, updates)
     (free, memory), _ = select_finite((gradient, moved), (moved, new_memory), (free, memory))

@@ -10,8 +10,9 @@ from ppg_models import TOTALS, problem, spread_and_error
 
 from bayesinf import conformance, errors
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels import AdditiveFunctional, marginal_smoother, paris, particle_filter
+from bayesinf.kernels import AdditiveFunctional, Paris, marginal_smoother, paris, particle_filter
 from bayesinf.kernels.additive import check_functional
+from bayesinf.models import StochasticVolatility
 
 
 @eqx.filter_jit
@@ -233,3 +234,34 @@ def test_vanished_weights_raise_with_the_result():
     assert np.all(np.isfinite(caught.value.result.estimates[:9]))
     assert np.all(np.isnan(caught.value.result.estimates[9:]))
     assert np.all(np.isnan(paris(0, model, bad, TOTALS, num_particles=5, throw=False).estimate))
+
+
+@jax.jit
+def _follow(stream, state, ys):
+    return jax.lax.scan(lambda state, y: stream.step(state, y)[0:2], state, ys)
+
+
+@pytest.mark.parametrize("increment", [0.1, -3.7])
+def test_a_long_stream_adds_its_functional_without_loss(increment):
+    """30,000 terms in float32, of which each partial sum would lose the last digits of each."""
+    term = jnp.float32(increment)
+    functional = AdditiveFunctional(lambda x0: term * x0**0, lambda x_prev, x, t: term * x**0)
+    stream = Paris(StochasticVolatility(-1.0, 0.9, 0.3), functional, num_particles=3, method="mcmc")
+    state, _ = stream.init(0, 0.3)
+    _, infos = _follow(stream, state, jnp.full(29_999, jnp.nan))
+    exact = float(term) * np.arange(2, 30_001)
+    assert np.max(np.abs(np.asarray(infos.estimate, np.float64) / exact - 1)) < 2e-7
+
+
+def test_what_all_particles_have_in_common_does_not_round_their_differences_away():
+    """A transient at the start of a stream, such as scores at bad parameters have: afterwards it is forgotten."""
+
+    def differences(transient):
+        functional = AdditiveFunctional(lambda x0: x0 + transient, lambda x_prev, x, t: x * x_prev)
+        stream = Paris(StochasticVolatility(-1.0, 0.9, 0.3), functional, num_particles=20, method="mcmc")
+        state, _ = stream.init(0, 0.3)
+        state, _ = _follow(stream, state, jnp.linspace(-1.0, 1.0, 300))
+        return state.statistics.apart
+
+    np.testing.assert_allclose(differences(1e8), differences(0.0), atol=1e-3)
+    assert float(jnp.std(differences(0.0))) > 0.1
