@@ -71,7 +71,7 @@ class ParisianGibbs(PathKernel):
         functional: what is smoothed.
         num_particles: N >= 2, the reference among them.
         num_backward: M >= 1 backward draws a particle; with M = 1 the variance grows like T^2, from M = 2 like T.
-        method: how backward draws are made, "exact", "mcmc" or "auto".
+        method: how backward draws are made, "exact", "mcmc", "reject" or "auto".
         proposal: "bootstrap", or "guided" for the model's own proposals.
 
     Example:
@@ -183,7 +183,7 @@ def ppg(
         burn_in: k0 in [0, k); the bias decays geometrically in it. k / 2 is a good choice.
         num_backward: M >= 1 backward draws a particle.
         initial_path: the first reference, with leading axis T; by default drawn from a particle filter.
-        method: how backward draws are made, "exact", "mcmc" or "auto"; see `paris`.
+        method: how backward draws are made, "exact", "mcmc", "reject" or "auto"; see `paris`.
         proposal: "bootstrap", or "guided" by the model's own `initial_proposal` and `proposal`.
         throw: whether to raise if the weights vanish.
 

@@ -23,7 +23,8 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from bayesinf import errors
 from bayesinf.captured import current
 from bayesinf.kernels.additive import AdditiveFunctional
-from bayesinf.kernels.parisian_gibbs import ParisianGibbs, PPGResult, roll_out
+from bayesinf.kernels.filter_steps import cure_of_vanished, warn_of_invalid
+from bayesinf.kernels.parisian_gibbs import ParisianGibbs, roll_out
 from bayesinf.kernels.path_kernel import first_paths
 from bayesinf.models.state_space import StateSpaceModel
 
@@ -116,7 +117,7 @@ def ppg_replicates(
         raise ValueError(f"burn_in must leave two of num_sweeps={num_sweeps} sweeps, got {burn_in}")
     kernel = ParisianGibbs(model, ys, current(functional), num_particles, num_backward, method, proposal)
     keys = jax.random.split(errors.as_key(key), num_replicates)
-    runs = _run_all(keys, kernel, num_sweeps, burn_in)
+    runs, is_lost = _run_all(keys, kernel, num_sweeps, burn_in)
     quantile = scipy.stats.t(num_replicates - 1).ppf(0.5 + 0.5 * level)
     root = np.sqrt(num_replicates)
 
@@ -137,24 +138,27 @@ def ppg_replicates(
         jnp.mean(runs.update_rate, axis=0),
         jnp.sum(runs.num_invalid, dtype=jnp.int32),
     )
-    is_lost = ~np.all([np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(runs.estimate)])
-    if throw and is_lost:
-        raise errors.DegenerateWeightsError(
-            "In some replicate no particle can explain some observation: all weights are zero. Try more particles or "
-            "proposal='guided'; throw=False returns what there is.",
-            result,
-        )
+    if throw and errors.is_concrete(is_lost):
+        if np.any(is_lost):
+            raise errors.DegenerateWeightsError(
+                f"In {int(np.sum(is_lost))} of {num_replicates} replicates no particle of {num_particles} can explain "
+                f"some observation: all weights are zero. {cure_of_vanished(model, kernel.ys, proposal)}; throw=False "
+                "returns what there is.",
+                result,
+            )
+        warn_of_invalid(np.asarray(runs.num_invalid), "replicate")
     return result
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _run_all(keys: Key[Array, " r"], kernel: ParisianGibbs, num_sweeps: int, burn_in: int) -> PPGResult:
-    """One run of `ppg` after the other."""
+def _run_all(keys: Key[Array, " r"], kernel: ParisianGibbs, num_sweeps: int, burn_in: int):
+    """One run of `ppg` after the other, and in which all weights vanished in some sweep."""
 
     def run(key):
         key_path, key_sweeps = jax.random.split(key)
         path = jax.tree.map(lambda leaf: leaf[0], first_paths(kernel, key_path, 1, throw=False))
-        return roll_out(key_sweeps, kernel, kernel.init(path), num_sweeps, burn_in)[0]
+        result, is_divergent = roll_out(key_sweeps, kernel, kernel.init(path), num_sweeps, burn_in)
+        return result, jnp.any(is_divergent)
 
     return jax.lax.map(run, keys)
 

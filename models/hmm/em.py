@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bayesinf import errors
 from bayesinf.models.hmm.emission import ratio
+from bayesinf.models.hmm.inputs import each
 from bayesinf.models.hmm.observations import Observations, score
 from bayesinf.models.hmm.recursion import Method
 from bayesinf.models.hmm.statistics import expected_statistics, forward
@@ -149,7 +150,7 @@ def _fit(key, model, data, num_starts, max_iterations, tolerance, steps):
         log_evidence = steps[0](end.model, data)[0]
         return eqx.filter(end.model, eqx.is_array), log_evidence, log_evidence + end.model.log_prior(), end[2:]
 
-    ends, log_evidences, objectives, rest = jax.vmap(climb)(starts)
+    ends, log_evidences, objectives, rest = each(climb, starts)
     best = jnp.argmax(jnp.where(jnp.isnan(objectives), -jnp.inf, objectives))
     chosen = jax.tree.map(lambda leaf: leaf[best], (ends, log_evidences, rest))
     history, num_iterations, _, is_converged = chosen[2]
@@ -202,7 +203,7 @@ def _expect(model, data, *, method: Method) -> tuple[Float[Array, ""], tuple[Arr
         statistics = expected_statistics(passed, model.log_transition, log_lik, is_real, method)
         return passed.log_evidence, jnp.exp(statistics.log_smoothed), statistics.transitions
 
-    log_evidence, smoothed, transitions = jax.vmap(one)(log_lik, is_real)
+    log_evidence, smoothed, transitions = each(one, log_lik, is_real)
     return jnp.sum(log_evidence), (smoothed, transitions)
 
 

@@ -2,13 +2,13 @@
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bayesinf import errors
 from bayesinf.models.hmm.emission import Emission
+from bayesinf.models.hmm.inputs import each
 from bayesinf.models.hmm.recursion import Method
 from bayesinf.models.hmm.statistics import forward
 
@@ -66,7 +66,7 @@ def observe(
     is_nan = jnp.isnan(series).reshape(*shape, -1)
     _check_values(emission, series, is_nan)
     is_seen = ~jnp.all(is_nan, -1) if emission.takes_partial else ~jnp.any(is_nan, -1)
-    features = jax.vmap(emission.features)(series, given)
+    features = each(emission.features, series, given)
     if features is not None:
         is_seen = is_seen & ~jnp.any(jnp.isnan(features), -1)
         features = _where_rows(is_seen, features, 0.0)
@@ -77,7 +77,7 @@ def observe(
 
 def score(emission: Emission, data: Observations) -> Float[Array, "b t k"]:
     """Log p(y_t | x_t = k); 0 where y_t is missing."""
-    log_lik = jax.vmap(emission.log_prob)(data.ys, data.features)
+    log_lik = each(emission.log_prob, data.ys, data.features)
     return jnp.where(data.is_seen[..., None], log_lik, 0.0)
 
 
@@ -88,7 +88,7 @@ def evidence(model: Any, data: Observations, method: Method) -> Float[Array, ""]
     def one(log_lik: Array, is_real: Array) -> Array:
         return forward(model.log_initial, model.log_transition, log_lik, is_real, method).log_evidence
 
-    return jnp.sum(jax.vmap(one)(score(model.emission, data), is_real))
+    return jnp.sum(each(one, score(model.emission, data), is_real))
 
 
 def _mask(mask: Any, shape: tuple[int, ...]) -> Array:
