@@ -32,6 +32,7 @@ __all__ = [
     "check_count",
     "check_floating",
     "check_fraction",
+    "check_nonnegative",
     "check_positive",
     "check_positive_scalar",
     "is_concrete",
@@ -210,6 +211,15 @@ def check_fraction(name: str, value: Any) -> None:
     array = np.asarray(value)
     if array.dtype.kind not in "fiuV" or not np.all((array > 0) & (array < 1)):  # V: the floating types of ml_dtypes
         raise ValueError(f"{name} must lie in (0, 1), got {value}")
+
+
+def check_nonnegative(name: str, value: Any) -> None:
+    """Finite and >= 0 in every element; skipped while traced."""
+    if not is_concrete(value):
+        return
+    array = np.asarray(value)
+    if array.dtype.kind not in "fiubV" or not np.all(np.isfinite(array) & (array >= 0)):  # V: those of ml_dtypes
+        raise ValueError(f"{name} must be finite and not negative, got {array}")
 
 
 def check_positive_scalar(name: str, value: Any) -> None:
