@@ -11,6 +11,9 @@ from bayesinf.models.conformal.cross import cv_plus as cv_plus
 from bayesinf.models.conformal.cross import jackknife_after_bootstrap as jackknife_after_bootstrap
 from bayesinf.models.conformal.cross import jackknife_minmax as jackknife_minmax
 from bayesinf.models.conformal.cross import jackknife_plus as jackknife_plus
+from bayesinf.models.conformal.enbpi import Ensemble as Ensemble
+from bayesinf.models.conformal.enbpi import bootstrap_ensemble as bootstrap_ensemble
+from bayesinf.models.conformal.enbpi import enbpi as enbpi
 from bayesinf.models.conformal.guarantee import Guarantee as Guarantee
 from bayesinf.models.conformal.online import Online as Online
 from bayesinf.models.conformal.online import OnlineSets as OnlineSets
@@ -21,6 +24,9 @@ from bayesinf.models.conformal.predictive_distribution import predictive_distrib
 from bayesinf.models.conformal.quantiles import conformal_quantile as conformal_quantile
 from bayesinf.models.conformal.quantiles import conformal_rank as conformal_rank
 from bayesinf.models.conformal.quantiles import p_value as p_value
+from bayesinf.models.conformal.residual_sets import SeriesSets as SeriesSets
+from bayesinf.models.conformal.residual_sets import narrowest as narrowest
+from bayesinf.models.conformal.residual_sets import narrowest_weighted as narrowest_weighted
 from bayesinf.models.conformal.risk import RiskThreshold as RiskThreshold
 from bayesinf.models.conformal.risk import hoeffding_bentkus as hoeffding_bentkus
 from bayesinf.models.conformal.risk import risk_threshold as risk_threshold
