@@ -126,7 +126,8 @@ def bootstrap_ensemble(
     errors.check_arguments("fit", fit, "x, y, weights")
     errors.check_arguments("predict", predict, "params, x")
     fit, predict = captured(fit), captured(predict)
-    return Ensemble(*_fit(fit, predict, errors.as_key(key), x, y, num_bootstrap, block_length), predict)
+    params, shares, residuals = _fit(fit, predict, errors.as_key(key), x, y, num_bootstrap, block_length)
+    return Ensemble(params, shares, residuals, predict)
 
 
 def enbpi(

@@ -116,7 +116,8 @@ def overfit_coverage(num_runs=150):
         x = jax.random.normal(jax.random.fold_in(key, 0), (140, 25))
         y = jax.random.normal(jax.random.fold_in(key, 1), (140,))
         parts = (x[:60], y[:60], x[60:], y[60:])
-        return conformal.enbpi(key, fit_ridge, predict_linear, *parts, 0.2, block_length=1, window=60).coverage
+        options = {"block_length": 1, "num_betas": 1}  # a choice among several costs coverage with 60 residuals
+        return conformal.enbpi(key, fit_ridge, predict_linear, *parts, 0.2, **options).coverage
 
     return np.asarray(jax.vmap(run)(jax.random.split(jax.random.key(5), num_runs)), float)
 
