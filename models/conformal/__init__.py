@@ -7,6 +7,9 @@ from bayesinf.models.conformal.aci import aci as aci
 from bayesinf.models.conformal.bayes import ConformalBayes as ConformalBayes
 from bayesinf.models.conformal.bayes import conformal_bayes as conformal_bayes
 from bayesinf.models.conformal.bayes import predictive_scores as predictive_scores
+from bayesinf.models.conformal.conditional_quantiles import ConditionalQuantiles as ConditionalQuantiles
+from bayesinf.models.conformal.conditional_quantiles import KernelQuantiles as KernelQuantiles
+from bayesinf.models.conformal.conditional_quantiles import kernel_quantile as kernel_quantile
 from bayesinf.models.conformal.cross import cv_plus as cv_plus
 from bayesinf.models.conformal.cross import jackknife_after_bootstrap as jackknife_after_bootstrap
 from bayesinf.models.conformal.cross import jackknife_minmax as jackknife_minmax
@@ -14,6 +17,9 @@ from bayesinf.models.conformal.cross import jackknife_plus as jackknife_plus
 from bayesinf.models.conformal.enbpi import Ensemble as Ensemble
 from bayesinf.models.conformal.enbpi import bootstrap_ensemble as bootstrap_ensemble
 from bayesinf.models.conformal.enbpi import enbpi as enbpi
+from bayesinf.models.conformal.filtered import central_interval as central_interval
+from bayesinf.models.conformal.filtered import filtered_pit as filtered_pit
+from bayesinf.models.conformal.filtered import filtered_scores as filtered_scores
 from bayesinf.models.conformal.guarantee import Guarantee as Guarantee
 from bayesinf.models.conformal.online import Online as Online
 from bayesinf.models.conformal.online import OnlineSets as OnlineSets
@@ -21,6 +27,8 @@ from bayesinf.models.conformal.online import run_online as run_online
 from bayesinf.models.conformal.pid import ConformalPID as ConformalPID
 from bayesinf.models.conformal.predictive_distribution import PredictiveDistribution as PredictiveDistribution
 from bayesinf.models.conformal.predictive_distribution import predictive_distribution as predictive_distribution
+from bayesinf.models.conformal.quantile_forest import Forest as Forest
+from bayesinf.models.conformal.quantile_forest import QuantileForest as QuantileForest
 from bayesinf.models.conformal.quantiles import conformal_quantile as conformal_quantile
 from bayesinf.models.conformal.quantiles import conformal_rank as conformal_rank
 from bayesinf.models.conformal.quantiles import p_value as p_value
@@ -37,6 +45,7 @@ from bayesinf.models.conformal.scores import pit_score as pit_score
 from bayesinf.models.conformal.scores import quantile_residual as quantile_residual
 from bayesinf.models.conformal.scores import raps as raps
 from bayesinf.models.conformal.scores import residual as residual
+from bayesinf.models.conformal.spci import spci as spci
 from bayesinf.models.conformal.split import Calibrated as Calibrated
 from bayesinf.models.conformal.split import Interval as Interval
 from bayesinf.models.conformal.split import LabelSet as LabelSet
