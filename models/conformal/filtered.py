@@ -126,7 +126,7 @@ def central_interval(
     if errors.is_concrete((low, high)) and not bool(jnp.all(low < high)):
         raise ValueError("low must be below high")
 
-    def halve(_: int, ends: tuple[Array, ...]) -> tuple[Array, ...]:
+    def halve(_: Array, ends: tuple[Array, ...]) -> tuple[Array, ...]:
         lower, lower_in, upper_in, upper = ends
         middle = 0.5 * (lower + lower_in)
         is_out = cdf(middle) < 0.5 - q
