@@ -56,7 +56,15 @@ def run_examples(path: Path) -> None:
         exec(compile(block, str(path), "exec"), names)
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", pytest.param("docs/conformal.md", marks=needs_docs)])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        pytest.param("docs/conformal.md", marks=needs_docs),
+        pytest.param("docs/conformal_series.md", marks=needs_docs),
+    ],
+)
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_examples(ROOT / page)
