@@ -163,7 +163,8 @@ def draw(found: dict, names: Sequence[str], methods: Sequence[str]):
             for end in (result.lower, result.upper):
                 axis.plot(np.asarray(end - result.centre)[-100:], color=COLORS[method], lw=1.2, drawstyle="steps-mid")
             axis.plot([], [], color=COLORS[method], label=METHODS[method])
-        axis.plot(np.asarray(result.residuals)[-100:], ".", color="0.25", ms=4, label="what happened")
+        happened = np.asarray(found[name, methods[0]].residuals)[-100:]
+        axis.plot(happened, ".", color="0.25", ms=4, label="what happened")
         axis.set_ylabel(f"{name}\ny less centre")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25, lw=0.6)
@@ -174,7 +175,7 @@ def draw(found: dict, names: Sequence[str], methods: Sequence[str]):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="EnbPI and SPCI where errors depend on their past.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the figure and the table go")
     for row in main(parser.parse_args().results, elec2_csv=os.environ.get("ELEC2_CSV")):
         print(row)

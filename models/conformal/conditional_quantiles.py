@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real
 
+from bayesinf import errors
 from bayesinf.models.conformal.residual_sets import narrowest_weighted
 
 __all__ = ["ConditionalQuantiles", "KernelQuantiles", "kernel_quantile"]
@@ -67,14 +68,16 @@ class KernelQuantiles(ConditionalQuantiles):
     decays: Float[Array, " r"] = eqx.field(converter=jnp.asarray, default=(0.0, 0.4, 0.8, 0.95))
 
     def __check_init__(self):
-        for name, allowed in (("shares", "(0, 1), or inf"), ("decays", "[0, 1)")):
+        for name in ("shares", "decays"):
             values = getattr(self, name)
             if values.ndim != 1 or values.shape[0] == 0:
                 raise ValueError(f"{name} must have shape (n,) with n >= 1, got {values.shape}")
-            if not isinstance(values, jax.core.Tracer):
-                is_right = (values > 0) & ((values < 1) | jnp.isinf(values)) if name == "shares" else values >= 0
-                if not bool(jnp.all(is_right & ((values < 1) | (name == "shares")))):
-                    raise ValueError(f"{name} must lie in {allowed}, got {values}")
+        if not errors.is_concrete((self.shares, self.decays)):
+            return
+        if not jnp.all((self.shares > 0) & ((self.shares < 1) | jnp.isinf(self.shares))):
+            raise ValueError(f"shares must lie in (0, 1), or be inf, got {self.shares}")
+        if not jnp.all((self.decays >= 0) & (self.decays < 1)):
+            raise ValueError(f"decays must lie in [0, 1), got {self.decays}")
 
     def bounds(
         self,

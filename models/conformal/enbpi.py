@@ -67,6 +67,12 @@ class Ensemble(eqx.Module):
     def window(self, size: int) -> Window:
         """The last `size` residuals, from which a stream sets out.
 
+        Args:
+            size: how many to keep.
+
+        Returns:
+            Window, of signed residuals.
+
         Example:
             >>> import jax, jax.numpy as jnp
             >>> from bayesinf.models import conformal
