@@ -8,7 +8,7 @@ import scipy.stats
 
 from bayesinf.conformance import FALSE_ALARM
 from bayesinf.models import conformal
-from bayesinf.models.conformal import conditional_quantiles
+from bayesinf.models.conformal import conditional_quantiles, quantile_forest
 from bayesinf.models.conformal.residual_sets import narrowest
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
