@@ -49,6 +49,7 @@ ppg: $(VENV)/installed-plots
 
 conformal: $(VENV)/installed-plots
 	$(BIN)/python -m benchmarks.conformal.hmm_panel $(ARGS)
+	$(BIN)/python -m benchmarks.conformal.sequences $(ARGS)
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

@@ -16,10 +16,19 @@ from bayesinf.models.conformal.batch import batch_selection as batch_selection
 from bayesinf.models.conformal.bayes import ConformalBayes as ConformalBayes
 from bayesinf.models.conformal.bayes import conformal_bayes as conformal_bayes
 from bayesinf.models.conformal.bayes import predictive_scores as predictive_scores
+from bayesinf.models.conformal.conditional_quantiles import ConditionalQuantiles as ConditionalQuantiles
+from bayesinf.models.conformal.conditional_quantiles import KernelQuantiles as KernelQuantiles
+from bayesinf.models.conformal.conditional_quantiles import kernel_quantile as kernel_quantile
 from bayesinf.models.conformal.cross import cv_plus as cv_plus
 from bayesinf.models.conformal.cross import jackknife_after_bootstrap as jackknife_after_bootstrap
 from bayesinf.models.conformal.cross import jackknife_minmax as jackknife_minmax
 from bayesinf.models.conformal.cross import jackknife_plus as jackknife_plus
+from bayesinf.models.conformal.enbpi import Ensemble as Ensemble
+from bayesinf.models.conformal.enbpi import bootstrap_ensemble as bootstrap_ensemble
+from bayesinf.models.conformal.enbpi import enbpi as enbpi
+from bayesinf.models.conformal.filtered import central_interval as central_interval
+from bayesinf.models.conformal.filtered import filtered_pit as filtered_pit
+from bayesinf.models.conformal.filtered import filtered_scores as filtered_scores
 from bayesinf.models.conformal.guarantee import Guarantee as Guarantee
 from bayesinf.models.conformal.hmm_continuous import continuous_state_set as continuous_state_set
 from bayesinf.models.conformal.hmm_continuous import gaussian_log_likelihood as gaussian_log_likelihood
@@ -50,6 +59,8 @@ from bayesinf.models.conformal.program_sets import nested_keeps as nested_keeps
 from bayesinf.models.conformal.program_sets import parse_program as parse_program
 from bayesinf.models.conformal.program_sets import program_score as program_score
 from bayesinf.models.conformal.program_sets import show_program as show_program
+from bayesinf.models.conformal.quantile_forest import Forest as Forest
+from bayesinf.models.conformal.quantile_forest import QuantileForest as QuantileForest
 from bayesinf.models.conformal.quantiles import conformal_quantile as conformal_quantile
 from bayesinf.models.conformal.quantiles import conformal_rank as conformal_rank
 from bayesinf.models.conformal.quantiles import p_value as p_value
@@ -57,6 +68,9 @@ from bayesinf.models.conformal.ranks import batch_rank as batch_rank
 from bayesinf.models.conformal.ranks import batch_rank_pair as batch_rank_pair
 from bayesinf.models.conformal.ranks import rank_pmf as rank_pmf
 from bayesinf.models.conformal.ranks import rank_sum_pmf as rank_sum_pmf
+from bayesinf.models.conformal.residual_sets import SeriesSets as SeriesSets
+from bayesinf.models.conformal.residual_sets import narrowest as narrowest
+from bayesinf.models.conformal.residual_sets import narrowest_weighted as narrowest_weighted
 from bayesinf.models.conformal.risk import RiskThreshold as RiskThreshold
 from bayesinf.models.conformal.risk import hoeffding_bentkus as hoeffding_bentkus
 from bayesinf.models.conformal.risk import risk_threshold as risk_threshold
@@ -67,6 +81,7 @@ from bayesinf.models.conformal.scores import pit_score as pit_score
 from bayesinf.models.conformal.scores import quantile_residual as quantile_residual
 from bayesinf.models.conformal.scores import raps as raps
 from bayesinf.models.conformal.scores import residual as residual
+from bayesinf.models.conformal.spci import spci as spci
 from bayesinf.models.conformal.split import Calibrated as Calibrated
 from bayesinf.models.conformal.split import Interval as Interval
 from bayesinf.models.conformal.split import LabelSet as LabelSet
