@@ -16,6 +16,7 @@ References:
     Jacob, O'Leary and Atchadé (2020), doi:10.1111/rssb.12336 (the time average).
 """
 
+import warnings
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -96,6 +97,9 @@ def unbiased_smoother(
         SamplingError: chains did not meet within `max_sweeps`; the error's `draws` is the UnbiasedResult.
         ValueError: an argument is out of its range.
 
+    Warns:
+        SamplingWarning: the median meeting time is longer than `num_sweeps`.
+
     Example:
         >>> import bayesinf as bi
         >>> model = bi.models.LinearGaussian.scalar(0.7, 0.5)
@@ -138,6 +142,14 @@ def unbiased_smoother(
             f"{int(np.sum(~np.asarray(is_met)))} of {num_replicates} pairs of chains did not meet within {max_sweeps} "
             "sweeps: take more particles; the result until then is in error.draws, and throw=False returns it",
             result,
+        )
+    if throw and errors.is_concrete(meeting_time) and float(np.median(np.asarray(meeting_time))) > num_sweeps:
+        warnings.warn(
+            f"half of the pairs met after {float(np.median(np.asarray(meeting_time))):.0f} sweeps or later, with "
+            f"num_sweeps={num_sweeps}: the estimate is unbiased, and of large variance. Take more particles, and "
+            "burn_in and num_sweeps of several times the meeting time",
+            errors.SamplingWarning,
+            stacklevel=2,
         )
     return result
 

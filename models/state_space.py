@@ -290,15 +290,16 @@ def check_series(ys: PyTree) -> PyTree:
 
     Whole numbers (counts, classes, truth values) are converted; infinite values are refused.
     """
-    if isinstance(ys, list | tuple) and all(isinstance(y, int | float) for y in ys):
-        ys = np.asarray(ys, float)  # a list of numbers is a series, not a pytree of scalars
+    if isinstance(ys, list | tuple) and all(isinstance(y, int | float | np.number) or y is None for y in ys):
+        ys = np.asarray(ys, float)  # a list of numbers is a series, not a pytree of scalars; None is NaN
     ys = errors.as_arrays("ys", ys)
     leaves = jax.tree.leaves(ys)
     if not leaves:
         raise ValueError("ys must hold at least one array of observations, got an empty pytree")
     for leaf in leaves:
         if leaf.ndim == 0 or leaf.shape[0] != leaves[0].shape[0]:
-            raise ValueError(f"ys must have one leading axis of time, got shapes {[leaf.shape for leaf in leaves]}")
+            shapes = [leaf.shape for leaf in leaves[:5]]
+            raise ValueError(f"ys must have one leading axis of time, got shapes {shapes} in {len(leaves)} arrays")
         if leaf.shape[0] == 0:
             raise ValueError("ys must have at least one row; the law of x_0 alone is model.initial()")
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):

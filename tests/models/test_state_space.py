@@ -351,3 +351,8 @@ def test_thresholds_are_shares(threshold):
 def test_scales_of_a_linear_model_are_checked(value):
     with pytest.raises(ValueError, match="observation_tril must be"):
         bi.models.LinearGaussian.scalar(0.5, 1.0, 1.0, value)
+
+
+def test_a_list_of_any_numbers_is_a_series():
+    found = check_series([np.float32(1.0), 2, None, 3.5])
+    np.testing.assert_array_equal(found, [1.0, 2.0, np.nan, 3.5])
