@@ -13,7 +13,7 @@ References:
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def forward(
 
 
 @forward.defjvp
-def _forward_jvp(method: Method, primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Passed, Passed]:
+def _forward_jvp(method: Method, primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Passed, Passed]:
     log_init, log_trans, log_lik, is_real = primals
     passed = forward(log_init, log_trans, log_lik, is_real, method)
     statistics = expected_statistics(passed, log_trans, log_lik, is_real, method)
@@ -132,7 +132,7 @@ def _sum_of_pairs(log_after: Array, log_trans: Array, log_ahead: Array, is_count
 
 
 @_sum_of_pairs.defjvp
-def _sum_of_pairs_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+def _sum_of_pairs_jvp(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     exact = partial(_sum_one_by_one, is_counted=primals[3])
     return _sum_of_pairs(*primals), jax.jvp(exact, primals[:3], tangents[:3])[1]
 

@@ -39,8 +39,10 @@ class UnweightedAverage(ParisianGibbs):
     """The final average of the statistics forgets the weights."""
 
     def step(self, key, state):
-        def wrong(cloud, tau):
-            return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), tau)
+        def wrong(cloud, statistics):
+            return jax.tree.map(
+                lambda total, apart: total + jnp.mean(apart, axis=0), statistics.total, statistics.apart
+            )
 
         with patch.object(parisian_gibbs, "weighted_mean", wrong):
             return super().step(key, state)
