@@ -98,7 +98,7 @@ def unbiased_smoother(
         ValueError: an argument is out of its range.
 
     Warns:
-        SamplingWarning: the median meeting time is longer than `num_sweeps`.
+        SamplingWarning: the median meeting time is longer than three times `num_sweeps`.
 
     Example:
         >>> import bayesinf as bi
@@ -143,7 +143,7 @@ def unbiased_smoother(
             "sweeps: take more particles; the result until then is in error.draws, and throw=False returns it",
             result,
         )
-    if throw and errors.is_concrete(meeting_time) and float(np.median(np.asarray(meeting_time))) > num_sweeps:
+    if throw and errors.is_concrete(meeting_time) and float(np.median(np.asarray(meeting_time))) > 3 * num_sweeps:
         warnings.warn(
             f"half of the pairs met after {float(np.median(np.asarray(meeting_time))):.0f} sweeps or later, with "
             f"num_sweeps={num_sweeps}: the estimate is unbiased, and of large variance. Take more particles, and "
