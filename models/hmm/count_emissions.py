@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from bayesinf import errors
 from bayesinf.models.hmm.emission import Emission, as_prior, not_conjugate, ratio, spread_rows
+from bayesinf.models.hmm.recursion import log_or_never
 
 __all__ = ["Categorical", "GammaPrior", "Poisson"]
 
@@ -152,8 +153,7 @@ class Categorical(Emission):
         num = self.probs.shape[1]
         is_category = (ys >= 0) & (ys < num) & (ys == jnp.round(ys))
         p = self.probs.T[jnp.where(is_category, ys, 0).astype(jnp.int32)]
-        is_possible = is_category[:, None] & (p > 0)
-        return jnp.where(is_possible, jnp.log(jnp.where(is_possible, p, 1.0)), -jnp.inf)
+        return jnp.where(is_category[:, None], log_or_never(p), -jnp.inf)
 
     def maximize(self, ys: Array, weights: Float[Array, "t k"], covariates: Array | None = None) -> "Categorical":
         counts = self._counts(ys, weights)

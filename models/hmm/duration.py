@@ -20,9 +20,9 @@ from jaxtyping import Array, Float
 
 from bayesinf import errors
 from bayesinf.models.hmm.emission import ratio
-from bayesinf.models.hmm.recursion import log_normalize
+from bayesinf.models.hmm.recursion import log_normalize, log_or_never
 
-__all__ = ["CategoricalDuration", "Duration", "NegativeBinomialDuration", "log_or_never"]
+__all__ = ["CategoricalDuration", "Duration", "NegativeBinomialDuration"]
 
 # of the shape that is learnt: below, nearly all stays are of one step; above, it is a Poisson law to within rounding
 SHAPES = (1e-2, 1e4)
@@ -178,11 +178,6 @@ class NegativeBinomialDuration(Duration):
             shape=jnp.where(is_better, jnp.exp(log_shape), self.shape),
             stop=jnp.where(is_better, jax.nn.sigmoid(logit_stop), self.stop),
         )
-
-
-def log_or_never(p: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    """Log p with -inf, and a gradient of zero, where p is 0."""
-    return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), -jnp.inf)
 
 
 def _log_pmf(log_shape: Float[Array, "*k"], logit_stop: Float[Array, "*k"], max_duration: int) -> Float[Array, "*k d"]:

@@ -20,7 +20,7 @@ from bayesinf.models.hmm.inputs import Chain, as_chain, check_rows, over_series
 from bayesinf.models.hmm.recursion import METHODS, Method, log_normalize, log_total
 from bayesinf.models.hmm.statistics import forward
 
-__all__ = ["HMMBelief", "HMMFiltered", "hmm_filter", "hmm_start", "hmm_step"]
+__all__ = ["HMMBelief", "HMMFiltered", "filter_chain", "hmm_filter", "hmm_start", "hmm_step"]
 
 
 class HMMFiltered(NamedTuple):
@@ -85,11 +85,13 @@ def hmm_filter(
         Rabiner (1989), doi:10.1109/5.18626.
     """
     errors.check_choice("method", method, METHODS)
-    return _filter(as_chain(log_init, log_trans, log_lik, mask, lengths), method)
+    return filter_chain(as_chain(log_init, log_trans, log_lik, mask, lengths), method)
 
 
 @partial(jax.jit, static_argnames="method")
-def _filter(chain: Chain, method: Method) -> HMMFiltered:
+def filter_chain(chain: Chain, method: Method) -> HMMFiltered:
+    """`hmm_filter` of arguments that are checked."""
+
     def one(log_lik: Array, is_real: Array) -> HMMFiltered:
         passed = forward(chain.log_init, chain.log_trans, log_lik, is_real, method)
         log_filtered = log_normalize(passed.log_predicted + log_lik)

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from bayesinf.kernel import Kernel
-from bayesinf.models.hmm.filter import hmm_filter
+from bayesinf.models.hmm.filter import filter_chain
+from bayesinf.models.hmm.inputs import as_chain
 from bayesinf.models.hmm.model import HiddenMarkovModel
 from bayesinf.models.hmm.observations import Observations, observe, score
 from bayesinf.models.hmm.parameters import parameters_of, with_parameters
-from bayesinf.models.hmm.sample import hmm_sample
+from bayesinf.models.hmm.sample import sample_paths
 
 __all__ = ["HMMGibbs", "HMMGibbsInfo", "HMMGibbsState"]
 
@@ -117,9 +118,10 @@ class HMMGibbs(Kernel):
         key_path, key_initial, key_transition, key_emission = jax.random.split(key, 4)
         model = with_parameters(self.model, state.position)
         log_lik = score(model.emission, self.data)
-        chain = model.log_initial, model.log_transition, log_lik
-        log_evidence = jnp.sum(hmm_filter(*chain, lengths=self.data.lengths).log_evidence)
-        path = hmm_sample(key_path, *chain, 1, lengths=self.data.lengths)[:, 0]
+        chain = as_chain(model.log_initial, model.log_transition, log_lik, None, self.data.lengths)
+        filtered = filter_chain(chain, "auto")
+        log_evidence = jnp.sum(filtered.log_evidence)
+        path = sample_paths(key_path, chain, filtered, 1)[:, 0]
 
         visits = jax.nn.one_hot(path, model.num_states, dtype=log_lik.dtype)  # none where the path is -1
         moves = jnp.einsum("bti,btj->ij", visits[:, :-1], visits[:, 1:], precision="highest")

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bayesinf import errors
 from bayesinf.models.hmm.emission import Emission, ratio
-from bayesinf.models.hmm.recursion import log_total
+from bayesinf.models.hmm.recursion import log_or_never, log_total
 
 __all__ = ["Mixture"]
 
@@ -127,5 +127,4 @@ class Mixture(Emission):
 
     def _log_joint(self, ys: Array, covariates: Array | None) -> Float[Array, "t k c"]:
         log_lik = self.components.log_prob(ys, covariates).reshape(len(ys), *self.probs.shape)
-        is_used = self.probs > 0
-        return jnp.where(is_used, log_lik + jnp.log(jnp.where(is_used, self.probs, 1.0)), -jnp.inf)
+        return log_lik + log_or_never(self.probs)

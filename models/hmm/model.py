@@ -25,7 +25,7 @@ from bayesinf.models.hmm.emission import Emission
 from bayesinf.models.hmm.filter import HMMFiltered, hmm_filter
 from bayesinf.models.hmm.observations import Observations, evidence, observe, score
 from bayesinf.models.hmm.parameters import parameters_of, with_parameters
-from bayesinf.models.hmm.recursion import Method
+from bayesinf.models.hmm.recursion import Method, log_or_never
 from bayesinf.models.hmm.sample import hmm_sample
 from bayesinf.models.hmm.smoother import HMMSmoothed, hmm_smoother
 from bayesinf.models.hmm.viterbi import HMMPath, hmm_viterbi
@@ -95,12 +95,12 @@ class HiddenMarkovModel(eqx.Module):
     @property
     def log_initial(self) -> Float[Array, " k"]:
         """Log probabilities of x_0."""
-        return _log(self.initial)
+        return log_or_never(self.initial)
 
     @property
     def log_transition(self) -> Float[Array, "k k"]:
         """Log probabilities of x_{t+1} given x_t."""
-        return _log(self.transition)
+        return log_or_never(self.transition)
 
     def log_lik(self, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None) -> Float[Array, "..."]:
         """Log p(y_t | x_t = k), shape (..., T, K): what the functions on arrays take; 0 where y_t is missing.
@@ -356,8 +356,3 @@ def _concentrations(name: str, value: Any, shape: tuple[int, ...]) -> Array:
     if concentrations.shape not in ((), shape):
         raise ValueError(f"{name} must be a scalar or have shape {shape}, got {concentrations.shape}")
     return concentrations
-
-
-def _log(p: Array) -> Array:
-    """Log p with -inf, and a gradient of zero, where p is 0."""
-    return jnp.where(p > 0, jnp.log(jnp.where(p > 0, p, 1.0)), -jnp.inf)

@@ -24,7 +24,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-__all__ = ["METHODS", "Method", "choose_method", "log_messages", "log_normalize", "log_scan", "log_total"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "choose_method",
+    "log_messages",
+    "log_normalize",
+    "log_or_never",
+    "log_scan",
+    "log_total",
+]
 
 METHODS = ("auto", "scan", "blocked", "associative")
 Method = Literal["auto", "scan", "blocked", "associative"]
@@ -67,6 +76,11 @@ def log_total(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     return jnp.log(total) + jnp.squeeze(largest, axis)
 
 
+def log_or_never(p: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Log p; -inf, with a gradient of zero, where p is 0."""
+    return jnp.where(p == 0, -jnp.inf, jnp.log(jnp.where(p == 0, 1.0, p)))
+
+
 def log_normalize(log_p: Float[Array, "*b k"]) -> Float[Array, "*b k"]:
     """The logarithms less that of their sum over the last axis; -inf throughout where all are."""
     return log_p - _finite(log_total(log_p))[..., None]
@@ -76,7 +90,7 @@ def _scan(log_start: Array, log_trans: Array, log_lik: Array) -> Array:
     lik = jnp.exp(log_lik - _finite(jnp.max(log_lik, -1, keepdims=True)))
     start, trans = jnp.exp(log_start - _finite(jnp.max(log_start))), jnp.exp(log_trans)
     predicted = _linear_scan(start, trans, lik)
-    log_messages = jnp.concatenate([log_start[None], _log(predicted)])
+    log_messages = jnp.concatenate([log_start[None], log_or_never(predicted)])
     # false for NaN, which a sum of zero leaves behind
     is_large = jnp.all(predicted >= 2 * len(start) * jnp.finfo(lik.dtype).tiny / jnp.finfo(lik.dtype).eps, -1)
 
@@ -182,7 +196,3 @@ def _multiply(x: Float[Array, "*s k k"], y: Float[Array, "*s k k"]) -> Float[Arr
 def _finite(x: Array) -> Array:
     """A shift that leaves -inf what it is."""
     return jnp.where(x == -jnp.inf, 0.0, x)
-
-
-def _log(p: Array) -> Array:
-    return jnp.where(p == 0, -jnp.inf, jnp.log(jnp.where(p == 0, 1.0, p)))

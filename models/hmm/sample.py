@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from bayesinf import errors
-from bayesinf.models.hmm.filter import hmm_filter
+from bayesinf.models.hmm.filter import HMMFiltered, filter_chain
 from bayesinf.models.hmm.inputs import Chain, as_chain, over_series
-from bayesinf.models.hmm.recursion import Method
+from bayesinf.models.hmm.recursion import METHODS, Method
 
-__all__ = ["hmm_sample"]
+__all__ = ["hmm_sample", "sample_paths"]
 
 
 def hmm_sample(
@@ -62,15 +62,16 @@ def hmm_sample(
     """
     key = errors.as_key(key)
     num_samples = errors.check_count("num_samples", num_samples)
-    filtered = hmm_filter(log_init, log_trans, log_lik, mask=mask, lengths=lengths, method=method)
+    errors.check_choice("method", method, METHODS)
     chain = as_chain(log_init, log_trans, log_lik, mask, lengths)
-    keys = jax.random.split(key, filtered.log_evidence.shape) if filtered.log_evidence.ndim else key
-    return _sample(keys, chain, filtered.log_filtered, filtered.log_evidence == -jnp.inf, num_samples)
+    return sample_paths(key, chain, filter_chain(chain, method), num_samples)
 
 
 @partial(jax.jit, static_argnames="num_samples")
-def _sample(keys: Array, chain: Chain, log_filtered: Array, is_impossible: Array, num_samples: int) -> Array:
+def sample_paths(key: Key[Array, ""], chain: Chain, filtered: HMMFiltered, num_samples: int) -> Int[Array, "*b n t"]:
+    """`hmm_sample` of a chain that has been filtered."""
     log_trans = chain.log_trans
+    keys = jax.random.split(key, filtered.log_evidence.shape) if filtered.log_evidence.ndim else key
 
     def one(log_filtered: Array, is_real: Array, is_impossible: Array, key: Key[Array, ""]) -> Array:
         key_last, key_rest = jax.random.split(key)
@@ -88,7 +89,7 @@ def _sample(keys: Array, chain: Chain, log_filtered: Array, is_impossible: Array
         paths = jnp.concatenate([earlier, last[None]]).T
         return jnp.where(is_real & ~is_impossible, paths, -1)
 
-    return over_series(one, log_filtered, chain.is_real, is_impossible, keys)
+    return over_series(one, filtered.log_filtered, chain.is_real, filtered.log_evidence == -jnp.inf, keys)
 
 
 def _draw(key: Key[Array, ""], log_joint: Float[Array, "k m"], columns: Int[Array, " n"]) -> Int[Array, " n"]:

@@ -20,12 +20,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bayesinf import errors
-from bayesinf.models.hmm.duration import Duration, log_or_never
+from bayesinf.models.hmm.duration import Duration
 from bayesinf.models.hmm.em import HMMFit, climb_from_starts
 from bayesinf.models.hmm.emission import Emission, ratio
 from bayesinf.models.hmm.inputs import over_series
 from bayesinf.models.hmm.model import HiddenMarkovModel
 from bayesinf.models.hmm.observations import Observations, observe, score
+from bayesinf.models.hmm.recursion import log_or_never
 from bayesinf.models.hmm.semi_markov import (
     HSMMFiltered,
     HSMMSmoothed,

@@ -140,18 +140,17 @@ def _fixed_lag(chain: Chain, lag: int, method: Method) -> Float[Array, "*b t k"]
     def one(log_lik: Array, is_real: Array) -> Array:
         passed = forward(chain.log_init, chain.log_trans, log_lik, is_real, method)
         num_steps, num_states = log_lik.shape
-        every = (num_steps - 1, num_states, num_states)
-        # row t + l is of the time l steps after t; after the end nothing is seen, and nothing moves the message
+        # row t + l is of the time l steps after t; after the end nothing is seen, and a message of nothing is moved by
+        # any transition to itself
         seen = jnp.concatenate([log_lik, jnp.zeros((lag, num_states), log_lik.dtype)])
-        still = jnp.where(jnp.eye(num_states, dtype=bool), 0.0, -jnp.inf).astype(log_lik.dtype)
-        moves = jnp.concatenate(
-            [jnp.broadcast_to(chain.log_trans, every), jnp.broadcast_to(still, (lag + 1, num_states, num_states))]
-        )
+        is_varying = chain.log_trans.ndim == 3
+        uniform = jnp.full((lag + 1, num_states, num_states), -jnp.log(num_states), log_lik.dtype)
+        moves = jnp.concatenate([chain.log_trans, uniform]) if is_varying else chain.log_trans
 
         def back(message: Array, distance: Array) -> tuple[Array, None]:
             """From the state `distance` steps after t to the one before it, for all t."""
             ahead = jax.lax.dynamic_slice_in_dim(seen, distance, num_steps) + message
-            move = jax.lax.dynamic_slice_in_dim(moves, distance - 1, num_steps)
+            move = jax.lax.dynamic_slice_in_dim(moves, distance - 1, num_steps) if is_varying else moves
             message = log_total(move + ahead[:, None, :])
             largest = jnp.max(message, -1, keepdims=True)
             return message - jnp.where(largest == -jnp.inf, 0.0, largest), None
