@@ -69,8 +69,8 @@ def visit_conformal(
         >>> from bayesinf.models.conformal import visit_conformal
         >>> states = jnp.array([0, 1, 0, 1, 0, 0, 1, 0])
         >>> scores = jnp.array([0.3, 5.0, 0.1, 6.0, 0.2, 0.4, 4.0, 0.9])
-        >>> float(visit_conformal(states, scores, 0, alpha=0.2).threshold)
-        0.8999999761581421
+        >>> round(float(visit_conformal(states, scores, 0, alpha=0.2).threshold), 4)
+        0.9
         >>> float(visit_conformal(states, scores, 1, alpha=0.2).threshold)           # only three visits
         inf
 

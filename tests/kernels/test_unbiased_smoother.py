@@ -49,7 +49,8 @@ def test_each_chain_has_the_law_of_parisian_gibbs():
         assert mean_p_value((np.asarray(path) - smoothed.mean) ** 2, np.diag(smoothed.cov)) > FALSE_ALARM
     together, same = run(keys[:100], paths[0, :100], paths[0, :100])
     np.testing.assert_array_equal(*together)
-    np.testing.assert_array_equal(*same)
+    # the two sums are compiled apart, and may be rounded apart
+    np.testing.assert_allclose(*same, rtol=1e3 * float(jnp.finfo(same[0].dtype).eps))
 
 
 def replicates(num_replicates, **options):
