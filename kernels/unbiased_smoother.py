@@ -211,8 +211,8 @@ def couple(
 ) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, PyTree]]:
     """One sweep of two chains of the same kernel: their new paths, and their estimates.
 
-    Each alone is a sweep of `kernel`; two equal paths stay equal, and have estimates that are equal up to rounding. Where
-    all weights of either vanish its path is kept, and its estimate is NaN.
+    Each alone is a sweep of `kernel`. Two equal paths stay equal, and have estimates that are equal up to rounding.
+    Where all weights of either vanish its path is kept, and its estimate is NaN.
     """
     model, num, proposal = kernel.model, kernel.num_particles, kernel.proposal
     functional = kernel.functional
