@@ -21,6 +21,7 @@ __all__ = [
     "DegenerateWeightsError",
     "InitializationError",
     "KeyLike",
+    "PotentialError",
     "SamplingError",
     "SamplingWarning",
     "as_array",
@@ -81,6 +82,10 @@ class InitializationError(BayesinfError):
 
 class DegenerateWeightsError(BayesinfError):
     """All particle weights vanished; `result` holds the result until then, which `throw=False` returns."""
+
+
+class PotentialError(BayesinfError):
+    """Scores of unfinished answers were NaN or out of their range; `result` holds the run, in which they weigh zero."""
 
 
 class CheckpointError(BayesinfError):

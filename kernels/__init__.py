@@ -28,6 +28,7 @@ from bayesinf.kernels.guarantees import guarantee as guarantee
 from bayesinf.kernels.guarantees import wasserstein_bound as wasserstein_bound
 from bayesinf.kernels.ibis import IBISResult as IBISResult
 from bayesinf.kernels.ibis import ibis as ibis
+from bayesinf.kernels.inference_scaling import infer as infer
 from bayesinf.kernels.iterated_filtering import IteratedFilteringResult as IteratedFilteringResult
 from bayesinf.kernels.iterated_filtering import iterated_filtering as iterated_filtering
 from bayesinf.kernels.ito_chain import ItoChain as ItoChain

@@ -15,6 +15,7 @@ from abc import abstractmethod
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf.resampling import gather
@@ -62,6 +63,10 @@ class StepGenerator(eqx.Module):
         """The state of n particles, the i-th of which is a copy of particle ancestors[i]."""
         return gather(state, ancestors)
 
+    def place(self, state: PyTree, other: PyTree) -> PyTree:
+        """The state with the first particle of `other` in its first place; both were begun with one prompt."""
+        return jax.tree.map(lambda leaf, new: leaf.at[0].set(new[0]), state, other)
+
     @abstractmethod
     def prefix(self, state: PyTree, num_steps: Int[Array, ""]) -> PyTree:
         """The state that these particles were in after their first `num_steps` steps; the state itself, if longer."""
@@ -69,3 +74,7 @@ class StepGenerator(eqx.Module):
     @abstractmethod
     def decode(self, state: PyTree) -> list[str]:
         """What the particles have written, on the host."""
+
+    def num_prompt_tokens(self, prompt: Any) -> int:
+        """How many tokens the prompt has, on the host; 0 for generators that read none."""
+        return 0
