@@ -102,7 +102,7 @@ def infer(
         >>> likes_b = Potential(lambda state: jnp.where(state.last == 1, 0.9, 0.1), kind="step")
         >>> result = bi.kernels.infer(0, walk, likes_b, num_particles=200)
         >>> result.best(), round(result.log_evidence, 1)
-        ('bbbbbb', -2.9)
+        ('bbbbbb', -2.3)
 
     References:
         Puri et al. (2025), https://arxiv.org/abs/2502.01618.
