@@ -6,6 +6,7 @@ from bayesinf.kernels.inference_scaling.generator import StepGenerator as StepGe
 from bayesinf.kernels.inference_scaling.generator import StepInfo as StepInfo
 from bayesinf.kernels.inference_scaling.infer import METHODS as METHODS
 from bayesinf.kernels.inference_scaling.infer import infer as infer
+from bayesinf.kernels.inference_scaling.infer import infer_batch as infer_batch
 from bayesinf.kernels.inference_scaling.inference import Inference as Inference
 from bayesinf.kernels.inference_scaling.inference import TokenCount as TokenCount
 from bayesinf.kernels.inference_scaling.inference import last_line as last_line

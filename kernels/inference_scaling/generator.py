@@ -51,6 +51,10 @@ class StepGenerator(eqx.Module):
     max_steps: eqx.AbstractVar[int]
     max_tokens_per_step: eqx.AbstractVar[int]
 
+    def encode(self, prompt: Any) -> PyTree:
+        """The prompt as `init` takes it, on the host: arrays, best of a shape that does not depend on its length."""
+        return prompt
+
     @abstractmethod
     def init(self, key: Key[Array, ""], prompt: Any, num_particles: int) -> PyTree:
         """The state before the first step; the prompt is read once, not once a particle."""
@@ -76,5 +80,5 @@ class StepGenerator(eqx.Module):
         """What the particles have written, on the host."""
 
     def num_prompt_tokens(self, prompt: Any) -> int:
-        """How many tokens the prompt has, on the host; 0 for generators that read none."""
+        """How many tokens an encoded prompt has, on the host; 0 for generators that read none."""
         return 0

@@ -10,10 +10,8 @@ References:
         Carlo methods', https://arxiv.org/abs/2502.01618.
 """
 
-import dataclasses
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +22,9 @@ from jaxtyping import PyTree
 from bayesinf import errors
 from bayesinf.captured import current
 from bayesinf.kernels.inference_scaling.generator import StepGenerator
-from bayesinf.kernels.inference_scaling.inference import Inference, TokenCount, last_line, trace_used
-from bayesinf.kernels.inference_scaling.methods import Gibbs, Islands, ParallelTempering, Runs, run_single
+from bayesinf.kernels.inference_scaling.inference import Inference, last_line
+from bayesinf.kernels.inference_scaling.methods import Gibbs, Islands, ParallelTempering, as_runs, run_single
+from bayesinf.kernels.inference_scaling.outcome import collect, failure_of, judge
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.selection import (
     DVTS,
@@ -38,8 +37,9 @@ from bayesinf.kernels.inference_scaling.selection import (
     Selection,
     SoftValue,
 )
+from bayesinf.kernels.inference_scaling.sweep import run_sweep
 
-__all__ = ["METHODS", "infer"]
+__all__ = ["METHODS", "infer", "infer_batch"]
 
 METHODS: dict[str, Callable[[], Any]] = {
     "best_of_n": lambda: Independent("reward"),
@@ -110,23 +110,104 @@ def infer(
     began = time.perf_counter()
     key = errors.as_key(key)
     name, method = _named(method)
-    generator, potential = current((generator, potential))
-    _check(generator, potential)
-    potential = method.prepare(potential) if isinstance(method, Selection) else potential
-    if name == "twisted_smc" and not any(factor.kind == "value" for factor in potential.factors):
-        raise ValueError("twisted_smc needs a potential with a part of kind='value', the twist; got none")
-    num_populations = getattr(method, "num_populations", 1)
-    num_particles = _population_size(generator, method, num_populations, num_particles, budget)
+    generator, potential = _prepare(name, method, generator, potential)
+    num_particles = _population_size(generator, method, num_particles, budget)
     tokens = jnp.asarray(NO_BUDGET if budget is None else budget, jnp.int32)
 
-    arguments = (generator, potential, prompt, num_particles, tokens)
+    prompt = generator.encode(prompt)
     if isinstance(method, Selection):
         runs = run_single(key, generator, potential, method, prompt, num_particles, tokens)
         selection = method
     else:
-        runs, selection = method.run(key, *arguments), method.selection
-    result = _collect(name, selection, runs, generator, prompt, answer, began)
-    return _judge(result, num_particles, budget, throw)
+        runs, selection = method.run(key, generator, potential, prompt, num_particles, tokens), method.selection
+    result = collect(name, selection, runs, generator, prompt, answer, began)
+    return judge(result, num_particles, budget, throw)
+
+
+def infer_batch(
+    key: errors.KeyLike,
+    generator: StepGenerator,
+    potential: AbstractPotential | Sequence[AbstractPotential],
+    prompts: Sequence[Any],
+    *,
+    method: str | Selection = "particle_filter",
+    num_particles: int | None = None,
+    budget: int | None = None,
+    answer: Callable[[str], str] = last_line,
+    throw: bool = True,
+) -> list[Inference]:
+    """`infer` for several prompts in one compiled loop; the i-th result is that of the key fold_in(key, i).
+
+    Args:
+        key, generator, method, num_particles, answer, throw: as of `infer`; methods of one population alone.
+        potential: one for all prompts, or a list of as many, that differ in the arrays which they hold.
+        prompts: as many as are wanted; encoded, they must have one shape.
+        budget: of every prompt.
+
+    Returns:
+        A list of results. Their wall time is that of all together.
+
+    Raises:
+        ValueError: as of `infer`; or prompts or potentials do not stack.
+        PotentialError, DegenerateWeightsError: as of `infer`, for the first prompt that failed; `.result` is the list.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import bayesinf as bi
+        >>> from bayesinf.kernels.inference_scaling import DiscreteChain, Potential, infer_batch
+        >>> walk = DiscreteChain([0.5, 0.5], [[0.9, 0.1], [0.2, 0.8]], max_steps=6)
+        >>> likes_b = Potential(lambda state: jnp.where(state.last == 1, 0.9, 0.1), kind="step")
+        >>> results = infer_batch(0, walk, [likes_b, likes_b**0.0], [None, None], num_particles=200)
+        >>> [result.best() for result in results]
+        ['bbbbbb', 'aaaaaa']
+    """
+    began = time.perf_counter()
+    key = errors.as_key(key)
+    name, method = _named(method)
+    if not isinstance(method, Selection):
+        raise ValueError(f"method must be of one population for a batch of prompts, got {name}; call infer for each")
+    num_prompts = errors.check_count("len(prompts)", len(prompts))
+    potentials = [potential] * num_prompts if isinstance(potential, AbstractPotential) else list(potential)
+    if len(potentials) != num_prompts:
+        raise ValueError(
+            f"potential must be one, or a list of {num_prompts} for as many prompts, got {len(potentials)}"
+        )
+    prepared = [_prepare(name, method, generator, one) for one in potentials]
+    generator = prepared[0][0]
+    num_particles = _population_size(generator, method, num_particles, budget)
+    tokens = jnp.asarray(NO_BUDGET if budget is None else budget, jnp.int32)
+
+    encoded = [generator.encode(prompt) for prompt in prompts]
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_prompts))
+    stacked = (_stack("potential", [one for _, one in prepared]), _stack("prompts", encoded))
+    sweeps = _run_batch(keys, generator, stacked[0], method, stacked[1], num_particles, tokens)
+    results = []
+    for i in range(num_prompts):
+        sweep = jax.tree.map(lambda leaf, i=i: leaf[i], sweeps)
+        results.append(collect(name, method, as_runs(method, sweep), generator, encoded[i], answer, began))
+    judged = [judge(result, num_particles, budget, False) for result in results]
+    for result in judged:
+        if throw and (error := failure_of(result, num_particles)) is not None:
+            raise error[0](f"{error[1]}: throw=False returns what there is.", judged)
+    return judged
+
+
+_run_batch = jax.jit(jax.vmap(run_sweep, in_axes=(0, None, 0, None, 0, None, None)), static_argnames=("num_particles",))
+
+
+def _stack(name: str, trees: list[Any]) -> Any:
+    try:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must have one structure and shape to be run together: {error}") from error
+
+
+def _prepare(name: str, method: Any, generator: Any, potential: Any) -> tuple[StepGenerator, AbstractPotential]:
+    generator, potential = current((generator, potential))
+    _check(generator, potential)
+    if name == "twisted_smc" and not any(factor.kind == "value" for factor in potential.factors):
+        raise ValueError("twisted_smc needs a potential with a part of kind='value', the twist; got none")
+    return generator, method.prepare(potential) if isinstance(method, Selection) else potential
 
 
 def _named(method: Any) -> tuple[str, Any]:
@@ -146,8 +227,8 @@ def _check(generator: Any, potential: Any) -> None:
         raise ValueError(f"potential must be a Potential, got {type(potential).__name__}; {cure}")
 
 
-def _population_size(generator: Any, method: Any, num_populations: int, num: int | None, budget: int | None) -> int:
-    per_answer = generator.max_steps * generator.max_tokens_per_step
+def _population_size(generator: Any, method: Any, num: int | None, budget: int | None) -> int:
+    per_answer = generator.max_steps * generator.max_tokens_per_step * getattr(method, "num_populations", 1)
     if budget is not None:
         errors.check_count("budget", budget)
         if budget < generator.max_tokens_per_step * (num or 1):
@@ -156,93 +237,9 @@ def _population_size(generator: Any, method: Any, num_populations: int, num: int
                 f"each, got {budget}; raise it, or take fewer particles"
             )
     if num is None:
-        num = DEFAULT_PARTICLES if budget is None else max(budget // (per_answer * num_populations), 1)
+        num = DEFAULT_PARTICLES if budget is None else max(budget // per_answer, 1)
         width = getattr(method, "width", 1)
         num = max(num // width, 1) * width
     if isinstance(method, Selection):
         method.check(num)
     return errors.check_count("num_particles", num)
-
-
-def _collect(
-    name: str, selection: Selection, runs: Runs, generator: Any, prompt: Any, answer: Callable, began: float
-) -> Inference:
-    """The result, on the host."""
-    sweeps = runs.sweeps
-    host = jax.device_get([(s.population, s.records, s.num_steps) for s in sweeps])
-    longest = max(int(num_steps) for _, _, num_steps in host)
-    texts = [text for s in sweeps for text in generator.decode(s.state)]
-    is_done = np.concatenate([np.asarray(population.is_done) for population, _, _ in host])
-    log_votes = np.concatenate(
-        [np.asarray(selection.log_votes(s.population)) + w for s, w in zip(sweeps, runs.log_run_weights, strict=True)]
-    ).astype(float)
-    log_votes = np.where(is_done, log_votes, -np.inf)
-    with np.errstate(divide="ignore"):
-        log_votes = log_votes - np.logaddexp.reduce(log_votes) if np.any(np.isfinite(log_votes)) else log_votes
-
-    def stacked(field: str) -> np.ndarray:
-        return np.stack([np.asarray(getattr(records, field))[:longest] for _, records, _ in host])
-
-    num_steps = np.array([int(n) for _, _, n in host])
-    num_tokens, ancestors = stacked("num_tokens"), stacked("ancestors")
-    used = trace_used(ancestors, num_steps)
-    in_others = [np.asarray(s.records.num_tokens) for s in runs.others]
-    generated = int(num_tokens.sum()) + sum(int(n.sum()) for n in in_others)
-    length = generator.num_prompt_tokens(prompt)
-    num_runs = len(sweeps) + len(runs.others)
-    num = ancestors.shape[2]
-    return Inference(
-        method=name,
-        rule="argmax" if name == "best_of_n" else selection.rule,
-        texts=texts,
-        answers=[answer(text) if done else None for text, done in zip(texts, is_done, strict=True)],
-        log_votes=log_votes,
-        log_rewards=np.concatenate([np.asarray(p.log_reward) for p, _, _ in host]).astype(float),
-        is_done=is_done,
-        log_evidence=runs.log_evidence,
-        log_evidence_variance=runs.log_evidence_variance,
-        ess=stacked("ess"),
-        is_resampled=stacked("is_resampled"),
-        ancestors=ancestors,
-        log_weights=stacked("log_weights"),
-        num_tokens=num_tokens,
-        num_steps=num_steps,
-        num_invalid=int(stacked("num_invalid").sum()),
-        tokens=TokenCount(
-            generated, generated - int(num_tokens[used].sum()), length * num_runs, length * num_runs * (num - 1)
-        ),
-        num_calls=int((num_tokens > 0).sum()) + sum(int((n > 0).sum()) for n in in_others),
-        wall_time=time.perf_counter() - began,
-        status="complete",
-    )
-
-
-def _judge(result: Inference, num_particles: int, budget: int | None, throw: bool) -> Inference:
-    """The result with its status; raises, or warns, where it should not be trusted."""
-    error: type[errors.BayesinfError] | None = None
-    message = ""
-    if not np.any(np.isfinite(result.log_weights[:, -1] if result.log_weights.size else 0.0)):
-        error = errors.DegenerateWeightsError
-        step = int(result.num_steps.max())
-        message = (
-            f"All {num_particles} particles died at step {step}: every score of a step was zero, or none. Take more "
-            "particles, a softer potential (potential ** 0.5), or look at the scores of result.texts"
-        )
-    elif result.num_invalid:
-        error = errors.PotentialError
-        message = (
-            f"{result.num_invalid} scores were NaN or out of the range of their kind, and weighed zero; return "
-            "probabilities for kind 'step' and 'odds', values >= 0 for the others, or logs with is_log=True"
-        )
-    if error is not None:
-        result = dataclasses.replace(result, status=message)
-        if throw:
-            raise error(f"{message}: throw=False returns what there is.", result)
-        warnings.warn(message, errors.SamplingWarning, stacklevel=3)
-        return result
-    num_open = int(np.sum(~result.is_done))
-    if num_open:
-        message = f"the budget of {budget} tokens was spent with {num_open} of {len(result.texts)} answers unfinished"
-        result = dataclasses.replace(result, status=message)
-        warnings.warn(f"{message}; they have no weight", errors.SamplingWarning, stacklevel=3)
-    return result

@@ -14,6 +14,7 @@ References:
     Vergé et al. (2015), doi:10.1007/s11222-013-9429-x (islands).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -29,7 +30,7 @@ from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.selection import Resample, Selection
 from bayesinf.kernels.inference_scaling.sweep import Reference, Sweep, draw_reference, run_sweep
 
-__all__ = ["Gibbs", "Islands", "ParallelTempering", "Runs", "run_single"]
+__all__ = ["Gibbs", "Islands", "ParallelTempering", "Runs", "as_runs", "run_single"]
 
 _draw_references = jax.jit(jax.vmap(draw_reference, in_axes=(0, None, None, 0)))
 
@@ -201,7 +202,11 @@ def run_single(
     budget: Array,
 ) -> Runs:
     """One population."""
-    sweep = run_sweep(key, generator, potential, selection, prompt, num_particles, budget)
+    return as_runs(selection, run_sweep(key, generator, potential, selection, prompt, num_particles, budget))
+
+
+def as_runs(selection: Selection, sweep: Sweep) -> Runs:
+    """One population as all there is."""
     evidence, variance = _evidence(sweep) if selection.has_evidence else (float("nan"), float("nan"))
     return Runs([sweep], np.zeros(1), evidence, variance, [])
 
@@ -211,6 +216,7 @@ _run_islands = jax.jit(
 )
 
 
+@partial(jax.jit, static_argnames=("num_particles",))
 def _run_tempered(
     keys: Array,
     generator: Any,

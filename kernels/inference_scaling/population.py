@@ -85,7 +85,7 @@ def found(potential: AbstractPotential, num_particles: int) -> Population:
         jnp.zeros(num_particles, bool),
         potential.start(num_particles),
         jnp.zeros(()),
-        lineages.found(max(num_particles, 2), equal.dtype)._replace(eves=jnp.arange(num_particles, dtype=jnp.int32)),
+        lineages.found(num_particles, equal.dtype),
     )
 
 

@@ -107,7 +107,7 @@ class AbstractPotential(eqx.Module):
 
     def log_reward(self, states: tuple[PotentialState, ...]) -> Float[Array, " N"]:
         """The log of the product of the aggregated scores, by which answers are ranked."""
-        parts = [factor.exponent * state.log_aggregate for factor, state in zip(self.factors, states, strict=True)]
+        parts = [factor.raised(state.log_aggregate) for factor, state in zip(self.factors, states, strict=True)]
         return sum(parts[1:], parts[0])
 
 
@@ -215,7 +215,11 @@ class Potential(AbstractPotential):
             state.log_spent + log_g,
             jnp.where(was_done, state.log_spread, spread),
         )
-        return state, jnp.where(was_done | (self.exponent == 0.0), 0.0, self.exponent * log_g)
+        return state, self.raised(log_g)
+
+    def raised(self, log_values: Float[Array, " N"]) -> Float[Array, " N"]:
+        """Times the exponent; anything to the power of 0, zero too, is 1."""
+        return jnp.where(self.exponent == 0.0, 0.0, self.exponent * log_values)
 
 
 class PotentialProduct(AbstractPotential):
