@@ -85,7 +85,8 @@ def choose_ancestors(
         ancestors = resample(key, log_first, n, resampling)
         if log_lookahead is None:
             return ancestors, equal
-        return ancestors, equal + log_weights[ancestors] - log_first[ancestors]
+        log_ratio = log_weights[ancestors] - log_first[ancestors]
+        return ancestors, jnp.where(jnp.isneginf(equal), equal, equal + log_ratio)
 
     ancestors, log_carried = jax.lax.cond(is_resampled, choose, lambda: (jnp.arange(n, dtype=jnp.int32), log_weights))
     return ancestors, log_carried, is_resampled

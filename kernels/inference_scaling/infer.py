@@ -63,8 +63,8 @@ NO_BUDGET = np.iinfo(np.int32).max
 
 def infer(
     key: errors.KeyLike,
-    generator: StepGenerator,
-    potential: AbstractPotential,
+    generator: Any,
+    potential: Any,
     prompt: PyTree = None,
     *,
     method: str | Any = "particle_filter",
@@ -77,8 +77,8 @@ def infer(
 
     Args:
         key: PRNG key or seed.
-        generator: what writes.
-        potential: what makes an answer good.
+        generator: what writes, a `StepGenerator`.
+        potential: what makes an answer good, a `Potential` or a product of several.
         prompt: what the generator's `init` takes.
         method: one of `METHODS`, or an object that says more, such as `selection.Beam(width=8)`, `methods.Gibbs(8)`.
         num_particles: N, of every population. By default as many as the budget allows, or 16 without one.

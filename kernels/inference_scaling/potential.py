@@ -171,6 +171,7 @@ class Potential(AbstractPotential):
         return (self,)
 
     def __pow__(self, exponent: Float[Array, ""] | float) -> "Potential":
+        errors.check_nonnegative("exponent", exponent)
         return eqx.tree_at(lambda p: p.exponent, self, self.exponent * exponent)
 
     def log_scores(self, scores: Any) -> Float[Array, " N"]:
