@@ -100,7 +100,7 @@ def run_sweep(
         t, num_tokens, state, population, records = carry
         state, population, record = step(state, population, t)
         records = jax.tree.map(lambda rows, row: rows.at[t].set(row), records, record)
-        return t + 1, num_tokens + jnp.sum(record.num_tokens), state, population, records
+        return t + 1, num_tokens + jnp.sum(record.num_tokens, dtype=jnp.int32), state, population, records
 
     zero = jnp.zeros((), jnp.int32)
     shapes = jax.eval_shape(step, state, population, zero)[2]
