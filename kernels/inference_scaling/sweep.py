@@ -82,7 +82,8 @@ def run_sweep(
         log_carried = jnp.where(is_first, population.log_weights, choice[1])
         is_resampled = choice[2] & ~is_first
 
-        state = jax.lax.cond(is_resampled, lambda s: generator.gather(s, ancestors), lambda s: s, state)
+        # whether or not any row moves: through a conditional all of a cache would be copied
+        state = generator.gather(state, ancestors)
         population = inherit(population, ancestors, log_carried, is_resampled)
         state, info = generator.step(key_move, state)
         if reference is not None:
