@@ -66,8 +66,8 @@ class StepGenerator(eqx.Module):
     def gather(self, state: PyTree, ancestors: Int[Array, " n"]) -> PyTree:
         """The state of n particles, the i-th of which is a copy of particle ancestors[i].
 
-        It is called before every step. Of most resamplings, survivors keep their place: a generator whose rows are large
-        copies those alone that change.
+        It is called before every step. Of most resamplings, survivors keep their place: a generator whose rows are
+        large copies those alone that change.
         """
         return gather(state, ancestors)
 
