@@ -155,6 +155,12 @@ def test_bad_arguments():
         predict(0, MODEL, YS, 3)
     with pytest.raises(ValueError, match="horizon must be at least 1"):
         predict(0, MODEL, summary, 0)
+    alone = particle_filter(0, MODEL, YS, num_particles=1, store="full")
+    for function in (evidence_variance, estimate_variance):
+        with pytest.raises(ValueError, match="filtered must hold at least 2 particles, got 1"):
+            function(alone)
+        with pytest.raises(ValueError, match="filtered must hold at least 2 particles, got 1"):
+            jax.jit(lambda history, function=function: function(alone._replace(history=history)))(alone.history)
     lost = particle_filter(0, MODEL, YS.at[1].set(FAR), num_particles=4, throw=False)
     with pytest.raises(errors.DegenerateWeightsError, match="nothing to predict from"):
         predict(0, MODEL, lost, 3)
