@@ -30,6 +30,8 @@ from bayesinf.models.state_space import StateSpaceModel
 
 __all__ = ["PPGReplicates", "ppg_replicates"]
 
+_ROUNDING = 8.0  # units in the last place by which equal estimates may differ
+
 
 class PPGReplicates(NamedTuple):
     """What `ppg_replicates` returns; R replicates of k sweeps.
@@ -43,7 +45,8 @@ class PPGReplicates(NamedTuple):
             burn-in takes away.
         trend_error: the standard error of the trend. A trend after the burn-in of many of these: take a longer one.
         autocorrelation: of the estimates of sweeps that are s = 1, 2, ... apart, after the burn-in; leading axis
-            k - burn_in - 1. A value near 1 that does not fall: take more particles.
+            k - burn_in - 1. A value near 1 that does not fall: take more particles. NaN where the estimates do not vary
+            by more than rounding, as of what is the same on all paths.
         update_rate: share of all sweeps that renewed the path at each time; below a half, take more particles.
         num_invalid: how many log weights were NaN or +inf; they count as weights of zero.
     """
@@ -165,7 +168,12 @@ def _run_all(keys: Key[Array, " r"], kernel: ParisianGibbs, num_sweeps: int, bur
 
 def _autocorrelation(values: Float[Array, "r k ..."]) -> Float[Array, "s ..."]:
     """Of the sweeps of all replicates about their common mean, at every lag from 1."""
-    centred = values - jnp.mean(values, axis=(0, 1))
+    mean = jnp.mean(values, axis=(0, 1))
+    centred = values - mean
     variance = jnp.mean(centred**2, axis=(0, 1))
+    # of rounding errors no correlation means anything
+    is_varying = variance > (_ROUNDING * jnp.finfo(values.dtype).eps * mean) ** 2
+    scale = jnp.where(is_varying, variance, 1.0)
     lags = range(1, values.shape[1])
-    return jnp.stack([jnp.mean(centred[:, lag:] * centred[:, :-lag], axis=(0, 1)) / variance for lag in lags])
+    found = jnp.stack([jnp.mean(centred[:, lag:] * centred[:, :-lag], axis=(0, 1)) / scale for lag in lags])
+    return jnp.where(is_varying, found, jnp.nan)
