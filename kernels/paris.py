@@ -178,19 +178,25 @@ class ParisResult(NamedTuple):
         estimates: of E[h(x_{0:t}) | y_{0:t}] for every t; leading axis T.
         log_evidence: log Zhat of the filter; Zhat is unbiased for p(y_{0:T-1}).
         ess: effective sample size of the filter's weights at every t.
+        is_resampled: whether the particles were resampled on the way to t.
         num_invalid: how many log weights were NaN or +inf at t; they count as weights of zero.
         num_proposals: indices that backward draws proposed on the way to t, accepted or not; none for "exact".
         num_exact: backward draws on the way to t that looked at all particles; for "reject", those that were not served
             in time.
+        particles: the states at T - 1, leading axis N.
+        log_weights: their normalised log weights.
     """
 
     estimate: PyTree
     estimates: PyTree
     log_evidence: Float[Array, ""]
     ess: Float[Array, " t"]
+    is_resampled: Bool[Array, " t"]
     num_invalid: Int[Array, " t"]
     num_proposals: Int[Array, " t"]
     num_exact: Int[Array, " t"]
+    particles: PyTree
+    log_weights: Float[Array, " n"]
 
 
 def paris(
@@ -275,7 +281,7 @@ def _run(self: Paris, key: Key[Array, ""], ys: PyTree) -> ParisResult:
     start, info, _ = begin_paris(self, key, first)
     # the keys of all steps are made at once, where that is a single operation
     keys = jax.vmap(partial(paris_keys, start.filter.key))(jnp.arange(1, jax.tree.leaves(ys)[0].shape[0]))
-    _, infos = jax.lax.scan(lambda state, row: move_paris_on(self, state, *row)[:2], start, (keys, rest))
+    last, infos = jax.lax.scan(lambda state, row: move_paris_on(self, state, *row)[:2], start, (keys, rest))
     infos = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), info, infos)
     estimate = jax.tree.map(lambda leaf: leaf[-1], infos.estimate)
     return ParisResult(
@@ -283,9 +289,12 @@ def _run(self: Paris, key: Key[Array, ""], ys: PyTree) -> ParisResult:
         infos.estimate,
         compensated_sum(infos.log_evidence_increment),
         infos.ess,
+        infos.is_resampled,
         infos.num_invalid,
         infos.num_proposals,
         infos.num_exact,
+        last.filter.particles,
+        last.filter.log_weights,
     )
 
 

@@ -39,10 +39,11 @@ from bayesinf.kernels.additive import (
     update_statistics,
     weighted_mean,
 )
-from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
+from bayesinf.kernels.backward import BACKWARD_METHODS, draw_counted
 from bayesinf.kernels.conditional_smc import draw_last, finish_sweep
 from bayesinf.kernels.filter_steps import check_proposal, cure_of_vanished, warn_of_invalid
 from bayesinf.kernels.path_kernel import PathKernel, PathState, first_paths
+from bayesinf.kernels.rejection import Counts
 from bayesinf.models.state_space import StateSpaceModel
 from bayesinf.resampling import gather
 
@@ -50,7 +51,14 @@ __all__ = ["PPGResult", "ParisianGibbs", "ParisianInfo", "ppg", "roll_out"]
 
 
 class ParisianInfo(NamedTuple):
-    """What one sweep tells: `PathInfo` with the estimate of the smoothed expectation, of the functional's structure."""
+    """What one sweep tells: the fields of `PathInfo`, and of its backward draws.
+
+    Attributes:
+        estimate: of the smoothed expectation, of the functional's structure; NaN where all weights vanished.
+        num_proposals: indices that backward draws proposed on the way to t, accepted or not; none for "exact".
+        num_exact: backward draws on the way to t that looked at all particles; for "reject", those that were not served
+            in time.
+    """
 
     acceptance_rate: Float[Array, ""]
     is_accepted: Bool[Array, ""]
@@ -60,6 +68,8 @@ class ParisianInfo(NamedTuple):
     log_evidence: Float[Array, ""]
     num_invalid: Int[Array, ""]
     estimate: PyTree
+    num_proposals: Int[Array, " t"]
+    num_exact: Int[Array, " t"]
 
 
 class ParisianGibbs(PathKernel):
@@ -110,7 +120,7 @@ class ParisianGibbs(PathKernel):
             (cloud_prev, tau), (t, keys, (x, y)) = carry, row
             itself = jnp.zeros((), jnp.int32)  # where the reference comes from
             cloud, ancestors = clouds.move(keys[:2], model, cloud_prev, y, t, self.proposal, x, itself)
-            J = draw_backward(
+            J, costs = draw_counted(
                 keys[2],
                 model,
                 cloud_prev.particles,
@@ -122,15 +132,16 @@ class ParisianGibbs(PathKernel):
                 self.method,
             )
             tau = update_statistics(self.functional, tau, cloud_prev, cloud, J, y, t)
-            return (cloud, tau), (cloud, J[:, 0])
+            return (cloud, tau), (cloud, J[:, 0], costs)
 
         first = (start, start_statistics(self.functional, start, y_0))
-        own = jnp.arange(self.num_particles, dtype=jnp.int32)
-        last, (cloud, parents) = clouds.scan_steps(step, first, (start, own), key_steps, 3, (reference, self.ys))
+        own, zero = jnp.arange(self.num_particles, dtype=jnp.int32), jnp.zeros((), jnp.int32)
+        kept = (start, own, Counts(num_proposals=zero, num_exact=zero))
+        last, (cloud, parents, costs) = clouds.scan_steps(step, first, kept, key_steps, 3, (reference, self.ys))
         indices = clouds.trace_indices(draw_last(key_last, cloud.log_weights), parents)
         state, info = finish_sweep(state, cloud, indices)
         estimate = jax.tree.map(lambda leaf: jnp.where(info.is_divergent, jnp.nan, leaf), weighted_mean(*last))
-        return state, ParisianInfo(*info, estimate=estimate)
+        return state, ParisianInfo(*info, estimate, *costs)
 
 
 class PPGResult(NamedTuple):

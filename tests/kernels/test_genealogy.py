@@ -9,11 +9,14 @@ import pytest
 from bayesinf import errors
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.kernels import (
+    AdditiveFunctional,
+    Paris,
     ParticleFilter,
     estimate_variance,
     evidence_variance,
     fixed_lag_smoother,
     marginal_smoother,
+    paris,
     particle_filter,
     predict,
 )
@@ -141,6 +144,19 @@ def test_time_goes_on_after_the_last_observation():
     state, _ = stream.init(0, ys[0])
     state, _ = stream.step(state, ys[1])
     np.testing.assert_allclose(predict(0, Clock(), state, 1).states, np.full((3, 1), 3.0), atol=1e-3)
+
+
+def test_forecasts_go_on_from_smoothing_too():
+    """PaRIS ends with the particles of a filter: its result and the state of its stream forecast alike."""
+    ys, total = jnp.full(2, jnp.nan), AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x)
+    stream = Paris(Clock(), total, num_particles=3)
+    state, _ = stream.init(0, ys[0])
+    state, _ = stream.step(state, ys[1])
+    whole = paris(0, Clock(), ys, total, num_particles=3)
+    np.testing.assert_array_equal(whole.particles, state.filter.particles)
+    np.testing.assert_array_equal(whole.log_weights, state.filter.log_weights)
+    for smoothed in (whole, state):
+        np.testing.assert_allclose(predict(0, Clock(), smoothed, 1).states, np.full((3, 1), 3.0), atol=1e-3)
 
 
 @pytest.mark.usefixtures("unchecked")
