@@ -40,6 +40,7 @@ from bayesinf.kernels.additive import (
     weighted_mean,
 )
 from bayesinf.kernels.backward import BACKWARD_METHODS, draw_counted
+from bayesinf.kernels.chunks import iterate
 from bayesinf.kernels.conditional_smc import draw_last, finish_sweep
 from bayesinf.kernels.filter_steps import check_proposal, cure_of_vanished, warn_of_invalid
 from bayesinf.kernels.path_kernel import PathKernel, PathState, first_paths
@@ -178,6 +179,7 @@ def ppg(
     initial_path: PyTree = None,
     method: str = "auto",
     proposal: str = "bootstrap",
+    progress: bool = False,
     throw: bool = True,
 ) -> PPGResult:
     """Smooths an additive functional by Parisian particle Gibbs.
@@ -196,6 +198,9 @@ def ppg(
         initial_path: the first reference, with leading axis T; by default drawn from a particle filter.
         method: how backward draws are made, "exact", "mcmc", "reject" or "auto"; see `paris`.
         proposal: "bootstrap", or "guided" by the model's own `initial_proposal` and `proposal`.
+        progress: whether to show a bar. The run then comes back to the host now and then, and Ctrl-C returns what there
+            is, with a warning: an estimate of NaN before the burn-in is over. Without, it is one compiled call, which
+            Ctrl-C cannot end.
         throw: whether to raise if the weights vanish.
 
     Returns:
@@ -226,12 +231,16 @@ def ppg(
     if initial_path is None:
         initial_path = jax.tree.map(lambda leaf: leaf[0], first_paths(kernel, key_initial, 1, throw=throw))
     state = kernel.init(initial_path)
-    result, is_divergent = roll_out(key_sweeps, kernel, state, num_sweeps, burn_in)
+    if progress:
+        state, told = iterate(_sweep, kernel, state, key_sweeps, num_sweeps, True, "sweeping")
+        result, is_divergent = _average(told, state, burn_in), told.is_divergent
+    else:
+        result, is_divergent = roll_out(key_sweeps, kernel, state, num_sweeps, burn_in)
     if throw and errors.is_concrete(is_divergent) and np.any(is_divergent):
         raise errors.DegenerateWeightsError(
-            f"In {int(np.sum(is_divergent))} of {num_sweeps} sweeps no particle of {num_particles} can explain some "
-            f"observation: all weights are zero. {cure_of_vanished(model, kernel.ys, proposal)}; throw=False returns "
-            "what there is.",
+            f"In {int(np.sum(is_divergent))} of {is_divergent.size} sweeps no particle of {num_particles} can explain "
+            f"some observation: all weights are zero. {cure_of_vanished(model, kernel.ys, proposal)}; throw=False "
+            "returns what there is.",
             result,
         )
     if throw and errors.is_concrete(result):
@@ -246,10 +255,31 @@ def roll_out(
     """`ppg` from a path, of arguments that are known to be right; and in which sweeps all weights vanished."""
 
     def sweep(state, i):
-        return kernel.step(jax.random.fold_in(key, i), state)
+        return _sweep(kernel, state, jax.random.fold_in(key, i), i + 1)
 
-    state, infos = jax.lax.scan(sweep, state, jnp.arange(num_sweeps))
-    estimate = jax.tree.map(lambda leaf: jnp.mean(leaf[burn_in:], axis=0), infos.estimate)
-    update_rate = jnp.mean(infos.is_updated, axis=0, dtype=infos.log_evidence.dtype)
-    result = PPGResult(estimate, infos.estimate, state.position, update_rate, infos.log_evidence, infos.num_invalid)
-    return result, infos.is_divergent
+    state, told = jax.lax.scan(sweep, state, jnp.arange(num_sweeps))
+    return _average(told, state, burn_in), told.is_divergent
+
+
+class _Told(NamedTuple):
+    """What is kept of every sweep."""
+
+    estimate: PyTree
+    is_updated: Bool[Array, "..."]
+    log_evidence: Float[Array, "..."]
+    num_invalid: Int[Array, "..."]
+    is_divergent: Bool[Array, "..."]
+
+
+def _sweep(
+    kernel: ParisianGibbs, state: PathState, key: Key[Array, ""], number: Int[Array, ""]
+) -> tuple[PathState, _Told]:
+    state, info = kernel.step(key, state)
+    return state, _Told(info.estimate, info.is_updated, info.log_evidence, info.num_invalid, info.is_divergent)
+
+
+@partial(jax.jit, static_argnums=2)
+def _average(told: _Told, state: PathState, burn_in: int) -> PPGResult:
+    estimate = jax.tree.map(lambda leaf: jnp.mean(leaf[burn_in:], axis=0), told.estimate)
+    update_rate = jnp.mean(told.is_updated, axis=0, dtype=told.log_evidence.dtype)
+    return PPGResult(estimate, told.estimate, state.position, update_rate, told.log_evidence, told.num_invalid)

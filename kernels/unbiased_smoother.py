@@ -76,6 +76,8 @@ def unbiased_smoother(
 ) -> UnbiasedResult:
     """Smooths an additive functional without bias, with an error from independent replicates.
 
+    One compiled call, which shows no bar and which Ctrl-C cannot end: try a few replicates first.
+
     Args:
         key: PRNG key or seed.
         model: the state-space model.
