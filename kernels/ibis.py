@@ -90,7 +90,7 @@ def ibis(
 ) -> IBISResult:
     """Draws from a posterior, and the evidence of every beginning of the data, observation by observation.
 
-    Runs one compiled loop, which shows no bar and which Ctrl-C cannot end. It may be jitted and vmapped.
+    Runs one compiled loop, which shows no bar and which Ctrl-C cannot end.
 
     Args:
         key: PRNG key or seed.
