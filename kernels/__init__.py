@@ -7,6 +7,7 @@ from bayesinf.kernels.additive import AdditiveFunctional as AdditiveFunctional
 from bayesinf.kernels.adjusted import GHMC as GHMC
 from bayesinf.kernels.adjusted import MALT as MALT
 from bayesinf.kernels.adjusted import Metropolize as Metropolize
+from bayesinf.kernels.backward import BackwardCounts as BackwardCounts
 from bayesinf.kernels.backward import backward_sample as backward_sample
 from bayesinf.kernels.backward import draw_backward as draw_backward
 from bayesinf.kernels.barker import Barker as Barker

@@ -24,6 +24,7 @@ References:
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,12 +37,25 @@ from bayesinf.kernels.particle_filter import FilterResult, History
 from bayesinf.kernels.rejection import Counts, draw_by_rejection
 from bayesinf.models.state_space import StateSpaceModel, log_prob
 
-__all__ = ["BACKWARD_METHODS", "backward_sample", "draw_backward", "draw_counted"]
+__all__ = ["BACKWARD_METHODS", "BackwardCounts", "backward_sample", "draw_backward", "draw_counted"]
 
 BACKWARD_METHODS = ("auto", "exact", "mcmc", "reject")
 
 _AUTO_DENSITIES = 2**22  # what "auto" spends on the exact law at one time step
 _TILE = 2**20  # densities held in memory at once
+
+
+class BackwardCounts(NamedTuple):
+    """What the backward draws of `backward_sample` cost, at each of its L times.
+
+    Attributes:
+        num_proposals: indices that backward draws proposed on the way to t, accepted or not; none for "exact".
+        num_exact: backward draws on the way to t that looked at all particles; for "reject", those that were not served
+            in time.
+    """
+
+    num_proposals: Int[Array, " t"]
+    num_exact: Int[Array, " t"]
 
 
 def backward_sample(
@@ -51,6 +65,7 @@ def backward_sample(
     num_paths: int,
     method: str = "auto",
     *,
+    return_counts: bool = False,
     throw: bool = True,
 ) -> PyTree:
     """Draws smoothed paths from a stored particle filter: forward filtering, backward sampling.
@@ -64,10 +79,12 @@ def backward_sample(
         filtered: of `particle_filter(..., store="full")`; or "window", for the last steps alone.
         num_paths: how many paths.
         method: "exact", "mcmc", "reject" or "auto"; see `draw_backward`.
+        return_counts: whether to tell what the draws cost.
         throw: whether to raise if the filter lost its weights; else its last particles stand for what is not known.
 
     Returns:
-        States with leading axes (num_paths, L), L = T or the window.
+        States with leading axes (num_paths, L), L = T or the window; with `return_counts` the pair of these and a
+        `BackwardCounts`.
 
     Raises:
         ValueError: the filter did not store its history.
@@ -90,13 +107,14 @@ def backward_sample(
     history = history_of(filtered, is_whole=False)
     if throw and errors.is_concrete(filtered.log_evidence) and not np.all(np.isfinite(filtered.log_evidence)):
         raise errors.DegenerateWeightsError("The filter lost all its weights: there is nothing to smooth.", filtered)
-    return _sample_paths(errors.as_key(key), model, history, filtered.ess.shape[-1], num_paths, method)
+    paths, counts = _sample_paths(errors.as_key(key), model, history, filtered.ess.shape[-1], num_paths, method)
+    return (paths, counts) if return_counts else paths
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5))
 def _sample_paths(
     key: Array, model: StateSpaceModel, history: History, num_steps: int, num_paths: int, method: str
-) -> PyTree:
+) -> tuple[PyTree, "BackwardCounts"]:
     start = num_steps - history.log_weights.shape[0]  # the time of the first row
     key_last, key_steps = jax.random.split(key)
     particles, log_weights, ancestors = history
@@ -108,14 +126,16 @@ def _sample_paths(
         particles_prev, log_weights_prev, ancestors, t = now
         key_t = jax.random.fold_in(key_steps, t)
         ancestors = ancestors[index]
-        index = draw_backward(key_t, model, particles_prev, log_weights_prev, x, t, ancestors, 1, method)[:, 0]
+        drawn, costs = draw_counted(key_t, model, particles_prev, log_weights_prev, x, t, ancestors, 1, method)
+        index = drawn[:, 0]
         x = resampling.gather(particles_prev, index)
-        return (x, index), x
+        return (x, index), (x, costs)
 
     before = jax.tree.map(lambda leaf: leaf[:-1], (particles, log_weights))
     steps = (*before, ancestors[1:], jnp.arange(start + 1, num_steps))
-    _, paths = jax.lax.scan(step, (x_last, last), steps, reverse=True)
-    return jax.tree.map(lambda path, x: jnp.swapaxes(jnp.concatenate([path, x[None]]), 0, 1), paths, x_last)
+    _, (paths, costs) = jax.lax.scan(step, (x_last, last), steps, reverse=True)
+    paths = jax.tree.map(lambda path, x: jnp.swapaxes(jnp.concatenate([path, x[None]]), 0, 1), paths, x_last)
+    return paths, BackwardCounts(*(jnp.pad(cost, (1, 0)) for cost in costs))
 
 
 def draw_backward(

@@ -99,47 +99,57 @@ class BlockedSMC(PathKernel):
         check_proposal(self.model, self.proposal)
 
     def step(self, key: Key[Array, ""], state: PathState) -> tuple[PathState, BlockedInfo]:
-        path, num_steps = state.position, jax.tree.leaves(self.ys)[0].shape[0]
-        is_updated = jnp.zeros(num_steps, bool)
+        num_steps = jax.tree.leaves(self.ys)[0].shape[0]
         # a block as long as the series leaves nothing to a second pass
         shifts = [0, (self.block_size + 1) // 2] if self.block_size < num_steps else [0]
-        refreshed = []
-        for key_pass, shift in zip(jax.random.split(key, len(shifts)), shifts, strict=True):
-            times, blocks = _cut(path, self.ys, self.block_size, shift)
-            keys = jax.random.split(key_pass, times.shape[0])
-            block = _refresh_blocks(self, keys, blocks)
-            path = jax.tree.map(lambda leaf, new: leaf.at[times].set(new, mode="drop"), path, block.path)  # noqa: B023
-            is_updated = is_updated.at[times].max(block.is_updated, mode="drop")
-            refreshed.append(block)
+        layout = _lay_out(num_steps, self.block_size, shifts)
+        keys = jax.random.split(key, (len(shifts), layout.times.shape[1] + 1))
 
+        def sweep(carry, row):
+            """A pass; both are one program, which is compiled once."""
+            path, is_updated = carry
+            keys, blocks = row
+            x, y = gather((path, self.ys), jnp.zeros((), jnp.int32))
+            # the cloud at time 0, of which one block alone has need
+            initial = clouds.start(keys[0], self.model, y, self.num_particles, self.proposal, x)
+            refreshed = jax.vmap(self._refresh_block, (0, 0, None))(keys[1:], _cut(path, self.ys, blocks), initial)
+            path = jax.tree.map(lambda leaf, new: leaf.at[blocks.times].set(new, mode="drop"), path, refreshed.path)
+            is_updated = is_updated.at[blocks.times].max(refreshed.is_updated, mode="drop")
+            return (path, is_updated), (refreshed.is_ok, refreshed.num_invalid)
+
+        start = (state.position, jnp.zeros(num_steps, bool))
+        (path, is_updated), (is_ok, num_invalid) = jax.lax.scan(sweep, start, (keys, layout))
         info = BlockedInfo(
             acceptance_rate=jnp.mean(is_updated, dtype=float),
             is_accepted=jnp.any(is_updated),
-            is_divergent=~jnp.all(jnp.concatenate([block.is_ok for block in refreshed])),
+            is_divergent=~jnp.all(is_ok),
             num_gradients=jnp.zeros((), jnp.int32),
             is_updated=is_updated,
-            num_invalid=jnp.sum(jnp.concatenate([block.num_invalid for block in refreshed]), dtype=jnp.int32),
+            num_invalid=jnp.sum(num_invalid, dtype=jnp.int32),
         )
         return PathState(path), info
 
-    def _refresh_block(self, key: Key[Array, ""], block: "_Block") -> "_Refreshed":
+    def _refresh_block(self, key: Key[Array, ""], block: "_Block", initial: clouds.Cloud) -> "_Refreshed":
         """One sweep of conditional SMC over a block, given what is on either side."""
-        model = self.model
-        key_start, key_move, key_last, key_back = jax.random.split(key, 4)
-        start = self._start(key_start, block)
+        model, num_rows = self.model, jax.tree.leaves(block.path)[0].shape[0]
+        keys = jax.random.split(key, 2 + 3 * num_rows)  # at once: every call of the generator is a large program
+        key_last, key_back, key_moves = keys[0], keys[1], keys[2:].reshape(num_rows, 3)
+        copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_particles, *leaf.shape)), block.before)
+        before = clouds.Cloud(copies, jnp.zeros_like(initial.log_weights))
+        rows = jnp.arange(num_rows)
 
         def move(cloud, row):
+            """The first cloud moves on from N copies of the state before the block, or is the initial one."""
             i, keys, (x, y) = row
             t = block.time + i
             parent = jnp.zeros((), jnp.int32)
             if self.refresh == "ancestor":
                 parent = draw_parent(keys[2], model, cloud, x, t)
             moved, ancestors = clouds.move(keys[:2], model, cloud, y, t, self.proposal, x, parent)
-            cloud = select(i > block.first, moved, start)  # a short block begins late
+            cloud = select(t == 0, initial, select(i < block.first, before, moved))  # a short block begins late
             return cloud, (cloud, ancestors)
 
-        own = jnp.arange(self.num_particles, dtype=jnp.int32)
-        last, (cloud, ancestors) = clouds.scan_steps(move, start, (start, own), key_move, 3, (block.path, block.ys))
+        last, (cloud, ancestors) = jax.lax.scan(move, before, (rows, key_moves, (block.path, block.ys)))
         log_weights = _end(model, last, block)
         index = jax.random.categorical(key_last, clean(log_weights)).astype(jnp.int32)
         if self.refresh == "backward":
@@ -148,24 +158,13 @@ class BlockedSMC(PathKernel):
             indices = clouds.trace_indices(index, ancestors)
 
         is_ok = ~(jnp.any(is_degenerate(cloud.log_weights)) | is_degenerate(log_weights))
-        is_inside = jnp.arange(indices.shape[0]) >= block.first
+        is_inside = rows >= block.first
         return _Refreshed(
             path=select(is_ok, jax.vmap(gather)(cloud.particles, indices), block.path),
             is_updated=(indices != 0) & is_ok,
             is_ok=is_ok,
             num_invalid=jnp.sum(num_invalid(cloud.log_weights[:-1]) * is_inside[:-1]) + num_invalid(log_weights),
         )
-
-    def _start(self, key: Key[Array, ""], block: "_Block") -> clouds.Cloud:
-        """The first cloud: from the initial law, or from N copies of the state before the block."""
-        key_initial, key_later = jax.random.split(key)
-        x, y = gather((block.path, block.ys), block.first)
-        initial = clouds.start(key_initial, self.model, y, self.num_particles, self.proposal, x)
-        copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_particles, *leaf.shape)), block.before)
-        before = clouds.Cloud(copies, jnp.zeros_like(initial.log_weights))
-        keys, time, itself = jax.random.split(key_later), block.time + block.first, jnp.zeros((), jnp.int32)
-        later, _ = clouds.move(keys, self.model, before, y, time, self.proposal, x, itself)
-        return select(time == 0, initial, later)
 
 
 class _Block(NamedTuple):
@@ -189,12 +188,6 @@ class _Refreshed(NamedTuple):
     num_invalid: Int[Array, ""]
 
 
-@jax.jit
-def _refresh_blocks(kernel: BlockedSMC, keys: Key[Array, " k"], blocks: _Block) -> _Refreshed:
-    """All blocks of a pass; several times faster than one after the other where N is small, on a CPU too."""
-    return jax.vmap(kernel._refresh_block)(keys, blocks)
-
-
 def _end(model: StateSpaceModel, cloud: clouds.Cloud, block: _Block) -> Float[Array, " N"]:
     """The last log weights, multiplied by m_{u+1}(x_u, x_{u+1}) where there is an x_{u+1}."""
     time = block.time + jax.tree.leaves(block.path)[0].shape[0]
@@ -202,22 +195,41 @@ def _end(model: StateSpaceModel, cloud: clouds.Cloud, block: _Block) -> Float[Ar
     return cloud.log_weights + jnp.where(block.is_last, 0.0, log_next)
 
 
-def _cut(path: PyTree, ys: PyTree, block_size: int, shift: int) -> tuple[Int[Array, "k l"], _Block]:
-    """The blocks of a pass, with a leading axis, and the times of their rows; T, which is none, for those of others."""
-    num_steps = jax.tree.leaves(ys)[0].shape[0]
-    starts, stops = map(jnp.asarray, bounds := _bounds(num_steps, block_size, shift))
-    width = int(np.max(bounds[1] - bounds[0]))
-    times = stops[:, None] - width + jnp.arange(width)
-    block = _Block(
-        time=stops - width,
-        first=width - (stops - starts),
+class _Layout(NamedTuple):
+    """Where the blocks of a pass lie; each pass has as many, the last of them may be empty."""
+
+    starts: Int[Array, "... k"]
+    stops: Int[Array, "... k"]
+    times: Int[Array, "... k l"]  # of their rows; T, which is none, for those of others
+
+
+def _lay_out(num_steps: int, block_size: int, shifts: list[int]) -> _Layout:
+    """The blocks of all passes, with a leading axis of these."""
+    bounds = [_bounds(num_steps, block_size, shift) for shift in shifts]
+    num = max(len(starts) for starts, _ in bounds)
+    width = max(int(np.max(stops - starts)) for starts, stops in bounds)
+    starts, stops = (
+        np.stack([np.pad(ends, (0, num - len(ends)), constant_values=num_steps) for ends in which])
+        for which in zip(*bounds, strict=True)
+    )
+    times = stops[..., None] - width + np.arange(width)
+    times = np.where(times >= starts[..., None], times, num_steps)
+    return _Layout(*(jnp.asarray(array, jnp.int32) for array in (starts, stops, times)))
+
+
+def _cut(path: PyTree, ys: PyTree, blocks: _Layout) -> _Block:
+    """The blocks of one pass, with a leading axis."""
+    num_steps, width = jax.tree.leaves(ys)[0].shape[0], blocks.times.shape[-1]
+    times = blocks.stops[:, None] - width + jnp.arange(width)
+    return _Block(
+        time=blocks.stops - width,
+        first=width - (blocks.stops - blocks.starts),
         path=gather(path, times),  # which clips them
         ys=gather(ys, times),
-        before=gather(path, starts - 1),
-        after=gather(path, stops),
-        is_last=stops == num_steps,
+        before=gather(path, blocks.starts - 1),
+        after=gather(path, blocks.stops),
+        is_last=blocks.stops == num_steps,
     )
-    return jnp.where(times >= starts[:, None], times, num_steps), block
 
 
 def _bounds(num_steps: int, block_size: int, shift: int) -> tuple[np.ndarray, np.ndarray]:

@@ -45,7 +45,7 @@ def evidence_variance(filtered: FilterResult) -> Float[Array, ""]:
         then a few particles at time 0 are the ancestors of all.
 
     Raises:
-        ValueError: the filter did not store its history.
+        ValueError: the filter did not store its history, or has a single particle, of which no spread can be seen.
 
     Example:
         >>> import bayesinf as bi
@@ -61,6 +61,7 @@ def evidence_variance(filtered: FilterResult) -> Float[Array, ""]:
         Lee and Whiteley (2018), doi:10.1093/biomet/asy028.
     """
     history = history_of(filtered)
+    _check_spread(history)
     return _evidence_variance(history, filtered.is_resampled)
 
 
@@ -78,7 +79,8 @@ def estimate_variance(
         Variances of the structure of the estimates, with leading axis T.
 
     Raises:
-        ValueError: the filter did not store its history, or `lag` is no whole number of at least 0.
+        ValueError: the filter did not store its history, or has a single particle, or `lag` is no whole number of at
+            least 0.
 
     Example:
         >>> import bayesinf as bi
@@ -92,6 +94,7 @@ def estimate_variance(
         Olsson and Douc (2019), doi:10.3150/18-BEJ1041.
     """
     history = history_of(filtered)
+    _check_spread(history)
     _check_lag(lag)
     if functional is not None:
         errors.check_arguments("functional", functional, "x")
@@ -215,6 +218,15 @@ def history_of(filtered: Any, *, is_whole: bool = True) -> History:
             "particle_filter with store='full'"
         )
     return filtered.history
+
+
+def _check_spread(history: History) -> None:
+    """A single particle shows none: its estimates would seem to have no variance at all."""
+    if history.log_weights.shape[-1] < 2:
+        raise ValueError(
+            "filtered must hold at least 2 particles, got 1: the variance is estimated from their spread; call "
+            "particle_filter with more, or compare runs with several keys"
+        )
 
 
 def _check_lag(lag: int | None) -> None:

@@ -90,6 +90,8 @@ def ibis(
 ) -> IBISResult:
     """Draws from a posterior, and the evidence of every beginning of the data, observation by observation.
 
+    Runs one compiled loop, which shows no bar and which Ctrl-C cannot end.
+
     Args:
         key: PRNG key or seed.
         prior, mutation, num_particles, data, num_moves, max_moves, waste_free, tune, resampling, batch_size, throw: as

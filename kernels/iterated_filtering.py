@@ -27,8 +27,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bayesinf import errors, weights
+from bayesinf.kernels.chunks import iterate
 from bayesinf.kernels.filter_steps import check_proposal, reweigh, warn_of_invalid, weigh_initial
-from bayesinf.kernels.learning import Freely, iterate, select_finite
+from bayesinf.kernels.learning import Freely, select_finite
 from bayesinf.kernels.online_filter import FilterState, ParticleFilter, keys_of, move_on
 from bayesinf.kernels.perturbed import PerturbedModel
 from bayesinf.models.state_space import StateSpaceModel, check_model, check_observations
@@ -96,7 +97,7 @@ def iterated_filtering(
         proposal: "bootstrap", or "guided" by the model's own proposals, which needs densities of transitions.
         resampling: one of `bayesinf.resampling.SCHEMES`.
         constraints: of NumPyro, by name where theta is a dict, or one for all.
-        progress: whether to show a bar.
+        progress: whether to show a bar. With or without it, Ctrl-C returns what there is, with a warning.
         throw: whether to raise if at some iteration all weights vanished.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the methods that learn parameters by smoothing share: how an expectation is smoothed, and the loop.
+"""What the methods that learn parameters by smoothing share: how an expectation is smoothed, and what is returned.
 
 Each of `score_ascent` and `saem` needs, at every iteration, an estimate of E[h(x_{0:T-1}) | y] under the parameters of
 the moment. By estimator:
@@ -36,7 +36,6 @@ from bayesinf.kernels.particle_filter import particle_filter
 from bayesinf.kernels.path_kernel import PathState, check_path, first_paths
 from bayesinf.kernels.vectors import strong
 from bayesinf.models.state_space import StateSpaceModel, check_series
-from bayesinf.progress import Progress
 
 __all__ = [
     "ESTIMATORS",
@@ -46,7 +45,6 @@ __all__ = [
     "Smoother",
     "check_maximize",
     "check_optimizer",
-    "iterate",
     "select_finite",
     "settle",
 ]
@@ -200,50 +198,6 @@ class LearningResult(NamedTuple):
     log_evidence: Float[Array, " l"]
     path: PyTree
     num_failed: int | Array
-
-
-def iterate(
-    body: Callable[[Any, Any, Key[Array, ""], Any], tuple[Any, Any]],
-    fixed: Any,
-    state: Any,
-    key: Key[Array, ""],
-    num_iterations: int,
-    progress: bool,
-) -> tuple[Any, Any]:
-    """Runs `state, kept = body(fixed, state, key_l, l)` for l = 1.., and stacks what is kept.
-
-    In chunks of one compiled loop, between which the bar moves; when interrupted it returns what there is.
-
-    Raises:
-        KeyboardInterrupt: interrupted before the first chunk was done.
-    """
-    sizes = [size for size in range(1, num_iterations // 10 + 1) if num_iterations % size == 0]
-    size = (sizes or [1])[-1] if progress else num_iterations  # all chunks alike, so that they are one program
-    kept: list[Any] = []
-    bar = Progress(num_iterations, is_shown=progress)
-    try:
-        for begin in range(0, num_iterations, size):
-            state, new = _run_chunk(body, fixed, state, key, jnp.asarray(begin), size)
-            if progress:
-                jax.block_until_ready(new)
-            kept.append(new)
-            bar.update(size, "learning", None, None)
-    except KeyboardInterrupt:
-        if not kept:
-            raise
-    finally:
-        bar.close()
-    return state, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *kept)
-
-
-@partial(jax.jit, static_argnums=(0, 5))
-def _run_chunk(body, fixed, state, key, begin, size):
-    """Steps begin + 1 to begin + size."""
-
-    def step(state, i):
-        return body(fixed, state, jax.random.fold_in(key, i), i + 1)
-
-    return jax.lax.scan(step, state, begin + jnp.arange(size))
 
 
 def check_maximize(maximize: Callable[[PyTree], PyTree], sums: PyTree, theta: PyTree) -> None:

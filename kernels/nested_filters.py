@@ -256,8 +256,8 @@ def start(self: NestedFilters, key: Key[Array, ""]) -> Run:
 
 
 @jax.jit
-def advance(self: NestedFilters, key: Key[Array, ""], run: Run) -> Run:
-    """Goes on to the end, or to where the filters need more particles."""
+def advance(self: NestedFilters, key: Key[Array, ""], run: Run, until: Int[Array, ""]) -> Run:
+    """Goes on to time `until`, T for the end, or to where the filters need more particles."""
     can_grow = self.num_particles < self.max_particles
 
     def step(run: Run) -> Run:
@@ -289,7 +289,7 @@ def advance(self: NestedFilters, key: Key[Array, ""], run: Run) -> Run:
         )
         return Run(jnp.where(needs_more, t, t + 1), needs_more, population, records, variance)
 
-    return jax.lax.while_loop(lambda run: (run.t < self.num_steps) & ~run.needs_more, step, run)
+    return jax.lax.while_loop(lambda run: (run.t < until) & ~run.needs_more, step, run)
 
 
 @jax.jit

@@ -34,6 +34,7 @@ from bayesinf.kernels.additive import (
     weighted_mean,
 )
 from bayesinf.kernels.backward import BACKWARD_METHODS, draw_counted
+from bayesinf.kernels.chunks import iterate
 from bayesinf.kernels.cloud import Cloud
 from bayesinf.kernels.filter_steps import cure_of_vanished, warn_of_invalid
 from bayesinf.kernels.online_filter import FilterInfo, FilterState, ParticleFilter, as_row, begin, move_on
@@ -178,19 +179,25 @@ class ParisResult(NamedTuple):
         estimates: of E[h(x_{0:t}) | y_{0:t}] for every t; leading axis T.
         log_evidence: log Zhat of the filter; Zhat is unbiased for p(y_{0:T-1}).
         ess: effective sample size of the filter's weights at every t.
+        is_resampled: whether the particles were resampled on the way to t.
         num_invalid: how many log weights were NaN or +inf at t; they count as weights of zero.
         num_proposals: indices that backward draws proposed on the way to t, accepted or not; none for "exact".
         num_exact: backward draws on the way to t that looked at all particles; for "reject", those that were not served
             in time.
+        particles: the states at T - 1, leading axis N.
+        log_weights: their normalised log weights.
     """
 
     estimate: PyTree
     estimates: PyTree
     log_evidence: Float[Array, ""]
     ess: Float[Array, " t"]
+    is_resampled: Bool[Array, " t"]
     num_invalid: Int[Array, " t"]
     num_proposals: Int[Array, " t"]
     num_exact: Int[Array, " t"]
+    particles: PyTree
+    log_weights: Float[Array, " n"]
 
 
 def paris(
@@ -206,6 +213,7 @@ def paris(
     resampling: str = "multinomial",
     ess_threshold: Float[Array, ""] | float = 1.0,
     lookahead: bool = False,
+    progress: bool = False,
     throw: bool = True,
 ) -> ParisResult:
     """Smooths an additive functional online, with PaRIS.
@@ -223,6 +231,8 @@ def paris(
         resampling: one of `bayesinf.resampling.SCHEMES`; independent draws at every step are those of the paper.
         ess_threshold: resample where ess <= ess_threshold * N; 1 means always.
         lookahead: choose ancestors with an eye on y_t, by `model.lookahead`.
+        progress: whether to show a bar. The run then comes back to the host now and then, and Ctrl-C returns what there
+            is, with a warning; without, it is one compiled call, which Ctrl-C cannot end.
         throw: whether to raise if the weights vanish.
 
     Returns:
@@ -256,7 +266,8 @@ def paris(
         ess_threshold=ess_threshold,
         lookahead=lookahead,
     )
-    result = _run(current(one), errors.as_key(key), ys)
+    run = _run_shown if progress and jax.tree.leaves(ys)[0].shape[0] > 1 else _run
+    result = run(current(one), errors.as_key(key), ys)
     if throw and errors.is_concrete(result) and not np.isfinite(result.log_evidence):
         step = int(np.argmax(np.asarray(result.ess) == 0))
         raise errors.DegenerateWeightsError(
@@ -275,7 +286,28 @@ def _run(self: Paris, key: Key[Array, ""], ys: PyTree) -> ParisResult:
     start, info, _ = begin_paris(self, key, first)
     # the keys of all steps are made at once, where that is a single operation
     keys = jax.vmap(partial(paris_keys, start.filter.key))(jnp.arange(1, jax.tree.leaves(ys)[0].shape[0]))
-    _, infos = jax.lax.scan(lambda state, row: move_paris_on(self, state, *row)[:2], start, (keys, rest))
+    last, infos = jax.lax.scan(lambda state, row: move_paris_on(self, state, *row)[:2], start, (keys, rest))
+    return _gather_up(info, infos, last)
+
+
+def _run_shown(self: Paris, key: Key[Array, ""], ys: PyTree) -> ParisResult:
+    """The same, in chunks."""
+    start, info, _ = begin_paris(self, key, jax.tree.map(lambda leaf: leaf[0], ys))
+    last, infos = iterate(_follow, (self, ys), start, key, jax.tree.leaves(ys)[0].shape[0] - 1, True, "smoothing")
+    return _gather_up(info, infos, last)
+
+
+def _follow(
+    fixed: tuple[Paris, PyTree], state: ParisState, key: Key[Array, ""], t: Int[Array, ""]
+) -> tuple[ParisState, ParisInfo]:
+    """PaRIS at time t; its keys are made of those of the state."""
+    self, ys = fixed
+    return move_paris_on(self, state, paris_keys(state.filter.key, t), jax.tree.map(lambda leaf: leaf[t], ys))[:2]
+
+
+@jax.jit
+def _gather_up(info: ParisInfo, infos: ParisInfo, last: ParisState) -> ParisResult:
+    """The result, of what is known of time 0 and of the others."""
     infos = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), info, infos)
     estimate = jax.tree.map(lambda leaf: leaf[-1], infos.estimate)
     return ParisResult(
@@ -283,9 +315,12 @@ def _run(self: Paris, key: Key[Array, ""], ys: PyTree) -> ParisResult:
         infos.estimate,
         compensated_sum(infos.log_evidence_increment),
         infos.ess,
+        infos.is_resampled,
         infos.num_invalid,
         infos.num_proposals,
         infos.num_exact,
+        last.filter.particles,
+        last.filter.log_weights,
     )
 
 

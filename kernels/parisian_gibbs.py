@@ -39,10 +39,12 @@ from bayesinf.kernels.additive import (
     update_statistics,
     weighted_mean,
 )
-from bayesinf.kernels.backward import BACKWARD_METHODS, draw_backward
+from bayesinf.kernels.backward import BACKWARD_METHODS, draw_counted
+from bayesinf.kernels.chunks import iterate
 from bayesinf.kernels.conditional_smc import draw_last, finish_sweep
 from bayesinf.kernels.filter_steps import check_proposal, cure_of_vanished, warn_of_invalid
 from bayesinf.kernels.path_kernel import PathKernel, PathState, first_paths
+from bayesinf.kernels.rejection import Counts
 from bayesinf.models.state_space import StateSpaceModel
 from bayesinf.resampling import gather
 
@@ -50,7 +52,14 @@ __all__ = ["PPGResult", "ParisianGibbs", "ParisianInfo", "ppg", "roll_out"]
 
 
 class ParisianInfo(NamedTuple):
-    """What one sweep tells: `PathInfo` with the estimate of the smoothed expectation, of the functional's structure."""
+    """What one sweep tells: the fields of `PathInfo`, and of its backward draws.
+
+    Attributes:
+        estimate: of the smoothed expectation, of the functional's structure; NaN where all weights vanished.
+        num_proposals: indices that backward draws proposed on the way to t, accepted or not; none for "exact".
+        num_exact: backward draws on the way to t that looked at all particles; for "reject", those that were not served
+            in time.
+    """
 
     acceptance_rate: Float[Array, ""]
     is_accepted: Bool[Array, ""]
@@ -60,6 +69,8 @@ class ParisianInfo(NamedTuple):
     log_evidence: Float[Array, ""]
     num_invalid: Int[Array, ""]
     estimate: PyTree
+    num_proposals: Int[Array, " t"]
+    num_exact: Int[Array, " t"]
 
 
 class ParisianGibbs(PathKernel):
@@ -110,7 +121,7 @@ class ParisianGibbs(PathKernel):
             (cloud_prev, tau), (t, keys, (x, y)) = carry, row
             itself = jnp.zeros((), jnp.int32)  # where the reference comes from
             cloud, ancestors = clouds.move(keys[:2], model, cloud_prev, y, t, self.proposal, x, itself)
-            J = draw_backward(
+            J, costs = draw_counted(
                 keys[2],
                 model,
                 cloud_prev.particles,
@@ -122,15 +133,16 @@ class ParisianGibbs(PathKernel):
                 self.method,
             )
             tau = update_statistics(self.functional, tau, cloud_prev, cloud, J, y, t)
-            return (cloud, tau), (cloud, J[:, 0])
+            return (cloud, tau), (cloud, J[:, 0], costs)
 
         first = (start, start_statistics(self.functional, start, y_0))
-        own = jnp.arange(self.num_particles, dtype=jnp.int32)
-        last, (cloud, parents) = clouds.scan_steps(step, first, (start, own), key_steps, 3, (reference, self.ys))
+        own, zero = jnp.arange(self.num_particles, dtype=jnp.int32), jnp.zeros((), jnp.int32)
+        kept = (start, own, Counts(num_proposals=zero, num_exact=zero))
+        last, (cloud, parents, costs) = clouds.scan_steps(step, first, kept, key_steps, 3, (reference, self.ys))
         indices = clouds.trace_indices(draw_last(key_last, cloud.log_weights), parents)
         state, info = finish_sweep(state, cloud, indices)
         estimate = jax.tree.map(lambda leaf: jnp.where(info.is_divergent, jnp.nan, leaf), weighted_mean(*last))
-        return state, ParisianInfo(*info, estimate=estimate)
+        return state, ParisianInfo(*info, estimate, *costs)
 
 
 class PPGResult(NamedTuple):
@@ -167,6 +179,7 @@ def ppg(
     initial_path: PyTree = None,
     method: str = "auto",
     proposal: str = "bootstrap",
+    progress: bool = False,
     throw: bool = True,
 ) -> PPGResult:
     """Smooths an additive functional by Parisian particle Gibbs.
@@ -185,6 +198,9 @@ def ppg(
         initial_path: the first reference, with leading axis T; by default drawn from a particle filter.
         method: how backward draws are made, "exact", "mcmc", "reject" or "auto"; see `paris`.
         proposal: "bootstrap", or "guided" by the model's own `initial_proposal` and `proposal`.
+        progress: whether to show a bar. The run then comes back to the host now and then, and Ctrl-C returns what there
+            is, with a warning: an estimate of NaN before the burn-in is over. Without, it is one compiled call, which
+            Ctrl-C cannot end.
         throw: whether to raise if the weights vanish.
 
     Returns:
@@ -215,12 +231,16 @@ def ppg(
     if initial_path is None:
         initial_path = jax.tree.map(lambda leaf: leaf[0], first_paths(kernel, key_initial, 1, throw=throw))
     state = kernel.init(initial_path)
-    result, is_divergent = roll_out(key_sweeps, kernel, state, num_sweeps, burn_in)
+    if progress:
+        state, told = iterate(_sweep, kernel, state, key_sweeps, num_sweeps, True, "sweeping")
+        result, is_divergent = _average(told, state, burn_in), told.is_divergent
+    else:
+        result, is_divergent = roll_out(key_sweeps, kernel, state, num_sweeps, burn_in)
     if throw and errors.is_concrete(is_divergent) and np.any(is_divergent):
         raise errors.DegenerateWeightsError(
-            f"In {int(np.sum(is_divergent))} of {num_sweeps} sweeps no particle of {num_particles} can explain some "
-            f"observation: all weights are zero. {cure_of_vanished(model, kernel.ys, proposal)}; throw=False returns "
-            "what there is.",
+            f"In {int(np.sum(is_divergent))} of {is_divergent.size} sweeps no particle of {num_particles} can explain "
+            f"some observation: all weights are zero. {cure_of_vanished(model, kernel.ys, proposal)}; throw=False "
+            "returns what there is.",
             result,
         )
     if throw and errors.is_concrete(result):
@@ -235,10 +255,31 @@ def roll_out(
     """`ppg` from a path, of arguments that are known to be right; and in which sweeps all weights vanished."""
 
     def sweep(state, i):
-        return kernel.step(jax.random.fold_in(key, i), state)
+        return _sweep(kernel, state, jax.random.fold_in(key, i), i + 1)
 
-    state, infos = jax.lax.scan(sweep, state, jnp.arange(num_sweeps))
-    estimate = jax.tree.map(lambda leaf: jnp.mean(leaf[burn_in:], axis=0), infos.estimate)
-    update_rate = jnp.mean(infos.is_updated, axis=0, dtype=infos.log_evidence.dtype)
-    result = PPGResult(estimate, infos.estimate, state.position, update_rate, infos.log_evidence, infos.num_invalid)
-    return result, infos.is_divergent
+    state, told = jax.lax.scan(sweep, state, jnp.arange(num_sweeps))
+    return _average(told, state, burn_in), told.is_divergent
+
+
+class _Told(NamedTuple):
+    """What is kept of every sweep."""
+
+    estimate: PyTree
+    is_updated: Bool[Array, "..."]
+    log_evidence: Float[Array, "..."]
+    num_invalid: Int[Array, "..."]
+    is_divergent: Bool[Array, "..."]
+
+
+def _sweep(
+    kernel: ParisianGibbs, state: PathState, key: Key[Array, ""], number: Int[Array, ""]
+) -> tuple[PathState, _Told]:
+    state, info = kernel.step(key, state)
+    return state, _Told(info.estimate, info.is_updated, info.log_evidence, info.num_invalid, info.is_divergent)
+
+
+@partial(jax.jit, static_argnums=2)
+def _average(told: _Told, state: PathState, burn_in: int) -> PPGResult:
+    estimate = jax.tree.map(lambda leaf: jnp.mean(leaf[burn_in:], axis=0), told.estimate)
+    update_rate = jnp.mean(told.is_updated, axis=0, dtype=told.log_evidence.dtype)
+    return PPGResult(estimate, told.estimate, state.position, update_rate, told.log_evidence, told.num_invalid)

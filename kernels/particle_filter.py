@@ -100,7 +100,8 @@ def particle_filter(
 ) -> FilterResult:
     """Filters the series `ys` with a population of particles.
 
-    Runs one compiled scan; new data or parameters of the same shape compile nothing. It may be jitted, vmapped over
+    Runs one compiled scan, which shows no bar; new data or parameters of the same shape compile nothing. For a series
+    so long that one wants to watch it, `ParticleFilter` takes it in parts. It may be jitted, vmapped over
     keys, models and data, and differentiated: the gradient passes through states and weights, not through the choice of
     ancestors, so that the gradient of log_evidence is biased.
 

@@ -11,9 +11,9 @@ References:
     Cardoso, Janati El Idrissi, Le Corff, Moulines and Olsson (2023), https://arxiv.org/abs/2301.00900.
 """
 
-from functools import partial
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,12 +23,15 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from bayesinf import errors
 from bayesinf.captured import current
 from bayesinf.kernels.additive import AdditiveFunctional
+from bayesinf.kernels.chunks import iterate
 from bayesinf.kernels.filter_steps import cure_of_vanished, warn_of_invalid
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs, roll_out
 from bayesinf.kernels.path_kernel import first_paths
 from bayesinf.models.state_space import StateSpaceModel
 
 __all__ = ["PPGReplicates", "ppg_replicates"]
+
+_ROUNDING = 8.0  # units in the last place by which equal estimates may differ
 
 
 class PPGReplicates(NamedTuple):
@@ -43,7 +46,8 @@ class PPGReplicates(NamedTuple):
             burn-in takes away.
         trend_error: the standard error of the trend. A trend after the burn-in of many of these: take a longer one.
         autocorrelation: of the estimates of sweeps that are s = 1, 2, ... apart, after the burn-in; leading axis
-            k - burn_in - 1. A value near 1 that does not fall: take more particles.
+            k - burn_in - 1. A value near 1 that does not fall: take more particles. NaN where the estimates do not vary
+            by more than rounding, as of what is the same on all paths.
         update_rate: share of all sweeps that renewed the path at each time; below a half, take more particles.
         num_invalid: how many log weights were NaN or +inf; they count as weights of zero.
     """
@@ -73,6 +77,7 @@ def ppg_replicates(
     method: str = "auto",
     proposal: str = "bootstrap",
     level: float = 0.95,
+    progress: bool = False,
     throw: bool = True,
 ) -> PPGReplicates:
     """Smooths an additive functional by independent runs of `ppg`, with a confidence interval.
@@ -85,6 +90,8 @@ def ppg_replicates(
         num_replicates: R >= 2.
         num_particles, num_sweeps, burn_in, num_backward, method, proposal: as of `ppg`; at least two sweeps are kept.
         level: of confidence, in (0, 1).
+        progress: whether to show a bar. The run then comes back to the host now and then, and Ctrl-C returns the
+            replicates that there are, with a warning; without, it is one compiled call, which Ctrl-C cannot end.
         throw: whether to raise if the weights vanish in some replicate.
 
     Returns:
@@ -117,7 +124,12 @@ def ppg_replicates(
         raise ValueError(f"burn_in must leave two of num_sweeps={num_sweeps} sweeps, got {burn_in}")
     kernel = ParisianGibbs(model, ys, current(functional), num_particles, num_backward, method, proposal)
     keys = jax.random.split(errors.as_key(key), num_replicates)
-    runs, is_lost = _run_all(keys, kernel, num_sweeps, burn_in)
+    plan = _Plan(kernel, keys, num_sweeps, burn_in)
+    if progress:
+        _, (runs, is_lost) = iterate(_replicate, plan, (), keys[0], num_replicates, True, "replicates")
+        num_replicates = is_lost.shape[0]
+    else:
+        runs, is_lost = _run_all(plan)
     quantile = scipy.stats.t(num_replicates - 1).ppf(0.5 + 0.5 * level)
     root = np.sqrt(num_replicates)
 
@@ -150,22 +162,40 @@ def ppg_replicates(
     return result
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def _run_all(keys: Key[Array, " r"], kernel: ParisianGibbs, num_sweeps: int, burn_in: int):
-    """One run of `ppg` after the other, and in which all weights vanished in some sweep."""
+class _Plan(eqx.Module):
+    kernel: ParisianGibbs
+    keys: Key[Array, " r"]
+    num_sweeps: int = eqx.field(static=True)
+    burn_in: int = eqx.field(static=True)
 
-    def run(key):
-        key_path, key_sweeps = jax.random.split(key)
-        path = jax.tree.map(lambda leaf: leaf[0], first_paths(kernel, key_path, 1, throw=False))
-        result, is_divergent = roll_out(key_sweeps, kernel, kernel.init(path), num_sweeps, burn_in)
-        return result, jnp.any(is_divergent)
 
-    return jax.lax.map(run, keys)
+def _replicate(plan: _Plan, state: tuple[()], key: Key[Array, ""], number: Int[Array, ""]):
+    """One run of `ppg`, by its own key, and whether all weights vanished in some sweep."""
+    return state, _run(plan, plan.keys[number - 1])
+
+
+@jax.jit
+def _run_all(plan: _Plan):
+    """One after the other."""
+    return jax.lax.map(lambda key: _run(plan, key), plan.keys)
+
+
+def _run(plan: _Plan, key: Key[Array, ""]):
+    key_path, key_sweeps = jax.random.split(key)
+    path = jax.tree.map(lambda leaf: leaf[0], first_paths(plan.kernel, key_path, 1, throw=False))
+    start = plan.kernel.init(path)
+    result, is_divergent = roll_out(key_sweeps, plan.kernel, start, plan.num_sweeps, plan.burn_in)
+    return result, jnp.any(is_divergent)
 
 
 def _autocorrelation(values: Float[Array, "r k ..."]) -> Float[Array, "s ..."]:
     """Of the sweeps of all replicates about their common mean, at every lag from 1."""
-    centred = values - jnp.mean(values, axis=(0, 1))
+    mean = jnp.mean(values, axis=(0, 1))
+    centred = values - mean
     variance = jnp.mean(centred**2, axis=(0, 1))
+    # of rounding errors no correlation means anything
+    is_varying = variance > (_ROUNDING * jnp.finfo(values.dtype).eps * mean) ** 2
+    scale = jnp.where(is_varying, variance, 1.0)
     lags = range(1, values.shape[1])
-    return jnp.stack([jnp.mean(centred[:, lag:] * centred[:, :-lag], axis=(0, 1)) / variance for lag in lags])
+    found = jnp.stack([jnp.mean(centred[:, lag:] * centred[:, :-lag], axis=(0, 1)) / scale for lag in lags])
+    return jnp.where(is_varying, found, jnp.nan)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Int, PyTree
 
 from bayesinf import errors, resampling
 from bayesinf.kernels.online_filter import FilterState
+from bayesinf.kernels.paris import ParisResult, ParisState
 from bayesinf.kernels.particle_filter import FilterResult
 from bayesinf.models.state_space import StateSpaceModel, sample
 
@@ -37,7 +38,7 @@ class Forecast(NamedTuple):
 def predict(
     key: errors.KeyLike,
     model: StateSpaceModel,
-    filtered: FilterResult | FilterState,
+    filtered: FilterResult | FilterState | ParisResult | ParisState,
     horizon: int,
     *,
     num_draws: int | None = None,
@@ -47,7 +48,7 @@ def predict(
     Args:
         key: PRNG key or seed.
         model: the model that was filtered; inputs of its laws must reach as far as the horizon.
-        filtered: of `particle_filter`, or the state of a `ParticleFilter`.
+        filtered: of `particle_filter` or `paris`, or the state of a `ParticleFilter` or `Paris`.
         horizon: how many steps, at least 1.
         num_draws: how many draws; as many as particles by default.
 
@@ -72,12 +73,17 @@ def predict(
         Chopin and Papaspiliopoulos (2020), doi:10.1007/978-3-030-47845-2.
     """
     errors.check_count("horizon", horizon)
+    if isinstance(filtered, ParisState):
+        filtered = filtered.filter
     if isinstance(filtered, FilterState):
         last = filtered.t
-    elif isinstance(filtered, FilterResult):
+    elif isinstance(filtered, FilterResult | ParisResult):
         last = jnp.asarray(filtered.ess.shape[0] - 1)
     else:
-        raise ValueError(f"filtered must be of particle_filter or ParticleFilter, got {type(filtered).__name__}")
+        raise ValueError(
+            "filtered must be of particle_filter or paris, or the state of ParticleFilter or Paris, got "
+            f"{type(filtered).__name__}"
+        )
     if num_draws is None:
         num_draws = filtered.log_weights.shape[0]
     errors.check_count("num_draws", num_draws)

@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from bayesinf import errors
 from bayesinf.captured import as_pytree
 from bayesinf.kernels.additive import AdditiveFunctional, check_functional
-from bayesinf.kernels.learning import Freely, LearningResult, Smoother, check_maximize, iterate, select_finite, settle
+from bayesinf.kernels.chunks import iterate
+from bayesinf.kernels.learning import Freely, LearningResult, Smoother, check_maximize, select_finite, settle
 from bayesinf.models.state_space import StateSpaceModel, check_observations
 
 __all__ = ["saem"]
@@ -84,7 +85,7 @@ def saem(
         method: how backward draws are made; see `paris`.
         proposal: "bootstrap", or "guided" by the model's own proposals.
         initial_path: the first reference, with leading axis T; by default drawn from a particle filter at `theta`.
-        progress: whether to show a bar.
+        progress: whether to show a bar. With or without it, Ctrl-C returns what there is, with a warning.
         throw: whether to raise if at some iteration all weights vanished.
 
     Returns:

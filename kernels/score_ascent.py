@@ -21,7 +21,8 @@ from jaxtyping import PyTree
 
 from bayesinf import errors
 from bayesinf.captured import captured
-from bayesinf.kernels.learning import Freely, LearningResult, Smoother, check_optimizer, iterate, select_finite, settle
+from bayesinf.kernels.chunks import iterate
+from bayesinf.kernels.learning import Freely, LearningResult, Smoother, check_optimizer, select_finite, settle
 from bayesinf.kernels.score import LAWS, score_functional
 from bayesinf.models.state_space import StateSpaceModel, check_observations
 
@@ -80,7 +81,7 @@ def score_ascent(
         initial_path: the first reference, with leading axis T; by default drawn from a particle filter at `theta`.
         of: "model" for the likelihood; "proposal" adapts the model's `proposal` instead, towards the smoothing law in
             the inclusive Kullback-Leibler divergence (Markovian score climbing with a state-space kernel).
-        progress: whether to show a bar.
+        progress: whether to show a bar. With or without it, Ctrl-C returns what there is, with a warning.
         throw: whether to raise if at some iteration all weights vanished.
 
     Returns:

@@ -25,7 +25,8 @@ from jaxtyping import PyTree
 
 from bayesinf import errors, weights
 from bayesinf.captured import captured, current
-from bayesinf.kernels.learning import Freely, LearningResult, check_optimizer, iterate, select_finite, settle
+from bayesinf.kernels.chunks import iterate
+from bayesinf.kernels.learning import Freely, LearningResult, check_optimizer, select_finite, settle
 from bayesinf.models.state_space import log_prob, sample_many
 from bayesinf.resampling import gather
 from bayesinf.target import Target, as_target
@@ -72,7 +73,7 @@ def score_climbing(
         initial: the first position; by default a draw of the family.
         constraints: of NumPyro, by name where parameters are a dict, or one for all.
         is_rao_blackwellized: average the gradient over all S, rather than at the position that is kept.
-        progress: whether to show a bar.
+        progress: whether to show a bar. With or without it, Ctrl-C returns what there is, with a warning.
         throw: whether to raise if at some iteration no position had weight.
 
     Returns:

@@ -106,7 +106,8 @@ def smc_sampler(
     """Draws from a posterior, and its evidence, by tempering.
 
     Runs one compiled loop; new data, prior parameters, step sizes, temperatures and ess_target of the same shape
-    compile nothing. It may be jitted, and vmapped over keys, data and priors.
+    compile nothing. It may be jitted, and vmapped over keys, data and priors. It shows no bar, and Ctrl-C does not end
+    it.
 
     Args:
         key: PRNG key or seed.

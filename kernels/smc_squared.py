@@ -39,11 +39,14 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors, weights
 from bayesinf.captured import current
+from bayesinf.kernels.chunks import warn_of_interruption
 from bayesinf.kernels.filter_steps import warn_of_invalid
-from bayesinf.kernels.nested_filters import NestedFilters, Run, advance, grow, start
+from bayesinf.kernels.lineage import relative_variance
+from bayesinf.kernels.nested_filters import NestedFilters, Records, Run, advance, grow, start
 from bayesinf.kernels.online_filter import FilterState
 from bayesinf.kernels.posterior import Model, as_prior, check_proper
 from bayesinf.models.state_space import StateSpaceModel, check_observations, check_series
+from bayesinf.progress import Progress
 from bayesinf.resampling import SCHEMES
 
 __all__ = ["SMCSquaredResult", "smc_squared"]
@@ -105,6 +108,7 @@ def smc_squared(
     filter_resampling: str = "systematic",
     filter_ess_threshold: Float[Array, ""] | float = 0.5,
     batch_size: int | None = None,
+    progress: bool = False,
     throw: bool = True,
 ) -> SMCSquaredResult:
     """Draws parameters and states from their posterior, with the evidence of every beginning of the series.
@@ -132,6 +136,9 @@ def smc_squared(
         filter_resampling: of the states of each filter, one of the same.
         filter_ess_threshold: in [0, 1]; a filter resamples its states where their ess is at most that share of them.
         batch_size: how many filters run at once; None for all.
+        progress: whether to show a bar. The run then comes back to the host after every observation, and Ctrl-C returns
+            the posterior given those so far, with a warning; without, it is one compiled call between doublings of the
+            particles, which Ctrl-C cannot end.
         throw: whether to raise when no weight is left.
 
     Returns:
@@ -175,20 +182,33 @@ def smc_squared(
         batch_size=batch_size if batch_size is None else errors.check_count("batch_size", batch_size),
     )
     _check(nested)
-    run = start(nested, key_start)
-    run = advance(nested, key_renew, run)
-    if nested.num_particles < nested.max_particles:
-        if not errors.is_concrete(run):
+    run, end = start(nested, key_start), jnp.asarray(nested.num_steps)
+    if not errors.is_concrete(run):
+        if nested.num_particles < nested.max_particles:
             raise ValueError(
                 "max_particles must be None while traced, where the shapes of the filters cannot change; got "
                 f"{max_particles} with num_particles={num_particles}"
             )
-        while bool(run.needs_more):
-            more = min(2 * nested.num_particles, nested.max_particles)
-            nested = dataclasses.replace(nested, num_particles=more)
-            run = grow(nested, key_grow, run)
-            run = advance(nested, key_renew, run)
+        return _result(nested, advance(nested, key_renew, run, end))
+    bar = Progress(nested.num_steps, is_shown=progress)
+    try:
+        while run.t < nested.num_steps:
+            before = int(run.t)
+            if run.needs_more:
+                more = min(2 * nested.num_particles, nested.max_particles)
+                larger = dataclasses.replace(nested, num_particles=more)
+                run, nested = jax.block_until_ready(grow(larger, key_grow, run)), larger
+            else:
+                run = jax.block_until_ready(advance(nested, key_renew, run, run.t + 1 if progress else end))
+            bar.update(int(run.t) - before, f"{nested.num_particles} state particles", None, None)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        bar.close()
     result = _result(nested, run)
+    if run.t < nested.num_steps:
+        warn_of_interruption(int(run.t) + 1, nested.num_steps, "observations", stacklevel=3)
+        result = _cut(result, run)
     if throw and errors.is_concrete(result):
         _raise_if_degenerate(result)
     return result
@@ -201,6 +221,15 @@ def _result(self: NestedFilters, run: Run) -> SMCSquaredResult:
     log_evidence = weights.compensated_sum(run.records.log_evidence_increments)
     variance = jnp.where(jnp.isneginf(log_evidence), jnp.nan, run.variance)
     return SMCSquaredResult(particles, positions, log_weights, log_evidence, variance, *run.records, filters)
+
+
+def _cut(result: SMCSquaredResult, run: Run) -> SMCSquaredResult:
+    """Of a run that was interrupted at time t: y_t is weighed in, and what follows from the weights is not done yet."""
+    num = int(run.t) + 1
+    rows = {name: jnp.asarray(np.asarray(getattr(result, name))[:num]) for name in Records._fields}
+    rows["ess"] = rows["ess"].at[-1].set(weights.ess(result.log_weights))
+    variance = relative_variance(run.population.lineage, result.log_weights)
+    return result._replace(log_evidence_variance=variance, **rows)
 
 
 def _as_drawable(prior: Any) -> Any:

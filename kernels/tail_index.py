@@ -13,22 +13,26 @@ from jaxtyping import Float
 
 from bayesinf import errors, weights
 from bayesinf.kernels.genealogy import history_of
+from bayesinf.kernels.online_filter import FilterState
+from bayesinf.kernels.paris import ParisState
 from bayesinf.kernels.particle_filter import FilterResult
 
 __all__ = ["tail_index"]
 
 
-def tail_index(filtered: FilterResult) -> Float[np.ndarray, " t"]:
-    """The Pareto index k of the weights at every stored time; on the host.
+def tail_index(filtered: FilterResult | FilterState | ParisState) -> Float[np.ndarray, " t"] | float:
+    """The Pareto index k of the weights at every stored time, or now; on the host.
 
     Below 0.5 all is well; above 0.7 the filter is not to be trusted at this time: take proposal="guided", an
     observation law with heavier tails, or `lookahead=True`. Equal weights, as a fully adapted filter's, have no tail.
 
     Args:
-        filtered: of `particle_filter(..., store="full")`, or "window".
+        filtered: of `particle_filter(..., store="full")`, or "window"; or the state of a `ParticleFilter` or `Paris`,
+            which needs no history.
 
     Returns:
-        k at the T stored times; -inf where weights are equal, +inf where fewer than 25 are positive.
+        k at the T stored times, or of a state one number; -inf where weights are equal, +inf where fewer than 25 are
+        positive.
 
     Raises:
         ValueError: the filter did not store its history, or is a batch of filters.
@@ -40,11 +44,20 @@ def tail_index(filtered: FilterResult) -> Float[np.ndarray, " t"]:
         >>> filtered = bi.kernels.particle_filter(1, model, ys, num_particles=1_000, store="full")
         >>> bool((bi.kernels.tail_index(filtered) < 0.7).all())
         True
+        >>> stream = bi.kernels.ParticleFilter(model, num_particles=1_000)
+        >>> state, _ = stream.init(1, ys[0])
+        >>> bi.kernels.tail_index(state) < 0.7
+        True
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), JMLR 25(72).
     """
-    log_weights = history_of(filtered, is_whole=False).log_weights
-    if not errors.is_concrete(log_weights) or log_weights.ndim != 2:
+    if isinstance(filtered, ParisState):
+        filtered = filtered.filter
+    is_state = isinstance(filtered, FilterState)
+    log_weights = filtered.log_weights if is_state else history_of(filtered, is_whole=False).log_weights
+    if not errors.is_concrete(log_weights) or log_weights.ndim != 2 - is_state:
         raise ValueError(f"filtered must be a single filter outside of compiled functions, got {log_weights.shape}")
+    if is_state:
+        return weights.pareto_k(np.asarray(log_weights))
     return np.array([weights.pareto_k(row) for row in np.asarray(log_weights)])

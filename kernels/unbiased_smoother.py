@@ -31,6 +31,7 @@ from bayesinf.kernels import cloud as clouds
 from bayesinf.kernels.additive import AdditiveFunctional, start_statistics, update_statistics, weighted_mean
 from bayesinf.kernels.cloud import Cloud
 from bayesinf.kernels.conditional_smc import finish_sweep
+from bayesinf.kernels.filter_steps import cure_of_vanished
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs
 from bayesinf.kernels.path_kernel import PathState, first_paths
 from bayesinf.models.state_space import StateSpaceModel, log_prob
@@ -50,6 +51,7 @@ class UnbiasedResult(NamedTuple):
         replicates: H of each; leading axis R.
         meeting_time: the first l with X_l = Y_{l-1}; leading axis R.
         is_met: whether they met within `max_sweeps`; H of those that did not is NaN, and the estimate with it.
+        is_lost: whether all weights of a sweep vanished, after which a replicate is given up: it did not meet either.
     """
 
     estimate: PyTree
@@ -57,6 +59,7 @@ class UnbiasedResult(NamedTuple):
     replicates: PyTree
     meeting_time: Int[Array, " r"]
     is_met: Bool[Array, " r"]
+    is_lost: Bool[Array, " r"]
 
 
 def unbiased_smoother(
@@ -76,6 +79,8 @@ def unbiased_smoother(
 ) -> UnbiasedResult:
     """Smooths an additive functional without bias, with an error from independent replicates.
 
+    One compiled call, which shows no bar and which Ctrl-C cannot end: try a few replicates first.
+
     Args:
         key: PRNG key or seed.
         model: the state-space model.
@@ -94,6 +99,7 @@ def unbiased_smoother(
         An UnbiasedResult.
 
     Raises:
+        DegenerateWeightsError: all weights of some sweep vanished; its `result` is the UnbiasedResult.
         SamplingError: chains did not meet within `max_sweeps`; the error's `draws` is the UnbiasedResult.
         ValueError: an argument is out of its range.
 
@@ -125,7 +131,7 @@ def unbiased_smoother(
     )
     pairs = jax.tree.map(lambda leaf: leaf[:, 0].reshape(2, num_replicates, *leaf.shape[2:]), paths)
     bounds = jnp.asarray([burn_in, num_sweeps, max_sweeps])
-    replicates, meeting_time = _meet(kernel, jax.random.split(key_chains, num_replicates), pairs, bounds)
+    replicates, meeting_time, is_lost = _meet(kernel, jax.random.split(key_chains, num_replicates), pairs, bounds)
     is_met = meeting_time <= max_sweeps
     estimate = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), replicates)
     spread = jax.tree.map(
@@ -136,7 +142,14 @@ def unbiased_smoother(
         ),
         replicates,
     )
-    result = UnbiasedResult(estimate, spread, replicates, meeting_time, is_met)
+    result = UnbiasedResult(estimate, spread, replicates, meeting_time, is_met, is_lost)
+    if throw and errors.is_concrete(is_lost) and np.any(is_lost):
+        raise errors.DegenerateWeightsError(
+            f"In {int(np.sum(np.asarray(is_lost)))} of {num_replicates} pairs of chains no particle of {num_particles} "
+            f"can explain some observation: all weights are zero. {cure_of_vanished(model, kernel.ys, proposal)}; "
+            "throw=False returns what there is.",
+            result,
+        )
     if throw and errors.is_concrete(is_met) and not np.all(is_met):
         raise errors.SamplingError(
             f"{int(np.sum(~np.asarray(is_met)))} of {num_replicates} pairs of chains did not meet within {max_sweeps} "
@@ -161,11 +174,12 @@ class _Pair(NamedTuple):
     sweep: Int[Array, ""]
     meeting_time: Int[Array, ""]
     sums: PyTree
+    is_lost: Bool[Array, ""]
 
 
 @eqx.filter_jit
 def _meet(kernel: ParisianGibbs, keys: Key[Array, " r"], pairs: PyTree, bounds: Int[Array, "3"]):
-    """H of every replicate, and the time of its meeting."""
+    """H of every replicate, the time of its meeting, and whether its weights vanished."""
     burn_in, num_sweeps, max_sweeps = bounds
     num_averaged = num_sweeps - burn_in + 1
 
@@ -175,14 +189,14 @@ def _meet(kernel: ParisianGibbs, keys: Key[Array, " r"], pairs: PyTree, bounds: 
         first, info = kernel.step(jax.random.fold_in(key, 0), kernel.init(x))
         is_counted = (burn_in == 1).astype(jnp.result_type(*jax.tree.leaves(info.estimate)))
         sums = jax.tree.map(lambda leaf: is_counted * leaf / num_averaged, info.estimate)
-        start = _Pair((first.position, y), jnp.asarray(1), max_sweeps + 1, sums)
+        start = _Pair((first.position, y), jnp.asarray(1), max_sweeps + 1, sums, info.is_divergent)
 
         def goes_on(state: _Pair):
             is_over = (state.sweep > num_sweeps - 1) & (state.meeting_time <= state.sweep)
-            return ~is_over & (state.sweep < max_sweeps)
+            return ~is_over & ~state.is_lost & (state.sweep < max_sweeps)
 
         def go_on(state: _Pair) -> _Pair:
-            paths, estimates = couple(kernel, jax.random.fold_in(key, state.sweep), *state.paths)
+            paths, estimates, is_lost = couple(kernel, jax.random.fold_in(key, state.sweep), *state.paths)
             l = state.sweep + 1  # noqa: E741  of X, as in the formula
             share = jnp.where((l >= burn_in) & (l <= num_sweeps), 1.0 / num_averaged, 0.0)
             excess = jnp.clip((l - burn_in) / num_averaged, 0.0, 1.0)
@@ -194,12 +208,13 @@ def _meet(kernel: ParisianGibbs, keys: Key[Array, " r"], pairs: PyTree, bounds: 
                 *estimates,
             )
             is_equal = jnp.stack([jnp.all(a == b) for a, b in zip(*map(jax.tree.leaves, paths), strict=True)]).all()
-            meeting_time = jnp.where(is_equal & ~has_met, l, state.meeting_time)
-            return _Pair(paths, l, meeting_time, sums)
+            # where weights vanish both may be kept, and be equal
+            meeting_time = jnp.where(is_equal & ~has_met & ~is_lost, l, state.meeting_time)
+            return _Pair(paths, l, meeting_time, sums, is_lost)
 
         end = jax.lax.while_loop(goes_on, go_on, start)
-        is_met = end.meeting_time <= max_sweeps
-        return jax.tree.map(lambda leaf: jnp.where(is_met, leaf, jnp.nan), end.sums), end.meeting_time
+        is_whole = (end.meeting_time <= max_sweeps) & ~end.is_lost
+        return jax.tree.map(lambda leaf: jnp.where(is_whole, leaf, jnp.nan), end.sums), end.meeting_time, end.is_lost
 
     num = keys.shape[0]
     swapped = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), pairs)
@@ -208,8 +223,8 @@ def _meet(kernel: ParisianGibbs, keys: Key[Array, " r"], pairs: PyTree, bounds: 
 
 def couple(
     kernel: ParisianGibbs, key: Key[Array, ""], path_x: PyTree, path_y: PyTree
-) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, PyTree]]:
-    """One sweep of two chains of the same kernel: their new paths, and their estimates.
+) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, PyTree], Bool[Array, ""]]:
+    """One sweep of two chains of the same kernel: their new paths, their estimates, and whether weights vanished.
 
     Each alone is a sweep of `kernel`. Two equal paths stay equal, and have estimates that are equal up to rounding.
     Where all weights of either vanish its path is kept, and its estimate is NaN.
@@ -242,13 +257,14 @@ def couple(
     last, kept = clouds.scan_steps(step, first, kept, key_steps, 3, (*both, kernel.ys))
 
     ends = _couple_indices(key_last, last[0][0].log_weights, last[1][0].log_weights, 1)
-    paths, estimates = [], []
+    paths, estimates, is_lost = [], [], jnp.zeros((), bool)
     for path, end, (cloud, parents), statistics in zip(both, ends, kept, last, strict=True):
         state, info = finish_sweep(PathState(path), cloud, clouds.trace_indices(end[0], parents))
+        is_lost |= info.is_divergent
         paths.append(state.position)
         found = weighted_mean(*statistics)
         estimates.append(jax.tree.map(lambda leaf, info=info: jnp.where(info.is_divergent, jnp.nan, leaf), found))
-    return (paths[0], paths[1]), (estimates[0], estimates[1])
+    return (paths[0], paths[1]), (estimates[0], estimates[1]), is_lost
 
 
 def _couple_ancestors(key: Key[Array, ""], cloud_x: Cloud, cloud_y: Cloud) -> tuple[Array, Array]:

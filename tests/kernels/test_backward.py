@@ -351,6 +351,34 @@ def test_one_path_one_row_and_pytrees():
     assert backward_sample(1, Drift(), alone, 2)["x"].shape == (2, 1)
 
 
+@pytest.mark.parametrize("method", ["exact", "mcmc", "reject", "auto"])
+def test_what_the_draws_of_paths_cost_is_told(method):
+    filtered = particle_filter(0, MODEL, YS, num_particles=20, store="full")
+    paths, counts = backward_sample(1, MODEL, filtered, 7, method, return_counts=True)
+    np.testing.assert_array_equal(paths, backward_sample(1, MODEL, filtered, 7, method))
+    assert counts.num_proposals.shape == counts.num_exact.shape == (5,)
+    assert counts.num_proposals[0] == counts.num_exact[0] == 0
+    proposals, exact = np.asarray(counts.num_proposals[1:]), np.asarray(counts.num_exact[1:])
+    if method == "reject":
+        assert np.all(proposals + exact >= 7)
+        assert np.any(proposals > 7)
+    else:
+        assert np.all(proposals == (7 if method == "mcmc" else 0))
+        assert np.all(exact == (0 if method == "mcmc" else 7))
+
+
+def test_paths_that_are_not_served_in_time_are_counted(monkeypatch):
+    """No rounds of proposals are left, or a bound that does not hold: all draws looked at all particles."""
+    _, ys = bi.models.simulate(0, Drift(), 6)
+    filtered = particle_filter(0, Drift(), ys, num_particles=10, store="full", functional=lambda x: x["x"])
+    _, counts = backward_sample(1, LowBound(), filtered, 64, "reject", return_counts=True)
+    assert counts.num_exact.tolist() == [0] + 5 * [64]
+    monkeypatch.setattr(rejection, "_ROUNDS", 0)
+    _, counts = backward_sample(1, Drift(), filtered, 11, "reject", return_counts=True)
+    assert counts.num_exact.tolist() == [0] + 5 * [11]
+    assert counts.num_proposals.tolist() == 6 * [0]
+
+
 def test_jit_and_vmap_change_nothing():
     filtered = particle_filter(0, MODEL, YS, num_particles=20, store="full")
     keys = jax.random.split(jax.random.key(1), 3)

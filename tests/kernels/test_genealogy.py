@@ -9,11 +9,14 @@ import pytest
 from bayesinf import errors
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.kernels import (
+    AdditiveFunctional,
+    Paris,
     ParticleFilter,
     estimate_variance,
     evidence_variance,
     fixed_lag_smoother,
     marginal_smoother,
+    paris,
     particle_filter,
     predict,
 )
@@ -143,6 +146,19 @@ def test_time_goes_on_after_the_last_observation():
     np.testing.assert_allclose(predict(0, Clock(), state, 1).states, np.full((3, 1), 3.0), atol=1e-3)
 
 
+def test_forecasts_go_on_from_smoothing_too():
+    """PaRIS ends with the particles of a filter: its result and the state of its stream forecast alike."""
+    ys, total = jnp.full(2, jnp.nan), AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x)
+    stream = Paris(Clock(), total, num_particles=3)
+    state, _ = stream.init(0, ys[0])
+    state, _ = stream.step(state, ys[1])
+    whole = paris(0, Clock(), ys, total, num_particles=3)
+    np.testing.assert_array_equal(whole.particles, state.filter.particles)
+    np.testing.assert_array_equal(whole.log_weights, state.filter.log_weights)
+    for smoothed in (whole, state):
+        np.testing.assert_allclose(predict(0, Clock(), smoothed, 1).states, np.full((3, 1), 3.0), atol=1e-3)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bad_arguments():
     summary = particle_filter(0, MODEL, YS, num_particles=4)
@@ -155,6 +171,12 @@ def test_bad_arguments():
         predict(0, MODEL, YS, 3)
     with pytest.raises(ValueError, match="horizon must be at least 1"):
         predict(0, MODEL, summary, 0)
+    alone = particle_filter(0, MODEL, YS, num_particles=1, store="full")
+    for function in (evidence_variance, estimate_variance):
+        with pytest.raises(ValueError, match="filtered must hold at least 2 particles, got 1"):
+            function(alone)
+        with pytest.raises(ValueError, match="filtered must hold at least 2 particles, got 1"):
+            jax.jit(lambda history, function=function: function(alone._replace(history=history)))(alone.history)
     lost = particle_filter(0, MODEL, YS.at[1].set(FAR), num_particles=4, throw=False)
     with pytest.raises(errors.DegenerateWeightsError, match="nothing to predict from"):
         predict(0, MODEL, lost, 3)

@@ -17,7 +17,7 @@ from ppg_models import Scalar, learning_series
 import bayesinf as bi
 from bayesinf import errors
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels import iterated_filtering, learning, particle_filter
+from bayesinf.kernels import chunks, iterated_filtering, particle_filter
 from bayesinf.kernels.perturbed import PerturbedModel
 
 MODULE = importlib.import_module("bayesinf.kernels.iterated_filtering")
@@ -298,11 +298,11 @@ def test_it_fits_an_epidemic():
 
 def test_nothing_is_compiled_again():
     first = climb(0, 2)
-    before = learning._run_chunk._cache_size()
+    before = chunks._run_chunk._cache_size()
     other = iterated_filtering(
         1, build, jnp.zeros(3), SERIES + 1.0, perturbation=0.1, num_particles=300, num_iterations=2, cooling=0.3
     )
-    assert learning._run_chunk._cache_size() == before
+    assert chunks._run_chunk._cache_size() == before
     assert np.all(first.theta != other.theta)
 
 

@@ -56,6 +56,18 @@ def test_what_backward_draws_cost_is_told(method):
         assert np.all(exact == (60 if method == "exact" else 0))
 
 
+def test_resampling_and_the_last_particles_are_those_of_the_filter():
+    model, ys, _ = problem("OW", 20)
+    options = {"num_particles": 30, "resampling": "systematic", "ess_threshold": 0.5}
+    found = paris(0, model, ys, TOTALS, **options)
+    assert found.is_resampled.shape == (21,)
+    assert 0 < np.sum(found.is_resampled) < 20
+    np.testing.assert_array_equal(found.is_resampled[1:], found.ess[:-1] <= 15)
+    assert found.particles.shape == found.log_weights.shape == (30,)
+    np.testing.assert_allclose(np.exp(found.log_weights).sum(), 1.0, rtol=1e-5)
+    np.testing.assert_allclose(1 / np.sum(np.exp(found.log_weights) ** 2), found.ess[-1], rtol=1e-4)
+
+
 def test_few_particles_have_a_visible_bias():
     # so the test above has the power to see one
     small, smoothed = _replicates("OW", 1_000, num_particles=4, method="exact")

@@ -309,6 +309,23 @@ def test_sweeps_are_those_of_the_kernel_and_go_on_from_the_last_path():
     np.testing.assert_allclose(result.estimate, np.mean(result.estimates[1:], axis=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["exact", "mcmc", "reject"])
+def test_what_the_backward_draws_of_a_sweep_cost_is_told(method):
+    """The reference draws backward too: N M draws a step, and none on the way to the first."""
+    model, ys, _ = problem("OW", 20)
+    kernel = ParisianGibbs(model, ys, TOTALS, num_particles=30, num_backward=2, method=method)
+    _, info = kernel.step(jax.random.key(0), kernel.init(jnp.zeros(21)))
+    assert info.num_proposals.shape == info.num_exact.shape == (21,)
+    assert info.num_proposals[0] == info.num_exact[0] == 0
+    proposals, exact = np.asarray(info.num_proposals[1:]), np.asarray(info.num_exact[1:])
+    if method == "reject":
+        assert np.all(proposals + exact >= 60)
+        assert np.any(proposals > 60)
+    else:
+        assert np.all(proposals == (60 if method == "mcmc" else 0))
+        assert np.all(exact == (60 if method == "exact" else 0))
+
+
 def test_new_data_and_parameters_compile_nothing():
     traces = []
 

@@ -9,7 +9,8 @@ from ppg_models import TOTALS, problem, smooth
 
 from bayesinf import errors
 from bayesinf.conformance import FALSE_ALARM
-from bayesinf.kernels import ppg_replicates
+from bayesinf.kernels import AdditiveFunctional, ppg_replicates
+from bayesinf.kernels.ppg_replicates import _autocorrelation
 
 FEW = {"num_replicates": 8, "num_particles": 10, "num_sweeps": 8, "burn_in": 4}
 
@@ -45,6 +46,33 @@ def test_what_is_told_is_that_of_the_replicates():
     assert found.update_rate.shape == (6,)
     other = ppg_replicates(0, model, ys, TOTALS, **FEW)
     np.testing.assert_array_equal(found.replicates, other.replicates)
+
+
+def test_what_is_the_same_on_all_paths_has_no_autocorrelation():
+    """The number of time steps, and a sum over them that rounds in one way or another: only the states vary."""
+    model, ys, _ = short_problem()
+
+    def terms(x, t):
+        return {"count": jnp.ones(()), "rounded": 0.1 * t, "none": jnp.zeros(()), "x": x}
+
+    functional = AdditiveFunctional(lambda x: terms(x, 0.0), lambda x_prev, x, t: terms(x, t))
+    found = ppg_replicates(0, model, ys, functional, **FEW)
+    for name in ("count", "rounded", "none"):
+        assert np.all(np.isnan(found.autocorrelation[name])), name
+        assert np.all(found.standard_error[name] < 1e-6)
+    assert np.all(np.abs(found.autocorrelation["x"]) <= 1.0)
+
+
+def test_rounding_is_told_from_variation():
+    """A signal of 1e-5 of its mean is one, in float32 too; errors in the last place are not."""
+    signal = np.random.default_rng(0).normal(size=(3, 9))
+    signal = np.cumsum(signal, axis=1).astype(jnp.zeros(()).dtype)
+    centred = signal - signal.mean()
+    expected = [np.mean(centred[:, lag:] * centred[:, :-lag]) / np.mean(centred**2) for lag in range(1, 9)]
+    np.testing.assert_allclose(_autocorrelation(jnp.asarray(signal)), expected, atol=1e-4)
+    small = jnp.asarray(3.0 + 1e-5 * signal)
+    np.testing.assert_allclose(_autocorrelation(small), expected, atol=0.05)
+    assert np.all(np.isnan(_autocorrelation(jnp.nextafter(jnp.full_like(small, 3.0), jnp.sign(small - 3.0) * 9.0))))
 
 
 def test_it_may_be_compiled_and_mapped():

@@ -42,12 +42,13 @@ def test_each_chain_has_the_law_of_parisian_gibbs():
     paths = exact_paths(jax.random.key(0), smoothed, 10_000).reshape(2, 5_000, 6)
     keys = jax.random.split(jax.random.key(1), 5_000)
     run = jax.jit(jax.vmap(lambda key, x, y: couple(kernel, key, x, y)))
-    new, estimates = run(keys, *paths)
+    new, estimates, is_lost = run(keys, *paths)
+    assert not np.any(is_lost)
     for path, estimate in zip(new, estimates, strict=True):
         assert mean_p_value(estimate, smoothed.totals) > FALSE_ALARM
         assert mean_p_value(path, smoothed.mean) > FALSE_ALARM
         assert mean_p_value((np.asarray(path) - smoothed.mean) ** 2, np.diag(smoothed.cov)) > FALSE_ALARM
-    together, same = run(keys[:100], paths[0, :100], paths[0, :100])
+    together, same, _ = run(keys[:100], paths[0, :100], paths[0, :100])
     np.testing.assert_array_equal(*together)
     # the two sums are compiled apart, and may be rounded apart
     np.testing.assert_allclose(*same, rtol=1e3 * float(jnp.finfo(same[0].dtype).eps))
@@ -78,7 +79,7 @@ def test_the_estimate_is_the_sum_that_the_docstring_states():
     kernel = ParisianGibbs(model, ys, TOTALS, 4, 2, "exact")
     pairs = exact_paths(jax.random.key(3), smoothed, 12).reshape(2, 6, 6)
     keys, k, m = jax.random.split(jax.random.key(4), 6), 2, 4
-    found, times = _meet(kernel, keys, pairs, jnp.asarray([k, m, 1_000]))
+    found, times, _ = _meet(kernel, keys, pairs, jnp.asarray([k, m, 1_000]))
     both = jax.jit(lambda key, x, y: couple(kernel, key, x, y))
     assert int(jnp.max(times)) > m  # some meet late, and have terms beyond the average
     for i, key in enumerate(keys):
@@ -86,7 +87,7 @@ def test_the_estimate_is_the_sum_that_the_docstring_states():
         x, y, h_x, h_y = first.position, pairs[1, i], {1: np.asarray(info.estimate, np.float64)}, {}
         last = max(m, int(times[i]))
         for l in range(1, last):  # noqa: E741  as in the formula
-            (x, y), (estimate_x, estimate_y) = both(jax.random.fold_in(key, l), x, y)
+            (x, y), (estimate_x, estimate_y), _ = both(jax.random.fold_in(key, l), x, y)
             h_x[l + 1], h_y[l] = np.asarray(estimate_x, np.float64), np.asarray(estimate_y, np.float64)
         expected = sum(h_x[l] for l in range(k, m + 1)) / (m - k + 1)  # noqa: E741
         for l in range(k + 1, int(times[i]) + 1):  # noqa: E741
@@ -118,5 +119,22 @@ def test_pairs_that_do_not_meet_are_told_with_the_result():
     assert caught.value.draws.meeting_time.tolist() == [2, 2, 2]
     found, _ = replicates(3, burn_in=1, num_sweeps=1, max_sweeps=1, throw=False)
     assert np.all(np.isnan(found.replicates))
+    assert not np.any(found.is_lost)
     with pytest.raises(ValueError, match="burn_in <= num_sweeps <= max_sweeps is needed, got 5, 3 and 1000"):
         replicates(3, burn_in=5, num_sweeps=3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_weights_that_vanish_are_told_from_chains_that_do_not_meet():
+    """One row that nothing explains: a replicate ends at once, and the cure is not more particles alone."""
+    model, ys, _ = short_problem()
+    impossible = ys.at[3].set(0.5 * float(jnp.finfo(ys.dtype).max))
+    options = {"num_particles": 8, "num_replicates": 2}
+    with pytest.raises(errors.DegenerateWeightsError, match="In 2 of 2 pairs of chains no particle of 8") as caught:
+        unbiased_smoother(0, model, impossible, TOTALS, **options)
+    assert "proposal='guided'" in str(caught.value)
+    found = unbiased_smoother(0, model, impossible, TOTALS, throw=False, **options)
+    for result in (found, caught.value.result):
+        assert np.all(result.is_lost)
+        assert not np.any(result.is_met)
+        assert np.all(np.isnan(result.replicates))

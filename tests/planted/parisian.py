@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from bayesinf import resampling
 from bayesinf.kernels import ConditionalSMC, ParisianGibbs, ParticleGibbs, ParticleMarginal, cloud, parisian_gibbs
-from bayesinf.kernels.backward import draw_backward
+from bayesinf.kernels.backward import draw_counted
 from bayesinf.kernels.cloud import Cloud
 from bayesinf.kernels.filter_steps import propagate, propagate_initial, weigh, weigh_initial
 from bayesinf.resampling import gather, iid
@@ -18,9 +18,9 @@ class UnweightedBackward(ParisianGibbs):
 
     def step(self, key, state):
         def wrong(key, model, particles_prev, log_weights_prev, *rest):
-            return draw_backward(key, model, particles_prev, jnp.zeros_like(log_weights_prev), *rest)
+            return draw_counted(key, model, particles_prev, jnp.zeros_like(log_weights_prev), *rest)
 
-        with patch.object(parisian_gibbs, "draw_backward", wrong):
+        with patch.object(parisian_gibbs, "draw_counted", wrong):
             return super().step(key, state)
 
 
@@ -29,9 +29,9 @@ class ShiftedBackward(ParisianGibbs):
 
     def step(self, key, state):
         def wrong(key, model, particles_prev, log_weights_prev, particles, *rest):
-            return draw_backward(key, model, particles_prev, log_weights_prev, particles + 0.1, *rest)
+            return draw_counted(key, model, particles_prev, log_weights_prev, particles + 0.1, *rest)
 
-        with patch.object(parisian_gibbs, "draw_backward", wrong):
+        with patch.object(parisian_gibbs, "draw_counted", wrong):
             return super().step(key, state)
 
 
