@@ -186,7 +186,7 @@ def markov_p_value(
     return MarkovPValue(p, Guarantee("exact", "P(p <= alpha) " + ("<= alpha" if key is None else "= alpha"), ASSUMES))
 
 
-# what hmm_sets shares
+# what hmm_sets and hmm_ends share
 
 
 def sequences(num_values: int, length: int) -> Int[np.ndarray, "s length"]:
