@@ -4,7 +4,8 @@
 
 With the conjugate prior mean_k | C_k ~ N(m, C_k / strength), C_k ~ inverse-Wishart(df, scatter) EM maximises the
 posterior density and Gibbs sampling is exact; without it EM maximises the likelihood, which is unbounded where a state
-shrinks onto one observation: a millionth of the variance of the data is always added.
+shrinks onto one observation: a millionth of the variance of the data is always added. Components that are missing are
+integrated out, in EM with their covariances given what was seen, and drawn in Gibbs sampling.
 
 References:
     Gelman et al. (2013), Bayesian Data Analysis, section 3.6 (the normal-inverse-Wishart prior).
@@ -120,7 +121,7 @@ class Gaussian(Emission):
             return -0.5 * (jnp.sum(z**2, axis=0) + len(mean) * math.log(2 * math.pi)) - log_det
 
         def one(mean: Array, tril: Array) -> Array:
-            return jax.lax.cond(is_partial(ys), partial_log_prob, whole, ys, mean, tril)
+            return jax.lax.cond(is_partial(ys), partial_log_prob, whole, *_of_one_dtype(ys, mean, tril))
 
         return jax.vmap(one, out_axes=1)(self.mean, self._trils())
 
@@ -170,7 +171,9 @@ class Gaussian(Emission):
         ys = _columns(ys)
         if self.covariance != "diagonal":
             state = jnp.argmax(weights, axis=1)
-            ys = draw_missing(key_rows, ys, self.mean[state], self._trils()[state])
+            given = _of_one_dtype(ys, self.mean[state], self._trils()[state])
+            draw, whole = partial(draw_missing, key_rows), lambda ys, mean, _: jnp.where(jnp.isnan(ys), mean, ys)
+            ys = jax.lax.cond(is_partial(ys), draw, whole, *given)
         strength, center, df, extra = self._prior(ys.shape[-1])
         counts, sample_mean, scatter = self._moments(ys, weights, center)
         number = counts + strength
@@ -241,7 +244,8 @@ class Gaussian(Emission):
             return jnp.where(jnp.isnan(ys), mean, ys), jnp.zeros_like(tril)
 
         def one(weight: Array, mean: Array, tril: Array) -> tuple[Array, Array, Array]:
-            rows, spread = jax.lax.cond(is_partial(ys), complete_rows, whole, ys, weight, mean, tril)
+            given = _of_one_dtype(ys, weight, mean, tril)
+            rows, spread = jax.lax.cond(is_partial(ys), complete_rows, whole, *given)
             count = jnp.full_like(mean, jnp.sum(weight))
             mean = ratio(jnp.matmul(weight, rows, precision="highest"), count, otherwise)
             apart = rows - mean
@@ -265,6 +269,11 @@ class Gaussian(Emission):
         return dataclasses.replace(
             self, mean=mean.reshape(self.mean.shape), scale_tril=scale_tril.reshape(self.scale_tril.shape)
         )
+
+
+def _of_one_dtype(*arrays: Array) -> tuple[Array, ...]:
+    """Branches must agree in what they return."""
+    return tuple(array.astype(jnp.result_type(*arrays)) for array in arrays)
 
 
 def _columns(x: Array) -> Array:

@@ -5,9 +5,9 @@ With s the components that are seen and m those that are missing,
     p(y_s) = N(y_s; mean_s, C_ss)
     y_m | y_s ~ N( mean_m + C_ms C_ss^{-1} (y_s - mean_s),  C_mm - C_ms C_ss^{-1} C_sm )
 
-Which they are differs from row to row, but shapes may not: the rows and columns of C that are missing are replaced by those
-of the identity, and the residuals there by zero. The Cholesky factor is then that of C_ss with ones between, and what is
-missing adds nothing to the density.
+Which they are differs from row to row, but shapes may not: the rows and columns of C that are missing are replaced by
+those of the identity, and the residuals there by zero. The Cholesky factor is then that of C_ss with ones between, and
+what is missing adds nothing to the density.
 
 References:
     Little and Rubin (2019), Statistical Analysis with Missing Data, doi:10.1002/9781119482260 (EM, section 11.2).
@@ -47,7 +47,7 @@ def partial_log_prob(
 def complete_rows(
     ys: Float[Array, "t d"], weights: Float[Array, " t"], mean: Float[Array, " d"], tril: Float[Array, "d d"]
 ) -> tuple[Float[Array, "t d"], Float[Array, "d d"]]:
-    """The rows with what is missing replaced by its mean, and the weighted sum of the covariances of what was missing."""
+    """The rows with the means of what is missing in its place, and the weighted sum of the covariances of that."""
     covariance = tril @ tril.T
 
     def one(y: Array) -> tuple[Array, Array]:
