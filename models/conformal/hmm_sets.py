@@ -38,8 +38,8 @@ from jaxtyping import Array, Bool, Float, Int
 from bayesinf import errors
 from bayesinf.models.conformal.guarantee import Guarantee
 from bayesinf.models.conformal.hmm_ends import draw_blocks, draw_end, law_of_ends, score_terms, spread
-from bayesinf.models.conformal.markov import check_values, sequences, share, weighted_p_value
-from bayesinf.models.markov_chain import add_constant, transition_counts
+from bayesinf.models.conformal.markov import sequences, share, weighted_p_value
+from bayesinf.models.markov_chain import add_constant, check_states, transition_counts
 
 __all__ = ["ObservationSet", "StateSet", "hmm_observation_set", "hmm_state_set"]
 
@@ -298,6 +298,6 @@ def _check_series(
             "states and obs must be of one length, at least 1, and obs_new hold at least one observation, got "
             f"{len(states)}, {len(obs)} and {len(obs_new)}"
         )
-    check_values("states", states, num_states)
-    check_values("obs", obs, num_symbols)
-    check_values("obs_new", obs_new, num_symbols)
+    check_states("states", states, num_states)
+    check_states("obs", obs, num_symbols)
+    check_states("obs_new", obs_new, num_symbols)
