@@ -34,6 +34,7 @@ __all__ = [
     "check_floating",
     "check_fraction",
     "check_nonnegative",
+    "check_not_nan",
     "check_positive",
     "check_positive_scalar",
     "is_concrete",
@@ -233,6 +234,18 @@ def check_positive_scalar(name: str, value: Any) -> None:
     if shape != ():
         raise ValueError(f"{name} must be a scalar, got shape {shape}; for a kernel in each chain, vmap over kernels")
     check_positive(name, value)
+
+
+def check_not_nan(name: str, value: Any) -> None:
+    """Refuses NaN, and says where; skipped while traced."""
+    if not is_concrete(value):
+        return
+    is_nan = np.isnan(np.asarray(value, dtype=float))
+    if np.any(is_nan):
+        where = np.argwhere(is_nan)[:5].squeeze(-1 if is_nan.ndim == 1 else ()).tolist()
+        raise ValueError(
+            f"{name} must not be NaN, got {int(is_nan.sum())} that are, at {where}; leave missing ones out"
+        )
 
 
 def check_positive(name: str, value: Any) -> None:

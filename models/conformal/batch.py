@@ -301,6 +301,7 @@ def batch_p_value(
 
 def _ordered(cal: Float[Array | np.ndarray, " n"]) -> Float[Array, " n_plus_2"]:
     """S_(0) = -inf, S_(1), ..., S_(n), S_(n+1) = inf."""
+    errors.check_not_nan("cal", cal)
     return jnp.concatenate([jnp.array([-jnp.inf]), jnp.sort(jnp.asarray(cal)), jnp.array([jnp.inf])])
 
 

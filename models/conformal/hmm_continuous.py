@@ -30,8 +30,8 @@ from jaxtyping import Array, Float, Int
 from bayesinf import errors
 from bayesinf.models.conformal.guarantee import Guarantee
 from bayesinf.models.conformal.hmm_sets import ASSUMES, StateSet
-from bayesinf.models.conformal.markov import check_values, draw_predecessor, sequences, weighted_p_value
-from bayesinf.models.markov_chain import add_constant, transition_counts
+from bayesinf.models.conformal.markov import draw_predecessor, sequences, weighted_p_value
+from bayesinf.models.markov_chain import add_constant, check_states, transition_counts
 
 __all__ = ["continuous_state_set", "gaussian_log_likelihood"]
 
@@ -115,7 +115,7 @@ def continuous_state_set(
             "states and obs must be of one length, at least 1, and obs_new hold at least one observation, got "
             f"{len(states)}, {len(obs)} and {len(obs_new)}"
         )
-    check_values("states", states, num_states)
+    check_states("states", states, num_states)
     candidates = jnp.asarray(sequences(num_states, len(obs_new)))
     y = jnp.concatenate([jnp.asarray(obs), jnp.asarray(obs_new)])
     judge = partial(_p_value, errors.as_key(key), jnp.asarray(states), y, num_states, log_likelihood, num_draws)

@@ -37,15 +37,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bayesinf import errors
 from bayesinf.models.conformal.guarantee import Guarantee
-from bayesinf.models.conformal.markov import (
-    check_values,
-    draw_predecessor,
-    sequences,
-    share,
-    tail_law,
-    weighted_p_value,
-)
-from bayesinf.models.markov_chain import add_constant, transition_counts
+from bayesinf.models.conformal.hmm_ends import draw_blocks, draw_end, law_of_ends, score_terms, spread
+from bayesinf.models.conformal.markov import sequences, share, weighted_p_value
+from bayesinf.models.markov_chain import add_constant, check_states, transition_counts
 
 __all__ = ["ObservationSet", "StateSet", "hmm_observation_set", "hmm_state_set"]
 
@@ -258,11 +252,11 @@ def _p_values(
         x = jnp.concatenate([states, candidate])
         counts = transition_counts(x, num_states)
         emitted = jax.nn.one_hot(x, num_states).T @ jax.nn.one_hot(y, num_symbols)
-        terms = _score_terms(add_constant(counts), add_constant(emitted), horizon, score)
+        terms = score_terms(add_constant(counts), add_constant(emitted), horizon, score)
         end = jnp.concatenate([x[-horizon - 1 :], obs_new])  # x_{N-h}, ..., x_N, y_{N-h+1}, ..., y_N
         if num_draws is None and group == "type":
-            weights = _law_of_ends(counts, emitted, x[-1], horizon)
-            scores = sum((_spread(table, axes, horizon, x[-1]) for table, axes in terms), jnp.zeros(weights.shape))
+            weights = law_of_ends(counts, emitted, x[-1], horizon)
+            scores = sum((spread(table, axes, horizon, x[-1]) for table, axes in terms), jnp.zeros(weights.shape))
             observed = jnp.ravel_multi_index((*end[:horizon], *obs_new), scores.shape, mode="clip")
             return weighted_p_value(scores.ravel(), weights.ravel(), observed, key_ties)
         if num_draws is None:
@@ -270,7 +264,7 @@ def _p_values(
             ends = jnp.stack([x[:-1], x[1:], y[1:]], axis=1)
             weights = share(is_visit[1:] & (jnp.cumsum(is_visit)[1:] > 1))  # the first visit ends no block
         else:
-            draw = partial(_draw_end, counts, emitted, x[-1]) if group == "type" else partial(_draw_blocks, x, y)
+            draw = partial(draw_end, counts, emitted, x[-1]) if group == "type" else partial(draw_blocks, x, y)
             drawn = jax.vmap(partial(draw, horizon))(jax.random.split(key_draws, num_draws))
             ends = jnp.concatenate([drawn, end[None]])
             weights = jnp.full(num_draws + 1, 1 / (num_draws + 1))
@@ -279,100 +273,6 @@ def _p_values(
         return weighted_p_value(scores, weights, len(ends) - 1, key_ties)
 
     return jax.vmap(judge)(candidates)
-
-
-# A score is a sum of terms: tables, each with the numbers of its variables among x_{N-h}, ..., x_N (0, ..., h) and
-# y_{N-h+1}, ..., y_N (h + 1, ..., 2 h).
-Term = tuple[Array, tuple[int, ...]]
-
-
-def _score_terms(transition: Array, emission: Array, horizon: int, score: str) -> list[Term]:
-    joints = [transition[:, None, :] * emission.T]  # P(x_k, y_1:k | x_0), axes (x_0, y_1, ..., y_k, x_k)
-    for _ in range(1, horizon):
-        joints.append((joints[-1] @ transition)[..., None, :] * emission.T)
-    ys = tuple(range(horizon + 1, 2 * horizon + 1))
-    if score == "filter":
-        return [(1 - _normalized(joint), (0, *ys[:k], k)) for k, joint in enumerate(joints, 1)]
-    if score == "smooth":
-        num_states, terms = len(transition), []
-        after = jnp.ones((1, num_states))  # P(y_k+1:h | x_k), axes (y_k+1:h, x_k)
-        for k in range(horizon, 0, -1):
-            both = joints[k - 1][..., None, :] * after
-            terms.append((1 - _normalized(both.reshape(*joints[-1].shape)), (0, *ys, k)))
-            after = ((emission.T[:, None, :] * after) @ transition.T).reshape(-1, num_states)
-        return terms
-    evidence = jnp.log(joints[-1].sum(-1))
-    if score == "predictive":
-        return [(-evidence, (0, *ys))]
-    steps: list[Term] = [(-jnp.log(transition), (k, k + 1)) for k in range(horizon)]
-    steps += [(-jnp.log(emission), (k, horizon + k)) for k in range(1, horizon + 1)]
-    return steps if score == "pair" else [*steps, (evidence, (0, *ys))]
-
-
-def _normalized(joint: Array) -> Array:
-    return joint / joint.sum(-1, keepdims=True)
-
-
-def _spread(table: Array, axes: tuple[int, ...], horizon: int, last: Array) -> Array:
-    """The table over all variables but x_N, which is `last`, with length 1 where it does not depend on one."""
-    if horizon in axes:
-        table = jnp.take(table, last, axis=axes.index(horizon))
-    places = [axis - (axis > horizon) for axis in axes if axis != horizon]
-    order = np.argsort(places)
-    return jnp.expand_dims(table.transpose(order), [axis for axis in range(2 * horizon) if axis not in places])
-
-
-def _law_of_ends(counts: Array, emitted: Array, last: Array, horizon: int) -> Array:
-    """P(x_{N-h:N-1}, y_{N-h+1:N} | x_1, F, E), over these variables."""
-    num_states, num_symbols = emitted.shape
-    _, log_law = tail_law(counts, last, horizon)
-    law = jnp.exp(log_law).reshape((num_states,) * horizon + (1,) * horizon)
-    spread = partial(_spread, horizon=horizon, last=last)
-    for k in range(1, horizon + 1):
-        left, total = spread(emitted, (k, horizon + k)), spread(emitted.sum(1), (k,))
-        for j in range(1, k):  # what was drawn from the same row before
-            same = spread(jnp.eye(num_states), (j, k))
-            left, total = left - same * spread(jnp.eye(num_symbols), (horizon + j, horizon + k)), total - same
-        law = law * jnp.maximum(left, 0) / jnp.maximum(total, 1)
-    return law
-
-
-def _draw_end(counts: Array, emitted: Array, last: Array, horizon: int, key: Array) -> Array:
-    """An end drawn from that law."""
-    xs: list[Array] = [last]
-    ys: list[Array] = []
-    for key_step in jax.random.split(key, horizon):
-        key_state, key_symbol = jax.random.split(key_step)
-        previous = draw_predecessor(key_state, counts, xs[0])
-        symbol = jax.random.categorical(key_symbol, jnp.log(emitted[xs[0]]))
-        emitted = emitted.at[xs[0], symbol].add(-1)
-        counts = counts.at[previous, xs[0]].add(-1)
-        xs, ys = [previous, *xs], [symbol, *ys]
-    return jnp.stack([*xs, *ys])
-
-
-def _draw_blocks(x: Array, y: Array, horizon: int, key: Array) -> Array:
-    """The end of the series after a rearrangement of its blocks at random; of these only the last h matter."""
-    is_visit = (x == x[-1]) & (y == y[-1])
-    (visits,) = jnp.nonzero(is_visit, size=len(x), fill_value=len(x) - 1)
-    num_blocks = is_visit.sum() - 1  # the k-th ends at visits[k], k = 1, ..., n
-    chosen = jnp.zeros((0,), int)
-    for k, u in enumerate(jax.random.uniform(key, (horizon,))):
-        block = 1 + jnp.minimum(jnp.floor(u * (num_blocks - k)).astype(int), num_blocks - k - 1)
-        for other in jnp.sort(chosen):  # those left, in order
-            block = block + (block >= other)
-        chosen = jnp.append(chosen, block)
-    # once they are used up the first stretch precedes, which ends at the first visit
-    ends = jnp.where(jnp.arange(horizon) < num_blocks, visits[jnp.clip(chosen, 0)], visits[0])
-    place, num_used, places = ends[0], jnp.ones((), int), [ends[0]]
-    for _ in range(horizon):
-        is_cut = is_visit[place - 1] & (place > 0)
-        # whatever block precedes the last element wanted, it is an anchor
-        place = jnp.where(is_cut, ends[jnp.minimum(num_used, horizon - 1)], place - 1)
-        num_used = num_used + is_cut
-        places.insert(0, place)
-    found = jnp.stack(places)
-    return jnp.concatenate([x[found], y[found[1:]]])
 
 
 def _choose_draws(num_draws: int | None, is_enumerable: bool, key: errors.KeyLike | None) -> int | None:
@@ -398,6 +298,6 @@ def _check_series(
             "states and obs must be of one length, at least 1, and obs_new hold at least one observation, got "
             f"{len(states)}, {len(obs)} and {len(obs_new)}"
         )
-    check_values("states", states, num_states)
-    check_values("obs", obs, num_symbols)
-    check_values("obs_new", obs_new, num_symbols)
+    check_states("states", states, num_states)
+    check_states("obs", obs, num_symbols)
+    check_states("obs_new", obs_new, num_symbols)

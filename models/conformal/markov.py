@@ -32,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from bayesinf import errors
 from bayesinf.models.conformal.guarantee import Guarantee
-from bayesinf.models.markov_chain import add_constant, transition_counts
+from bayesinf.models.markov_chain import add_constant, check_states, transition_counts
 
 __all__ = ["MarkovPValue", "log_whittle", "markov_p_value", "tail_law"]
 
@@ -83,8 +83,8 @@ def log_whittle(counts: Num[Array | np.ndarray, "k k"], first: Whole, last: Whol
     """
     counts = jnp.asarray(counts, float)
     num_states = counts.shape[0]
-    check_values("first", first, num_states)
-    check_values("last", last, num_states)
+    check_states("first", first, num_states)
+    check_states("last", last, num_states)
     is_first, is_last = jax.nn.one_hot(first, num_states), jax.nn.one_hot(last, num_states)
     is_balanced = jnp.all(counts.sum(1) - counts.sum(0) == is_first - is_last) & jnp.all(counts >= 0)
     counts = jnp.where(is_balanced, counts, 0.0)
@@ -169,7 +169,7 @@ def markov_p_value(
         raise ValueError(f"states must hold more than horizon={horizon} states, got {len(states)}")
     if group == "block" and horizon > 1:
         raise ValueError(f"group='block' is for horizon=1, got {horizon}; use group='type'")
-    check_values("states", states, num_states)
+    check_states("states", states, num_states)
     counts = transition_counts(states, num_states)
     if group == "type":
         tails, log_weights = tail_law(counts, states[-1], horizon)
@@ -186,7 +186,7 @@ def markov_p_value(
     return MarkovPValue(p, Guarantee("exact", "P(p <= alpha) " + ("<= alpha" if key is None else "= alpha"), ASSUMES))
 
 
-# what hmm_sets shares
+# what hmm_sets and hmm_ends share
 
 
 def sequences(num_values: int, length: int) -> Int[np.ndarray, "s length"]:
@@ -209,12 +209,6 @@ def weighted_p_value(
     u = 1.0 if key is None else jax.random.uniform(errors.as_key(key))
     above, level = scores > scores[observed], scores == scores[observed]
     return jnp.minimum(jnp.sum(weights, where=above) + u * jnp.sum(weights, where=level), 1.0)
-
-
-def check_values(name: str, values: Array | np.ndarray | int | np.integer, num_values: int) -> None:
-    """Whole numbers in 0..num_values - 1; skipped while traced."""
-    if errors.is_concrete(values) and not np.all((np.asarray(values) >= 0) & (np.asarray(values) < num_values)):
-        raise ValueError(f"{name} must lie in 0..{num_values - 1}, got {np.asarray(values)}")
 
 
 def draw_predecessor(key: Array, counts: Float[Array, "k k"], last: Whole) -> Int[Array, ""]:

@@ -50,7 +50,7 @@ class MartingaleState(NamedTuple):
         log_wealths: of the bettors, one for each eps; the average of their wealths is the martingale.
         log_martingale: log M_n.
         log_max: log of the largest M so far.
-        p_value: p_n of the last score; NaN where there is none, or no place for it.
+        p_value: p_n of the last score; NaN where there is none, or no place for it, or it is missing.
     """
 
     scores: Float[Array, " capacity"]
@@ -128,11 +128,11 @@ class ExchangeabilityMartingale(eqx.Module):
         return MartingaleState(scores, jnp.zeros((), int), wealths, nothing, nothing, jnp.full((), jnp.nan))
 
     def step(self, key: errors.KeyLike, state: MartingaleState, score: Float[Array, ""] | float) -> MartingaleState:
-        """The state after one more score."""
+        """The state after one more score; NaN is missing, and nothing is bet on it."""
         capacity = len(state.scores)
         index = jnp.arange(capacity)
-        is_room = state.num_scores < capacity
-        scores = jnp.where(index == state.num_scores, score, state.scores)
+        is_room = (state.num_scores < capacity) & ~jnp.isnan(score)
+        scores = jnp.where(is_room & (index == state.num_scores), score, state.scores)
         is_seen = index <= state.num_scores
         u = jax.random.uniform(errors.as_key(key))
         num_above, num_level = jnp.sum(is_seen & (scores > score)), jnp.sum(is_seen & (scores == score))
@@ -164,7 +164,7 @@ def exchangeability_test(
 
     Args:
         key: for ties, which are broken at random.
-        scores: in the order in which they came, large where an observation is strange.
+        scores: in the order in which they came, large where an observation is strange; NaN is missing.
         bet: "jumper", or "power" where a change makes scores larger.
         jump: of the jumper, in (0, 1).
 

@@ -87,7 +87,7 @@ def pac_threshold(cal: Float[Array | np.ndarray, " n"], eps: float, delta: float
         The threshold.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or a score is NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,5 +98,6 @@ def pac_threshold(cal: Float[Array | np.ndarray, " n"], eps: float, delta: float
     References:
         Park, Bastani, Matni and Lee (2020), https://arxiv.org/abs/2001.00106.
     """
+    errors.check_not_nan("cal", cal)
     ordered = jnp.append(jnp.sort(jnp.asarray(cal)), jnp.inf)
     return PACThreshold(ordered[len(cal) - pac_count(len(cal), eps, delta) - 1], GUARANTEE)

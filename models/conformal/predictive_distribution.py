@@ -108,6 +108,46 @@ class PredictiveDistribution(eqx.Module):
         about_test = {"test_weight": self.test_weight, "test_group": self.test_group}
         return interval(self.calibrated, self.centre, self.scale, alpha, kind="signed", **about_test)
 
+    def crps(self, y: Real[ArrayLike, "..."]) -> Float[Array, "..."]:
+        """The continuous ranked probability score of the distributions at y, in closed form: small is good.
+
+            CRPS = int ( F(z) - 1{z >= y} )^2 dz = E|Y - y| - E|Y - Y'| / 2
+
+        with F the step function of the calibration scores alone, F(z) = sum_i w_i 1{s_i <= s(z)} / sum_i w_i, which
+        lies between Q(z, 0) and Q(z, 1): these do not reach 0 and 1, and their integral is infinite.
+
+        Args:
+            y: broadcasts against the test points.
+
+        Returns:
+            Scores, in the units of y; +inf where the group has no calibration scores. O(n) for each.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from bayesinf.models import conformal
+            >>> calibrated = conformal.calibrate(conformal.residual(jnp.array([-1.0, 1.0]), 0.0))
+            >>> conformal.predictive_distribution(calibrated, jnp.array([0.0, 5.0])).crps(0.0).tolist()
+            [0.5, 4.5]
+
+        References:
+            Gneiting and Raftery (2007), doi:10.1198/016214506000001437.
+        """
+        calibrated = self.calibrated
+        is_known = ~jnp.isnan(calibrated.scores)
+        scores = jnp.where(is_known, calibrated.scores, 0.0)
+        weights = jnp.where(is_known, 1.0 if calibrated.weights is None else calibrated.weights, 0.0)
+
+        def one(score: Array, group: Array) -> Array:
+            w = weights if calibrated.groups is None else jnp.where(calibrated.groups == group, weights, 0.0)
+            total = jnp.sum(w)
+            p = w / jnp.where(total > 0, total, 1.0)
+            below = jnp.cumsum(p)[:-1]  # 0 or 1 between groups
+            spread = jnp.sum(below * (1 - below) * jnp.diff(scores))
+            return jnp.where(total > 0, jnp.sum(p * jnp.abs(scores - score)) - spread, jnp.inf)
+
+        group = jnp.zeros((), int) if self.test_group is None else self.test_group
+        return self.scale * jnp.vectorize(one)(self._score(y), group)
+
     def _score(self, y: ArrayLike) -> Array:
         return (jnp.asarray(y) - self.centre) / self.scale
 

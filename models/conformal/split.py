@@ -17,6 +17,7 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
 from bayesinf import errors
@@ -97,7 +98,8 @@ class Calibrated(eqx.Module):
             test_group: of the test points, if calibrated by group.
 
         Returns:
-            Thresholds; +inf where the group has too few scores, or the test point too much weight.
+            Thresholds; +inf where the group has too few scores, or the test point too much weight: `why_infinite` says
+            which.
         """
         test_weight, test_group = self.about_test(test_weight, test_group)
         with jax.enable_x64(True):
@@ -126,6 +128,42 @@ class Calibrated(eqx.Module):
         asked = errors.as_array("test_score", is_floating=True)(test_score)
         w, group = self.about_test(test_weight, test_group)
         return ranked_p_value((self.scores, self.weights, self.groups), asked, w, group, key)
+
+    def why_infinite(
+        self,
+        alpha: Real[ArrayLike, "..."],
+        *,
+        test_weight: Real[ArrayLike, "..."] | None = None,
+        test_group: Int[ArrayLike, "..."] | None = None,
+    ) -> str:
+        """In words, why a threshold is +inf, and its sets are everything; empty where none is. Not for `jit`.
+
+        Args:
+            alpha, test_weight, test_group: as of `threshold`.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from bayesinf.models import conformal
+            >>> conformal.calibrate(jnp.array([0.3, 1.2, 0.8])).why_infinite(0.1)
+            'of 3 calibration scores no threshold is exceeded with probability 0.1 at most: it takes 9'
+        """
+        is_infinite = np.isposinf(np.asarray(self.threshold(alpha, test_weight=test_weight, test_group=test_group)))
+        if not is_infinite.any():
+            return ""
+        level = float(np.min(np.broadcast_to(np.asarray(alpha), is_infinite.shape)[is_infinite]))
+        if level <= 0:
+            return f"alpha = {level:g} allows no miss at all"
+        if self.weights is not None:
+            return f"the test point has more than alpha = {level:g} of the weight, or the calibration scores have none"
+        is_known, of_group = ~np.isnan(np.asarray(self.scores)), ""
+        if self.groups is not None:
+            group = np.broadcast_to(np.asarray(test_group), is_infinite.shape)[is_infinite].flat[0]
+            is_known, of_group = is_known & (np.asarray(self.groups) == group), f" in group {group}"
+        needed = int(np.ceil(1 / level * (1 - 1e-6))) - 1
+        return (
+            f"of {is_known.sum()} calibration scores{of_group} no threshold is exceeded with probability {level:g} at "
+            f"most: it takes {needed}"
+        )
 
     def reversed(self) -> "Calibrated":
         """The same of minus the scores."""

@@ -62,7 +62,7 @@ def visit_conformal(
         The set: scores of at most `threshold`.
 
     Raises:
-        ValueError: `alpha` is not in (0, 1), or the lengths differ.
+        ValueError: `alpha` is not in (0, 1), the lengths differ, or a score is NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -81,6 +81,7 @@ def visit_conformal(
     scores = jnp.asarray(scores)
     if len(states) != len(scores):
         raise ValueError(f"states and scores must be of one length, got {len(states)} and {len(scores)}")
+    errors.check_not_nan("scores", scores)
     is_visit = jnp.asarray(states) == current_state
     num_visits = is_visit.sum()
     # alpha is itself rounded: (n + 1)(1 - alpha) within that of a whole number is this number

@@ -54,7 +54,8 @@ class HMMStateSpace(StateSpaceModel):
             return emission.sample(key, x[None])[0]
 
         def density(y: Array) -> Array:
-            is_missing = jnp.any(jnp.isnan(y))
+            is_nan = jnp.isnan(y)
+            is_missing = jnp.all(is_nan) if emission.takes_partial else jnp.any(is_nan)
             row = jnp.where(is_missing, emission.filler, y)
             return jnp.where(is_missing, 0.0, emission.log_prob(row[None])[0, x])
 

@@ -16,10 +16,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from bayesinf import errors
-from bayesinf.models.hmm.emission import ratio
+from bayesinf.models.hmm.emission import draw_rows, ratio
 from bayesinf.models.hmm.recursion import log_normalize, log_or_never
 
 __all__ = ["CategoricalDuration", "Duration", "NegativeBinomialDuration"]
@@ -42,6 +42,13 @@ class Duration(eqx.Module):
         Args:
             counts: how many stays lasted 1, ..., D steps in each state.
         """
+
+    def draw(self, key: Key[Array, ""], counts: Float[Array, "k d"]) -> "Duration":
+        """The parameters given how many stays lasted 1, ..., D steps in each state, at random."""
+        raise ValueError(
+            f"{type(self).__name__} has no conjugate prior: sample its parameters by gradients with "
+            "HiddenSemiMarkovModel.target, or take CategoricalDuration"
+        )
 
     def log_prior(self) -> Float[Array, ""]:
         """Log density of the parameters, up to a constant; 0 without a prior."""
@@ -90,6 +97,11 @@ class CategoricalDuration(Duration):
         extra = 0.0 if self.prior is None else self.prior - 1.0
         counts = jnp.where(self.probs > 0, jnp.maximum(counts + extra, 0.0), 0.0)
         return dataclasses.replace(self, probs=ratio(counts, jnp.sum(counts, axis=1, keepdims=True), self.probs))
+
+    def draw(self, key: Key[Array, ""], counts: Float[Array, "k d"]) -> "CategoricalDuration":
+        is_free = self.probs > 0
+        concentration = counts + (1.0 if self.prior is None else self.prior)
+        return dataclasses.replace(self, probs=draw_rows(key, jnp.where(is_free, concentration, 1.0), is_free))
 
     def log_prior(self) -> Float[Array, ""]:
         if self.prior is None:

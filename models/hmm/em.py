@@ -29,7 +29,7 @@ from bayesinf.models.hmm.observations import Observations, score
 from bayesinf.models.hmm.recursion import Method
 from bayesinf.models.hmm.statistics import expected_statistics, forward
 
-__all__ = ["HMMFit", "climb_from_starts", "fit"]
+__all__ = ["HMMFit", "climb_from_starts", "fit", "maximize_chain"]
 
 
 class HMMFit(NamedTuple):
@@ -132,6 +132,30 @@ def climb_from_starts(
     return found
 
 
+def maximize_chain(
+    model: Any, data: Observations, rows: Any, smoothed: Float[Array, "b t k"], transitions: Float[Array, "b k k"]
+) -> Any:
+    """The M-step of the chain and of the emission, which any model with the two has.
+
+    Args:
+        model: as it was.
+        data: as `observe` has them.
+        rows: what emissions take, all series together.
+        smoothed: P(x_t = k | y).
+        transitions: expected numbers.
+    """
+    first = jnp.maximum(jnp.sum(smoothed[:, 0], axis=0) + model.initial_prior - 1.0, 0.0)
+    moves = jnp.maximum(jnp.sum(transitions, axis=0) + model.transition_prior - 1.0, 0.0)
+    moves = jnp.where(model.can_follow, moves, 0.0)
+    weights = jnp.where(data.is_seen[..., None], smoothed, 0.0).reshape(-1, smoothed.shape[-1])
+    return dataclasses.replace(
+        model,
+        initial=ratio(first, jnp.sum(first), model.initial),
+        transition=ratio(moves, jnp.sum(moves, axis=-1, keepdims=True), model.transition),
+        emission=model.emission.maximize(rows[0], weights, rows[2]),
+    )
+
+
 @eqx.filter_jit
 def _fit(key, model, data, num_starts, max_iterations, tolerance, steps):
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (data.ys, data.is_seen, data.features))
@@ -208,16 +232,7 @@ def _expect(model, data, *, method: Method) -> tuple[Float[Array, ""], tuple[Arr
 
 
 def _maximize(model, data, rows, statistics) -> Any:
-    smoothed, transitions = statistics
-    first = jnp.maximum(jnp.sum(smoothed[:, 0], axis=0) + model.initial_prior - 1.0, 0.0)
-    moves = jnp.maximum(jnp.sum(transitions, axis=0) + model.transition_prior - 1.0, 0.0)
-    weights = jnp.where(data.is_seen[..., None], smoothed, 0.0).reshape(-1, smoothed.shape[-1])
-    return dataclasses.replace(
-        model,
-        initial=ratio(first, jnp.sum(first), model.initial),
-        transition=ratio(moves, jnp.sum(moves, axis=-1, keepdims=True), model.transition),
-        emission=model.emission.maximize(rows[0], weights, rows[2]),
-    )
+    return maximize_chain(model, data, rows, *statistics)
 
 
 def _why_impossible(model, data: Observations, log_evidence: Array) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bayesinf import errors
 
-__all__ = ["Emission", "as_prior", "not_conjugate", "ratio", "spread_rows"]
+__all__ = ["Emission", "as_prior", "draw_rows", "not_conjugate", "ratio", "spread_rows"]
 
 
 class Emission(eqx.Module):
@@ -123,7 +123,7 @@ def not_conjugate(emission: Emission) -> ValueError:
     """What to say where the parameters of an emission cannot be drawn given the states."""
     return ValueError(
         f"{type(emission).__name__} has no conjugate prior, or was given none: set its `prior`, or sample its "
-        "parameters by gradients with HiddenMarkovModel.target"
+        "parameters by gradients with the model's `target`"
     )
 
 
@@ -131,6 +131,13 @@ def ratio(numerator: Array, denominator: Array, otherwise: Array) -> Array:
     """Numerator / denominator, and `otherwise` where nothing was counted."""
     is_some = denominator > 0
     return jnp.where(is_some, numerator / jnp.where(is_some, denominator, 1.0), otherwise)
+
+
+def draw_rows(
+    key: Key[Array, ""], concentration: Float[Array, "k m"], is_free: Bool[Array, "k m"]
+) -> Float[Array, "k m"]:
+    """Rows of probabilities from Dirichlet laws, zero where they are not free; as `jax.random.dirichlet` if all are."""
+    return jax.nn.softmax(jnp.where(is_free, jax.random.loggamma(key, concentration), -jnp.inf), axis=-1)
 
 
 def spread_rows(

@@ -4,7 +4,8 @@
 
 With the conjugate prior mean_k | C_k ~ N(m, C_k / strength), C_k ~ inverse-Wishart(df, scatter) EM maximises the
 posterior density and Gibbs sampling is exact; without it EM maximises the likelihood, which is unbounded where a state
-shrinks onto one observation: a millionth of the variance of the data is always added.
+shrinks onto one observation: a millionth of the variance of the data is always added. Components that are missing are
+integrated out, in EM with their covariances given what was seen, and drawn in Gibbs sampling.
 
 References:
     Gelman et al. (2013), Bayesian Data Analysis, section 3.6 (the normal-inverse-Wishart prior).
@@ -23,6 +24,7 @@ from jaxtyping import Array, Float, Key
 
 from bayesinf import errors
 from bayesinf.models.hmm.emission import Emission, as_prior, not_conjugate, ratio, spread_rows
+from bayesinf.models.hmm.partial_gaussian import complete_rows, draw_missing, is_partial, partial_log_prob
 
 __all__ = ["Gaussian", "GaussianPrior"]
 
@@ -52,7 +54,7 @@ class Gaussian(Emission):
         mean: shape (K,) for a series of numbers, (K, d) for vectors.
         scale_tril: standard deviations in the shape of `mean` for covariance="diagonal"; Cholesky factors, shape
             (K, d, d), for "full"; one, shape (d, d), for "tied".
-        covariance: "diagonal", "full" or "tied". Rows may be missing in part with the first.
+        covariance: "diagonal", "full" or "tied". Rows may be missing in part: what is seen of them counts.
         prior: a `GaussianPrior`, or None.
 
     Raises:
@@ -98,7 +100,7 @@ class Gaussian(Emission):
 
     @property
     def takes_partial(self) -> bool:
-        return self.covariance == "diagonal"
+        return True
 
     def law(self, covariates: Array | None = None) -> dist.Distribution:
         if self.covariance == "diagonal":
@@ -113,27 +115,28 @@ class Gaussian(Emission):
             terms = -0.5 * (z**2 + math.log(2 * math.pi)) - jnp.log(self.scale_tril)
             return jnp.sum(jnp.where(is_missing, 0.0, terms), axis=tuple(range(2, terms.ndim)))
 
-        def one(mean: Array, tril: Array) -> Array:
-            z = jax.scipy.linalg.solve_triangular(tril, (ys - mean).T, lower=True)
+        def whole(ys: Array, mean: Array, tril: Array) -> Array:
+            z = jax.scipy.linalg.solve_triangular(tril, (jnp.where(jnp.isnan(ys), 0.0, ys) - mean).T, lower=True)
             log_det = jnp.sum(jnp.log(jnp.diag(tril)))
             return -0.5 * (jnp.sum(z**2, axis=0) + len(mean) * math.log(2 * math.pi)) - log_det
+
+        def one(mean: Array, tril: Array) -> Array:
+            return jax.lax.cond(is_partial(ys), partial_log_prob, whole, *_of_one_dtype(ys, mean, tril))
 
         return jax.vmap(one, out_axes=1)(self.mean, self._trils())
 
     def maximize(self, ys: Array, weights: Float[Array, "t k"], covariates: Array | None = None) -> "Gaussian":
         ys, mean = _columns(ys), _columns(self.mean)
-        counts, sums = _count(ys, weights)
-        strength, center, df, extra = self._prior(ys.shape[-1])
-        new_mean = ratio(sums + strength * center, counts + strength, mean)
-        scatter = self._scatter(ys, weights, new_mean)
-        apart = new_mean - center
+        d = ys.shape[-1]
+        strength, center, df, extra = self._prior(d)
+        counts, sample_mean, scatter = self._moments(ys, weights, center)
+        new_mean = ratio(counts * sample_mean + strength * center, counts + strength, mean)
+        total = scatter + self._prior_scatter(counts, sample_mean)
         pooled = RIDGE * _pooled_variance(ys, weights)
         if self.covariance == "diagonal":
-            total = extra + scatter + strength * apart**2
-            variance = ratio(total, counts + (df + 3 if self.prior else 0.0), _columns(self.scale_tril) ** 2)
+            number = counts + (df + 3 if self.prior else 0.0)
+            variance = ratio(extra + total, number, _columns(self.scale_tril) ** 2)
             return self._replaced(new_mean, jnp.sqrt(variance + pooled))
-        total = scatter + strength * apart[:, :, None] * apart[:, None, :]
-        d = ys.shape[-1]
         if self.covariance == "tied":
             number = jnp.sum(counts[:, 0]) + (df + d + 1 + self.num_states if self.prior else 0.0)
             old = self.scale_tril @ self.scale_tril.T
@@ -164,19 +167,21 @@ class Gaussian(Emission):
     ) -> "Gaussian":
         if self.prior is None:
             raise not_conjugate(self)
-        key_scale, key_mean = jax.random.split(key)
+        key_scale, key_mean, key_rows = jax.random.split(key, 3)
         ys = _columns(ys)
-        counts, sums = _count(ys, weights)
+        if self.covariance != "diagonal":
+            state = jnp.argmax(weights, axis=1)
+            given = _of_one_dtype(ys, self.mean[state], self._trils()[state])
+            draw, whole = partial(draw_missing, key_rows), lambda ys, mean, _: jnp.where(jnp.isnan(ys), mean, ys)
+            ys = jax.lax.cond(is_partial(ys), draw, whole, *given)
         strength, center, df, extra = self._prior(ys.shape[-1])
-        sample_mean = ratio(sums, counts, jnp.broadcast_to(center, sums.shape))
-        mean, number = (sums + strength * center) / (counts + strength), counts + strength
-        apart, shrink = sample_mean - center, strength * counts / number
-        scatter = self._scatter(ys, weights, sample_mean)
+        counts, sample_mean, scatter = self._moments(ys, weights, center)
+        number = counts + strength
+        mean = (counts * sample_mean + strength * center) / number
+        total = scatter + self._prior_scatter(counts, sample_mean)
         if self.covariance == "diagonal":
-            total = extra + scatter + shrink * apart**2
-            scale = jnp.sqrt(total / (2 * jax.random.gamma(key_scale, (df + counts) / 2)))
+            scale = jnp.sqrt((extra + total) / (2 * jax.random.gamma(key_scale, (df + counts) / 2)))
             return self._replaced(mean + scale / jnp.sqrt(number) * jax.random.normal(key_mean, mean.shape), scale)
-        total = scatter + shrink[:, :, None] * apart[:, :, None] * apart[:, None, :]
         if self.covariance == "tied":
             tril = _inverse_wishart(key_scale, df + jnp.sum(counts[:, 0]), extra + jnp.sum(total, axis=0))
         else:
@@ -223,17 +228,39 @@ class Gaussian(Emission):
             jnp.broadcast_to(scatter, shape),
         )
 
-    def _scatter(self, ys: Array, weights: Array, mean: Array) -> Array:
-        """Weighted squares around the means: of every component, shape (K, d), or matrices, shape (K, d, d)."""
+    def _moments(self, ys: Array, weights: Array, otherwise: Array) -> tuple[Array, Array, Array]:
+        """Weights, means, and squares around these: of every component, shape (K, d), or matrices, shape (K, d, d).
+
+        What is missing of a row adds its expectation given the rest, under the parameters as they are.
+        """
         if self.covariance == "diagonal":
+            counts, sums = _count(ys, weights)
+            mean = ratio(sums, counts, jnp.broadcast_to(otherwise, sums.shape))
             apart = jnp.where(jnp.isnan(ys), 0.0, ys)[:, None] - mean
-            return jnp.sum(jnp.where(jnp.isnan(ys)[:, None], 0.0, weights[:, :, None] * apart**2), axis=0)
+            squares = jnp.where(jnp.isnan(ys)[:, None], 0.0, weights[:, :, None] * apart**2)
+            return counts, mean, jnp.sum(squares, axis=0)
 
-        def one(mean: Array, weight: Array) -> Array:
-            apart = ys - mean
-            return jnp.matmul((weight[:, None] * apart).T, apart, precision="highest")
+        def whole(ys: Array, weight: Array, mean: Array, tril: Array) -> tuple[Array, Array]:
+            return jnp.where(jnp.isnan(ys), mean, ys), jnp.zeros_like(tril)
 
-        return jax.vmap(one, in_axes=(0, 1))(mean, weights)
+        def one(weight: Array, mean: Array, tril: Array) -> tuple[Array, Array, Array]:
+            given = _of_one_dtype(ys, weight, mean, tril)
+            rows, spread = jax.lax.cond(is_partial(ys), complete_rows, whole, *given)
+            count = jnp.full_like(mean, jnp.sum(weight))
+            mean = ratio(jnp.matmul(weight, rows, precision="highest"), count, otherwise)
+            apart = rows - mean
+            return count, mean, spread + jnp.matmul((weight[:, None] * apart).T, apart, precision="highest")
+
+        # one by one: covariances of all rows are held
+        return jax.lax.map(lambda given: one(*given), (weights.T, self.mean, self._trils()))
+
+    def _prior_scatter(self, counts: Array, sample_mean: Array) -> Array:
+        """Squares of the means around that of the prior, of as many observations as it and they are worth."""
+        strength, center, _, _ = self._prior(sample_mean.shape[-1])
+        shrink, apart = strength * ratio(counts, counts + strength, jnp.zeros_like(counts)), sample_mean - center
+        if self.covariance == "diagonal":
+            return shrink * apart**2
+        return shrink[:, :, None] * apart[:, :, None] * apart[:, None, :]
 
     def _trils(self) -> Float[Array, "k d d"]:
         return jnp.broadcast_to(self.scale_tril, (*self.mean.shape, self.mean.shape[-1]))
@@ -242,6 +269,11 @@ class Gaussian(Emission):
         return dataclasses.replace(
             self, mean=mean.reshape(self.mean.shape), scale_tril=scale_tril.reshape(self.scale_tril.shape)
         )
+
+
+def _of_one_dtype(*arrays: Array) -> tuple[Array, ...]:
+    """Branches must agree in what they return."""
+    return tuple(array.astype(jnp.result_type(*arrays)) for array in arrays)
 
 
 def _columns(x: Array) -> Array:

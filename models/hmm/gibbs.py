@@ -1,16 +1,19 @@
-"""Gibbs sampling of a hidden Markov model: the path given the parameters, the parameters given the path.
+"""Gibbs sampling of hidden Markov and semi-Markov models: the path given the parameters, these given the path.
 
     x_{0:T-1} ~ p(x | y, theta)  exactly, by filtering forwards and sampling backwards
     initial ~ Dirichlet(prior + [x_0]),    transition_i ~ Dirichlet(prior_i + counts of the moves from i)
     emission_k ~ its conjugate posterior given the rows with x_t = k
+    duration_k ~ its conjugate posterior given how long the stays in k last, the last of them with its end drawn, too
 
 The law of (theta, path) given the data is invariant.
 
 References:
     Chib (1996), doi:10.1016/0304-4076(95)01770-4.
     Scott (2002), doi:10.1198/016214502753479464.
+    Johnson and Willsky (2013), https://www.jmlr.org/papers/v14/johnson13a.html (durations).
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +21,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from bayesinf.kernel import Kernel
-from bayesinf.models.hmm.filter import filter_chain
-from bayesinf.models.hmm.inputs import as_chain
-from bayesinf.models.hmm.model import HiddenMarkovModel
-from bayesinf.models.hmm.observations import Observations, observe, score
+from bayesinf.models.hmm.emission import draw_rows
+from bayesinf.models.hmm.hidden_chain import HiddenChainModel
+from bayesinf.models.hmm.observations import Observations, observe
 from bayesinf.models.hmm.parameters import parameters_of, with_parameters
-from bayesinf.models.hmm.sample import sample_paths
+from bayesinf.models.hmm.semi_markov_model import HiddenSemiMarkovModel
 
 __all__ = ["HMMGibbs", "HMMGibbsInfo", "HMMGibbsState"]
 
@@ -58,13 +60,14 @@ class HMMGibbsInfo(NamedTuple):
 
 
 class HMMGibbs(Kernel):
-    """Gibbs sampling of the parameters of a hidden Markov model.
+    """Gibbs sampling of the parameters of a hidden Markov model, or of a hidden semi-Markov model.
 
     The states have no names: where the priors are the same for all, so is the law of all permutations of them. Compare
     what does not depend on their order, or sort the draws.
 
     Attributes:
-        model: whose priors they are; its emission needs a conjugate one. Its own parameters are where `initial` starts.
+        model: whose priors they are; its emission, and its durations if it has them, need conjugate ones. Its own
+            parameters are where `initial` starts.
         data: the data, as the emission takes them.
 
     Args:
@@ -73,7 +76,7 @@ class HMMGibbs(Kernel):
         covariates, mask, lengths: as of `HiddenMarkovModel.log_lik`.
 
     Raises:
-        ValueError: the emission has no conjugate prior, or a shape does not fit.
+        ValueError: the emission or the durations have no conjugate prior, or a shape does not fit.
 
     Example:
         >>> import jax
@@ -92,18 +95,21 @@ class HMMGibbs(Kernel):
         Chib (1996), doi:10.1016/0304-4076(95)01770-4.
     """
 
-    model: HiddenMarkovModel
+    model: HiddenChainModel
     data: Observations
 
     def __init__(
-        self, model: HiddenMarkovModel, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None
+        self, model: HiddenChainModel, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None
     ):
         self.model = model
         data = observe(model.emission, ys, covariates=covariates, mask=mask, lengths=lengths)
         self.data = data._replace(is_single=None)
         rows, features = self._rows()
         weights = jax.ShapeDtypeStruct((len(rows), model.num_states), rows.dtype)
-        jax.eval_shape(lambda key, w: model.emission.draw(key, rows, w, features), jax.random.key(0), weights)
+        key = jax.random.key(0)
+        jax.eval_shape(lambda key, w: model.emission.draw(key, rows, w, features), key, weights)
+        if isinstance(model, HiddenSemiMarkovModel):
+            jax.eval_shape(model.duration.draw, key, model.duration.log_prob())
 
     def initial(self, num_chains: int) -> dict[str, Array]:
         """The model's own parameters as the start of every chain."""
@@ -116,25 +122,25 @@ class HMMGibbs(Kernel):
         return HMMGibbsState(position, jnp.full(self.data.is_seen.shape, -1, jnp.int32))
 
     def step(self, key: Key[Array, ""], state: HMMGibbsState) -> tuple[HMMGibbsState, HMMGibbsInfo]:
-        key_path, key_initial, key_transition, key_emission = jax.random.split(key, 4)
+        key_path, key_initial, key_transition, key_emission, key_duration = jax.random.split(key, 5)
         model = with_parameters(self.model, state.position)
-        log_lik = score(model.emission, self.data)
-        chain = as_chain(model.log_initial, model.log_transition, log_lik, None, self.data.lengths)
-        filtered = filter_chain(chain, "auto")
-        log_evidence = jnp.sum(filtered.log_evidence)
-        path = sample_paths(key_path, chain, filtered, 1)[:, 0]
+        path, log_evidence, moves, durations = model.draw_path(key_path, self.data)
 
-        visits = jax.nn.one_hot(path, model.num_states, dtype=log_lik.dtype)  # none where the path is -1
-        moves = jnp.einsum("bti,btj->ij", visits[:, :-1], visits[:, 1:], precision="highest")
+        visits = jax.nn.one_hot(path, model.num_states, dtype=moves.dtype)  # none where the path is -1
         weights = jnp.where(self.data.is_seen[..., None], visits, 0.0).reshape(-1, model.num_states)
         rows, features = self._rows()
-        drawn = parameters_of(
-            HiddenMarkovModel(
-                model.emission.draw(key_emission, rows, weights, features),
-                jax.random.dirichlet(key_initial, jnp.sum(visits[:, 0], axis=0) + model.initial_prior),
-                jax.random.dirichlet(key_transition, moves + model.transition_prior),
-            )
+        can_follow = self.model.can_follow  # not that of the draw, which may underflow
+        concentration = jnp.where(can_follow, moves + model.transition_prior, 1.0)
+        drawn_model = dataclasses.replace(
+            model,
+            emission=model.emission.draw(key_emission, rows, weights, features),
+            initial=jax.random.dirichlet(key_initial, jnp.sum(visits[:, 0], axis=0) + model.initial_prior),
+            transition=draw_rows(key_transition, concentration, can_follow),
         )
+        if isinstance(self.model, HiddenSemiMarkovModel):
+            duration = self.model.duration.draw(key_duration, durations)
+            drawn_model = dataclasses.replace(drawn_model, duration=duration)
+        drawn = parameters_of(drawn_model)
         is_ok = log_evidence > -jnp.inf
         position = {
             name: jnp.where(is_ok, drawn[name], value).astype(value.dtype) if name in drawn else value

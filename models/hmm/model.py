@@ -11,22 +11,20 @@ References:
 from collections.abc import Mapping
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-import numpyro
 import numpyro.distributions as dist
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from bayesinf import errors
 from bayesinf.models.hmm.em import HMMFit, fit
 from bayesinf.models.hmm.emission import Emission
-from bayesinf.models.hmm.filter import HMMFiltered, hmm_filter
+from bayesinf.models.hmm.filter import HMMFiltered, filter_chain, hmm_filter
+from bayesinf.models.hmm.hidden_chain import HiddenChainModel, PathDraw
+from bayesinf.models.hmm.inputs import as_chain
 from bayesinf.models.hmm.observations import Observations, evidence, observe, score
-from bayesinf.models.hmm.parameters import parameters_of, with_parameters
-from bayesinf.models.hmm.recursion import Method, log_or_never
-from bayesinf.models.hmm.sample import hmm_sample
+from bayesinf.models.hmm.recursion import Method
+from bayesinf.models.hmm.sample import hmm_sample, sample_paths
 from bayesinf.models.hmm.smoother import HMMSmoothed, hmm_smoother
 from bayesinf.models.hmm.viterbi import HMMPath, hmm_viterbi
 from bayesinf.target import Target
@@ -34,7 +32,7 @@ from bayesinf.target import Target
 __all__ = ["HiddenMarkovModel", "sticky"]
 
 
-class HiddenMarkovModel(eqx.Module):
+class HiddenMarkovModel(HiddenChainModel):
     """A hidden Markov model.
 
     Attributes:
@@ -57,12 +55,6 @@ class HiddenMarkovModel(eqx.Module):
         [0, 0, 0, 1, 1, 1]
     """
 
-    emission: Emission
-    initial: Float[Array, " k"]
-    transition: Float[Array, "k k"]
-    initial_prior: Float[Array, "..."]
-    transition_prior: Float[Array, "..."]
-
     def __init__(
         self,
         emission: Emission,
@@ -72,59 +64,15 @@ class HiddenMarkovModel(eqx.Module):
         initial_prior: Any = 1.0,
         transition_prior: Any = 1.0,
     ):
-        if not isinstance(emission, Emission):
-            raise ValueError(
-                f"emission must be an Emission, such as models.hmm.Gaussian, got {type(emission).__name__}"
-            )
-        num = emission.num_states
-        stay = 0.9 if num > 1 else 1.0
-        every = jnp.full((num, num), (1.0 - stay) / max(num - 1, 1)) + (
-            stay - (1.0 - stay) / max(num - 1, 1)
-        ) * jnp.eye(num)
-        self.emission = emission
-        self.initial = _probabilities("initial", jnp.full(num, 1.0 / num) if initial is None else initial, (num,))
-        self.transition = _probabilities("transition", every if transition is None else transition, (num, num))
-        self.initial_prior = _concentrations("initial_prior", initial_prior, (num,))
-        self.transition_prior = _concentrations("transition_prior", transition_prior, (num, num))
+        super().__init__(emission, initial, transition, initial_prior, transition_prior, stay=0.9)
 
     @property
-    def num_states(self) -> int:
-        """K."""
-        return self.emission.num_states
-
-    @property
-    def log_initial(self) -> Float[Array, " k"]:
-        """Log probabilities of x_0."""
-        return log_or_never(self.initial)
-
-    @property
-    def log_transition(self) -> Float[Array, "k k"]:
-        """Log probabilities of x_{t+1} given x_t."""
-        return log_or_never(self.transition)
-
-    def log_lik(self, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None) -> Float[Array, "..."]:
-        """Log p(y_t | x_t = k), shape (..., T, K): what the functions on arrays take; 0 where y_t is missing.
-
-        Args:
-            ys: one series of shape (T, ...), or several of shape (B, T, ...), in the shape of the emission's
-                observations; NaN where missing.
-            covariates: shape (T, p) or (B, T, p), for emissions that take them.
-            mask: True where observed, shape (T,) or (B, T).
-            lengths: of several series, shape (B,).
-        """
-        data = observe(self.emission, ys, covariates=covariates, mask=mask, lengths=lengths)
-        log_lik = score(self.emission, data)
-        return log_lik[0] if data.is_single else log_lik
-
-    def log_prob(self, ys: Any, **given: Any) -> Float[Array, "..."]:
-        """Log p(y_{0:T-1}) of every series, differentiable in the model's arrays; arguments as of `log_lik`."""
-        return self.filter(ys, **given).log_evidence
+    def can_follow(self) -> Bool[Array, "k k"]:
+        return jnp.ones(self.transition.shape, bool)
 
     def log_prior(self) -> Float[Array, ""]:
         """Log density of the parameters under their conjugate priors, up to a constant."""
-        xlogy = jax.scipy.special.xlogy
-        chain = jnp.sum(xlogy(self.initial_prior - 1.0, self.initial))
-        return chain + jnp.sum(xlogy(self.transition_prior - 1.0, self.transition)) + self.emission.log_prior()
+        return self._log_prior()
 
     def filter(
         self, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None, method: Method = "auto"
@@ -260,29 +208,16 @@ class HiddenMarkovModel(eqx.Module):
             ['initial', 'rate', 'transition']
         """
         data = observe(self.emission, ys, covariates=covariates, mask=mask, lengths=lengths)
-        num = self.num_states
-        laws = {
-            "initial": dist.Dirichlet(jnp.broadcast_to(self.initial_prior, (num,))),
-            "transition": dist.Dirichlet(jnp.broadcast_to(self.transition_prior, (num, num))),
-            **priors,
-        }
-        own = parameters_of(self)
-        if unknown := set(laws) - set(own):
-            raise ValueError(f"priors must be of {sorted(own)}, got one of {sorted(unknown)}")
-        for name, law in laws.items():
-            shape = own[name].shape
-            if law.event_shape != shape[len(shape) - law.event_dim :]:
-                raise ValueError(f"priors[{name!r}] must be a law of rows of shape {shape}, got {law.event_shape}")
+        return self._target(data, priors, lambda model, given: evidence(model, given, method))
 
-        def joint(ys: Array, features: Array | None, is_seen: Array, lengths: Array) -> None:
-            drawn = {}
-            for name, law in laws.items():
-                batch_shape = own[name].shape[: own[name].ndim - law.event_dim]
-                drawn[name] = numpyro.sample(name, law.expand(batch_shape).to_event(len(batch_shape)))
-            given = Observations(ys, features, is_seen, lengths, None)
-            numpyro.factor("log_evidence", evidence(with_parameters(self, drawn), given, method))
-
-        return Target.from_numpyro(joint, data.ys, data.features, data.is_seen, data.lengths)
+    def draw_path(self, key: Key[Array, ""], data: Observations) -> PathDraw:
+        log_lik = score(self.emission, data)
+        chain = as_chain(self.log_initial, self.log_transition, log_lik, None, data.lengths)
+        filtered = filter_chain(chain, "auto")
+        path = sample_paths(key, chain, filtered, 1)[:, 0]
+        visits = jax.nn.one_hot(path, self.num_states, dtype=log_lik.dtype)  # none where the path is -1
+        moves = jnp.einsum("bti,btj->ij", visits[:, :-1], visits[:, 1:], precision="highest")
+        return PathDraw(path, jnp.sum(filtered.log_evidence), moves, None)
 
     def simulate(self, key: errors.KeyLike, num_steps: int, *, covariates: Any = None) -> tuple[Array, Array]:
         """A path of states and its observations.
@@ -337,22 +272,3 @@ def sticky(num_states: int, concentration: float = 1.0, stickiness: float = 10.0
         Fox, Sudderth, Jordan and Willsky (2011), doi:10.1214/10-AOAS395.
     """
     return concentration + stickiness * jnp.eye(num_states)
-
-
-def _probabilities(name: str, value: Any, shape: tuple[int, ...]) -> Array:
-    p = errors.as_array(name, is_floating=True)(value)
-    if p.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}, K from the emission, got {p.shape}")
-    if errors.is_concrete(p):
-        values = np.asarray(p)
-        if np.any(values < 0) or not np.allclose(values.sum(-1), 1.0, atol=float(jnp.finfo(p.dtype).eps) ** 0.5):
-            raise ValueError(f"{name} must hold probabilities that sum to 1, got {values}")
-    return p
-
-
-def _concentrations(name: str, value: Any, shape: tuple[int, ...]) -> Array:
-    concentrations = errors.as_array(name, is_floating=True)(value)
-    errors.check_positive(name, concentrations)
-    if concentrations.shape not in ((), shape):
-        raise ValueError(f"{name} must be a scalar or have shape {shape}, got {concentrations.shape}")
-    return concentrations

@@ -12,21 +12,22 @@ References:
 """
 
 import dataclasses
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpyro.distributions as dist
+from jaxtyping import Array, Bool, Float, Key
 
 from bayesinf import errors
 from bayesinf.models.hmm.duration import Duration
-from bayesinf.models.hmm.em import HMMFit, climb_from_starts
-from bayesinf.models.hmm.emission import Emission, ratio
+from bayesinf.models.hmm.em import HMMFit, climb_from_starts, maximize_chain
+from bayesinf.models.hmm.emission import Emission
+from bayesinf.models.hmm.hidden_chain import HiddenChainModel, PathDraw
 from bayesinf.models.hmm.inputs import over_series
-from bayesinf.models.hmm.model import HiddenMarkovModel
 from bayesinf.models.hmm.observations import Observations, observe, score
-from bayesinf.models.hmm.recursion import log_or_never
 from bayesinf.models.hmm.semi_markov import (
     HSMMFiltered,
     HSMMSmoothed,
@@ -36,12 +37,13 @@ from bayesinf.models.hmm.semi_markov import (
     semi_forward,
     semi_statistics,
 )
-from bayesinf.models.hmm.semi_markov_paths import HSMMPath, HSMMPaths, hsmm_sample, hsmm_viterbi
+from bayesinf.models.hmm.semi_markov_paths import HSMMPath, HSMMPaths, draw_stays, hsmm_sample, hsmm_viterbi
+from bayesinf.target import Target
 
 __all__ = ["HiddenSemiMarkovModel"]
 
 
-class HiddenSemiMarkovModel(eqx.Module):
+class HiddenSemiMarkovModel(HiddenChainModel):
     """A hidden semi-Markov model.
 
     Attributes:
@@ -67,12 +69,7 @@ class HiddenSemiMarkovModel(eqx.Module):
         [0, 0, 0, 0, 1, 1, 1]
     """
 
-    emission: Emission
     duration: Duration
-    initial: Float[Array, " k"]
-    transition: Float[Array, "k k"]
-    initial_prior: Float[Array, "..."]
-    transition_prior: Float[Array, "..."]
 
     def __init__(
         self,
@@ -88,41 +85,19 @@ class HiddenSemiMarkovModel(eqx.Module):
             raise ValueError(
                 f"duration must be a Duration, such as models.hmm.CategoricalDuration, got {type(duration).__name__}"
             )
-        if transition is None and isinstance(emission, Emission):
-            num = emission.num_states
-            transition = (1.0 - jnp.eye(num)) / (num - 1) if num > 1 else jnp.ones((1, 1))
-        checked = HiddenMarkovModel(
-            emission, initial, transition, initial_prior=initial_prior, transition_prior=transition_prior
-        )
+        super().__init__(emission, initial, transition, initial_prior, transition_prior, stay=0.0)
         num_laws = duration.log_prob().shape[0]
-        if num_laws != checked.num_states:
-            raise ValueError(f"duration must be of {checked.num_states} states, as the emission is, got {num_laws}")
-        self.emission, self.duration = checked.emission, duration
-        self.initial, self.transition = checked.initial, checked.transition
-        self.initial_prior, self.transition_prior = checked.initial_prior, checked.transition_prior
+        if num_laws != self.num_states:
+            raise ValueError(f"duration must be of {self.num_states} states, as the emission is, got {num_laws}")
+        self.duration = duration
 
     @property
-    def num_states(self) -> int:
-        """K."""
-        return self.emission.num_states
-
-    def log_lik(self, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None) -> Float[Array, "..."]:
-        """Log p(y_t | x_t = k), shape (..., T, K); arguments as of `HiddenMarkovModel.log_lik`."""
-        data = observe(self.emission, ys, covariates=covariates, mask=mask, lengths=lengths)
-        log_lik = score(self.emission, data)
-        return log_lik[0] if data.is_single else log_lik
-
-    def log_prob(self, ys: Any, **given: Any) -> Float[Array, "..."]:
-        """Log p(y_{0:T-1}) of every series, differentiable in the model's arrays; arguments as of `log_lik`."""
-        return self.filter(ys, **given).log_evidence
+    def can_follow(self) -> Bool[Array, "k k"]:
+        return self.transition > 0
 
     def log_prior(self) -> Float[Array, ""]:
         """Log density of the parameters under their conjugate priors, up to a constant."""
-        xlogy = jax.scipy.special.xlogy
-        first = jnp.sum(xlogy(self.initial_prior - 1.0, self.initial))
-        is_free = self.transition > 0
-        rows = jnp.sum(xlogy(jnp.where(is_free, self.transition_prior - 1.0, 0.0), self.transition))
-        return first + rows + self.emission.log_prior() + self.duration.log_prior()
+        return self._log_prior() + self.duration.log_prior()
 
     def filter(self, ys: Any, *, covariates: Any = None, mask: Any = None, lengths: Any = None) -> HSMMFiltered:
         """What the data so far tell of the state, see `hsmm_filter`; arguments as of `log_lik`."""
@@ -204,6 +179,67 @@ class HiddenSemiMarkovModel(eqx.Module):
             throw=throw,
         )
 
+    def target(
+        self,
+        ys: Any,
+        priors: Mapping[str, dist.Distribution],
+        *,
+        covariates: Any = None,
+        mask: Any = None,
+        lengths: Any = None,
+    ) -> Target:
+        """The posterior of the parameters with the stays integrated out, see `HiddenMarkovModel.target`.
+
+        Transitions that are zero stay zero. Where others are learnt, every row of as many, these are the variable
+        "moves", from left to right, and the whole matrix is a deterministic one, "transition".
+
+        Args:
+            ys, covariates, mask, lengths: as of `log_lik`.
+            priors: NumPyro laws by the names of `parameters_of`, among them those of the durations.
+
+        Raises:
+            ValueError: a prior is of no parameter, or has another shape, or rows of `transition` differ in how many of
+                their probabilities are zero.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import numpyro.distributions as dist
+            >>> from bayesinf import models
+            >>> from bayesinf.datasets import earthquakes
+            >>> hmm = models.hmm
+            >>> duration = hmm.NegativeBinomialDuration(jnp.ones(2), jnp.array([0.1, 0.1]), max_duration=60)
+            >>> model = models.HiddenSemiMarkovModel(hmm.Poisson(jnp.array([15.0, 26.0])), duration)
+            >>> priors = {"rate": dist.Gamma(2.0, 0.1), "duration.stop": dist.Beta(1.0, 4.0)}
+            >>> sorted(model.target(earthquakes().counts, priors).init(0, num_chains=4))
+            ['duration.stop', 'initial', 'rate']
+        """
+        data = observe(self.emission, ys, covariates=covariates, mask=mask, lengths=lengths)
+        return self._target(data, priors, _evidence)
+
+    def draw_path(self, key: Key[Array, ""], data: Observations) -> PathDraw:
+        chain = self._chain(data)
+        num_states, num_durations = chain.log_duration.shape
+
+        def one(log_lik: Array, is_real: Array, key: Array) -> tuple[Array, ...]:
+            passed = semi_forward(chain, log_lik, is_real, is_kept=True)
+            path, is_start, rest = (found[0] for found in draw_stays(key, chain, passed, log_lik, 1))
+            num_steps = path.shape[0]
+            starts = jnp.where(is_start, jnp.arange(num_steps), num_steps + rest)
+            following = jax.lax.cummin(jnp.append(starts[1:], num_steps + rest), reverse=True)
+            lasted = following - jnp.arange(num_steps)  # of the stays that begin here
+            is_known = is_real & (passed.log_evidence > -jnp.inf)
+            path = jnp.where(is_known, path, -1)
+            is_start = is_start & is_known
+            visits = jax.nn.one_hot(path, num_states, dtype=log_lik.dtype)
+            begun = jnp.where(is_start[:, None], visits, 0.0)
+            product = partial(jnp.matmul, precision="highest")  # of counts
+            durations = product(begun.T, jax.nn.one_hot(lasted - 1, num_durations, dtype=log_lik.dtype))
+            return path, passed.log_evidence, product(visits[:-1].T, begun[1:]), durations
+
+        keys = jax.random.split(key, chain.log_lik.shape[:1])
+        path, log_evidence, moves, durations = over_series(one, chain.log_lik, chain.is_real, keys)
+        return PathDraw(path, jnp.sum(log_evidence), jnp.sum(moves, axis=0), jnp.sum(durations, axis=0))
+
     def simulate(self, key: errors.KeyLike, num_steps: int, *, covariates: Any = None) -> tuple[Array, Array]:
         """A path of states and its observations.
 
@@ -245,33 +281,36 @@ class HiddenSemiMarkovModel(eqx.Module):
         return states, self.emission.sample(key_ys, states, given)
 
     def _laws(self) -> tuple[Float[Array, " k"], Float[Array, "k k"], Float[Array, "k d"]]:
-        return log_or_never(self.initial), log_or_never(self.transition), self.duration.log_prob()
+        return self.log_initial, self.log_transition, self.duration.log_prob()
+
+    def _chain(self, data: Observations) -> SemiChain:
+        log_lik = score(self.emission, data)
+        is_real = jnp.arange(log_lik.shape[1]) < data.lengths[:, None]
+        log_initial, log_transition, log_duration = (law.astype(log_lik.dtype) for law in self._laws())
+        return SemiChain(log_initial, log_transition, log_duration, log_lik, is_real)
+
+
+def _evidence(model: HiddenSemiMarkovModel, data: Observations) -> Float[Array, ""]:
+    chain = model._chain(data)
+
+    def one(log_lik: Array, is_real: Array) -> Array:
+        return semi_forward(chain, log_lik, is_real, is_kept=False).log_evidence
+
+    return jnp.sum(over_series(one, chain.log_lik, chain.is_real))
 
 
 def _expect(model: HiddenSemiMarkovModel, data: Observations) -> tuple[Float[Array, ""], HSMMSmoothed]:
-    log_lik = score(model.emission, data)
-    is_real = jnp.arange(log_lik.shape[1]) < data.lengths[:, None]
-    log_initial, log_transition, log_duration = (law.astype(log_lik.dtype) for law in model._laws())
-    chain = SemiChain(log_initial, log_transition, log_duration, log_lik, is_real)
+    chain = model._chain(data)
 
     def one(log_lik: Array, is_real: Array) -> HSMMSmoothed:
         passed = semi_forward(chain, log_lik, is_real, is_kept=True)
         return semi_statistics(chain, passed, log_lik, is_real)
 
-    smoothed = over_series(one, log_lik, is_real)
+    smoothed = over_series(one, chain.log_lik, chain.is_real)
     return jnp.sum(smoothed.log_evidence), smoothed
 
 
 def _maximize(model: HiddenSemiMarkovModel, data: Observations, rows: Any, smoothed: HSMMSmoothed) -> Any:
     visits = jnp.exp(smoothed.log_smoothed)
-    first = jnp.maximum(jnp.sum(visits[:, 0], axis=0) + model.initial_prior - 1.0, 0.0)
-    moves = jnp.maximum(jnp.sum(smoothed.expected_transitions, axis=0) + model.transition_prior - 1.0, 0.0)
-    moves = jnp.where(model.transition > 0, moves, 0.0)
-    weights = jnp.where(data.is_seen[..., None], visits, 0.0).reshape(-1, visits.shape[-1])
-    return dataclasses.replace(
-        model,
-        initial=ratio(first, jnp.sum(first), model.initial),
-        transition=ratio(moves, jnp.sum(moves, axis=-1, keepdims=True), model.transition),
-        emission=model.emission.maximize(rows[0], weights, rows[2]),
-        duration=model.duration.maximize(jnp.sum(smoothed.expected_durations, axis=0)),
-    )
+    better = maximize_chain(model, data, rows, visits, smoothed.expected_transitions)
+    return dataclasses.replace(better, duration=model.duration.maximize(jnp.sum(smoothed.expected_durations, axis=0)))

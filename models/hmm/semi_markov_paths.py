@@ -22,9 +22,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from bayesinf import errors, weights
 from bayesinf.models.hmm.inputs import over_series
-from bayesinf.models.hmm.semi_markov import SemiChain, as_semi_chain, semi_forward
+from bayesinf.models.hmm.semi_markov import SemiChain, SemiPassed, as_semi_chain, semi_forward
 
-__all__ = ["HSMMPath", "HSMMPaths", "hsmm_sample", "hsmm_viterbi"]
+__all__ = ["HSMMPath", "HSMMPaths", "draw_stays", "hsmm_sample", "hsmm_viterbi"]
 
 
 class HSMMPath(NamedTuple):
@@ -194,33 +194,48 @@ def _viterbi(chain: SemiChain) -> HSMMPath:
 
 @partial(jax.jit, static_argnames="num_samples")
 def _sample(keys: Array, chain: SemiChain, num_samples: int) -> HSMMPaths:
-    log_trans, log_duration = chain.log_trans, chain.log_duration
-    num_durations = log_duration.shape[1]
-
     def one(log_lik: Array, is_real: Array, key: Key[Array, ""]) -> HSMMPaths:
-        key_last, key_rest = jax.random.split(key)
         passed = semi_forward(chain, log_lik, is_real, is_kept=True)
-        log_after = passed.log_messages + log_lik[:, :, None]
-        last = jax.random.categorical(key_last, log_after[-1].reshape(-1), shape=(num_samples,))
-        end = last // num_durations, last % num_durations  # the second is r - 1
-
-        def back(carry: tuple[Array, Array], data: tuple[Array, Array]) -> tuple[tuple, tuple[Array, Array]]:
-            state, rest = carry
-            t, log_after_t = data
-            # one more step remained of the same stay, or another stay ended
-            longer = jnp.concatenate([log_after_t[:, 1:], jnp.full_like(log_after_t[:, :1], -jnp.inf)], axis=1)
-            ended = log_after_t[:, :1] + log_trans[:, state] + log_duration[state, rest]
-            choices = jnp.concatenate([longer[state, rest][None], ended])
-            chosen = jax.random.categorical(jax.random.fold_in(key_rest, t), choices, axis=0)
-            is_start = chosen > 0
-            before = jnp.where(is_start, chosen - 1, state), jnp.where(is_start, 0, rest + 1)
-            return before, (before[0], is_start)
-
-        times = jnp.arange(log_lik.shape[0] - 1)
-        _, (earlier, is_start) = jax.lax.scan(back, end, (times, log_after[:-1]), reverse=True)
-        path = jnp.concatenate([earlier, end[0][None]]).T.astype(jnp.int32)
-        is_start = jnp.concatenate([jnp.ones((1, num_samples), bool), is_start]).T
+        path, is_start, _ = draw_stays(key, chain, passed, log_lik, num_samples)
         is_known = is_real & (passed.log_evidence != -jnp.inf)
         return HSMMPaths(jnp.where(is_known, path, -1), is_start & is_known)
 
     return over_series(one, chain.log_lik, chain.is_real, keys)
+
+
+def draw_stays(
+    key: Key[Array, ""], chain: SemiChain, passed: SemiPassed, log_lik: Float[Array, "t k"], num_samples: int
+) -> tuple[Int[Array, "n t"], Bool[Array, "n t"], Int[Array, " n"]]:
+    """Paths of one series that was passed with its messages kept: states, starts of stays, what remains of the last.
+
+    Args:
+        key: PRNG key.
+        chain: the chain.
+        passed: of the pass forwards.
+        log_lik: of the series.
+        num_samples: how many paths.
+    """
+    log_trans, log_duration = chain.log_trans, chain.log_duration
+    num_durations = log_duration.shape[1]
+    key_last, key_rest = jax.random.split(key)
+    log_after = passed.log_messages + log_lik[:, :, None]
+    last = jax.random.categorical(key_last, log_after[-1].reshape(-1), shape=(num_samples,))
+    end = last // num_durations, last % num_durations  # the second is r - 1
+
+    def back(carry: tuple[Array, Array], data: tuple[Array, Array]) -> tuple[tuple, tuple[Array, Array]]:
+        state, rest = carry
+        t, log_after_t = data
+        # one more step remained of the same stay, or another stay ended
+        longer = jnp.concatenate([log_after_t[:, 1:], jnp.full_like(log_after_t[:, :1], -jnp.inf)], axis=1)
+        ended = log_after_t[:, :1] + log_trans[:, state] + log_duration[state, rest]
+        choices = jnp.concatenate([longer[state, rest][None], ended])
+        chosen = jax.random.categorical(jax.random.fold_in(key_rest, t), choices, axis=0)
+        is_start = chosen > 0
+        before = jnp.where(is_start, chosen - 1, state), jnp.where(is_start, 0, rest + 1)
+        return before, (before[0], is_start)
+
+    times = jnp.arange(log_lik.shape[0] - 1)
+    _, (earlier, is_start) = jax.lax.scan(back, end, (times, log_after[:-1]), reverse=True)
+    path = jnp.concatenate([earlier, end[0][None]]).T.astype(jnp.int32)
+    is_start = jnp.concatenate([jnp.ones((1, num_samples), bool), is_start]).T
+    return path, is_start, end[1]

@@ -94,6 +94,59 @@ def test_simulated_risks_of_predictions_are_those_of_all_paths(up, down):
     np.testing.assert_allclose(found.mean, losses.mean(), rtol=1e-5)
 
 
+def never_left_risk(num_steps, method):
+    """n E KL over the paths whose last state was never left, of two states that are both left at a rate of 2 / n."""
+    rate, lasted = 2.0 / num_steps, np.unique(np.geomspace(1, num_steps - 1, 400).astype(int))
+    law = {"add": 0.5 / lasted, "minimax": np.minimum(0.5, 1 / (lasted * np.log(lasted + 1)))}[method]
+    loss = rate * np.log(rate / law) + (1 - rate) * np.log((1 - rate) / (1 - law))
+    path = rate * (1 - rate) ** (num_steps - 2)  # entered from either side, once
+    return num_steps * np.trapezoid(path * loss, lasted)
+
+
+def test_the_minimax_rule_is_the_one_of_the_enumeration():
+    for lasted in (1, 2, 5, 40):
+        states = jnp.array([1, 1, 1] + [0] * lasted)
+        leave = min(0.5, 1 / (lasted * np.log(lasted + 1)))
+        np.testing.assert_allclose(models.predict_next(states, 2, method="minimax"), [1 - leave, leave], rtol=1e-5)
+        np.testing.assert_allclose(models.predict_next(1 - states, 2, method="minimax"), [leave, 1 - leave], rtol=1e-5)
+    np.testing.assert_allclose(models.predict_next(jnp.zeros(9, int), 2, method="minimax"), [0.9, 0.1], rtol=1e-5)
+    left = jnp.array([0, 1, 0, 0])
+    np.testing.assert_array_equal(models.predict_next(left, 2, method="minimax"), models.predict_next(left, 2))
+
+
+def test_the_risk_of_adding_one_half_grows_as_the_logarithm_and_the_minimax_one_slower():
+    """Over n = 2^6, 2^12, 2^24, 2^48: log n doubles, and so do steps of the first; log log n has equal steps."""
+    add, minimax = (
+        np.diff([never_left_risk(2.0**k, method) for k in (6, 12, 24, 48)]) for method in ("add", "minimax")
+    )
+    np.testing.assert_allclose(add[1:] / add[:-1], 2.0, rtol=0.2)
+    np.testing.assert_allclose(minimax[1:] / minimax[:-1], 1.0, rtol=0.2)
+
+
+@pytest.mark.parametrize("method", ["add", "minimax"])
+def test_worst_risks_are_those_in_the_text(method):
+    """n E KL over a grid of chains of two states, by all types of paths of 16 steps."""
+    num_steps = 16
+    first, last, counts = all_types(num_steps)
+    log_number = np.asarray(jax.jit(jax.vmap(log_whittle))(counts, first, last), float)
+    stays, leaves = (np.asarray(counts)[np.arange(len(last)), last, i] for i in (last, 1 - last))
+    leave = (leaves + 0.5) / (stays + leaves + 1)
+    if method == "minimax":
+        rarely = np.minimum(0.5, 1 / ((stays + 1) * np.log(stays + 2)))
+        never = np.where(np.asarray(counts)[np.arange(len(last)), 1 - last, last] > 0, rarely, 1 / (num_steps + 1))
+        leave = np.where(leaves > 0, leave, never)
+    worst = 0.0
+    for up in np.geomspace(0.05, 0.9, 12):
+        for down in np.geomspace(0.05, 0.9, 12):
+            chain = np.log([[1 - up, up], [down, 1 - down]])
+            log_first = np.log(np.where(first == 0, down, up) / (up + down))
+            probability = np.exp(log_number + log_first + np.sum(np.asarray(counts) * chain, axis=(1, 2)))
+            truth = np.where(last == 0, up, down)
+            loss = truth * np.log(truth / leave) + (1 - truth) * np.log((1 - truth) / (1 - leave))
+            worst = max(worst, num_steps * float(probability @ loss))
+    assert worst == pytest.approx(1.10, abs=0.01)
+
+
 def test_the_average_is_of_predictions_from_every_past():
     states = jnp.array([0, 2, 1, 1, 0, 1, 2, 1, 0, 1])
     pasts = [models.predict_next(states[start:], 3) for start in range(10)]
@@ -111,7 +164,21 @@ def test_predictions_are_laws():
 
 @pytest.mark.usefixtures("unchecked")
 def test_bad_arguments_of_chains_are_named():
-    with pytest.raises(ValueError, match="method must be one of 'add', 'average', got 'best'"):
+    rows = np.array([[0.9, 0.2], [0.1, 0.9]])
+    for call in (
+        lambda: models.stationary_law(rows),
+        lambda: models.sample_chain(0, rows, 5),
+        lambda: models.estimation_risk(0, rows, [10]),
+        lambda: models.prediction_risk(0, rows, 10),
+    ):
+        with pytest.raises(ValueError, match="transition must hold rows of probabilities that sum to 1"):
+            call()
+    for call in (lambda: models.transition_counts([0, 2], 2), lambda: models.predict_next(jnp.array([0, -1]), 2)):
+        with pytest.raises(ValueError, match=r"states must lie in 0\.\.1"):
+            call()
+    with pytest.raises(ValueError, match="method must not be 'minimax' with 3 states"):
+        models.predict_next(jnp.array([0, 1]), 3, method="minimax")
+    with pytest.raises(ValueError, match="method must be one of 'add', 'average', 'minimax', got 'best'"):
         models.predict_next(jnp.array([0, 1]), 2, method="best")
     with pytest.raises(ValueError, match=r"beta must be finite and positive, got 0\.0"):
         models.add_constant(jnp.eye(2), 0.0)

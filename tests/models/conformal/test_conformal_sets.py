@@ -343,3 +343,66 @@ def test_what_does_not_fit_is_said():
         conformal.cv_plus(scores, jnp.zeros(2), jnp.zeros(3, int), 0.1)
     with pytest.raises(ValueError, match="fitted and is_drawn must have shape"):
         conformal.jackknife_after_bootstrap(scores, jnp.zeros((2, 4)), jnp.zeros((2, 3), bool), jnp.zeros(2), 0.1)
+
+
+@pytest.mark.parametrize("is_weighted", [False, True])
+def test_the_crps_is_the_integral(is_weighted):
+    """Of the squared distance of two step functions, between their jumps; by group, and with scores missing."""
+    rng = np.random.default_rng(0)
+    scores, groups = rng.normal(size=30).round(1), rng.integers(0, 3, 30)
+    scores[[3, 17]] = np.nan
+    weights = rng.exponential(size=30) if is_weighted else None
+    calibrated = conformal.calibrate(scores, weights=weights, groups=groups)
+    centre, scale, group = np.array([0.0, 1.0, -2.0, 0.5]), np.array([1.0, 2.0, 0.5, 1.0]), np.array([0, 1, 2, 0])
+    y = np.array([0.3, -4.0, -1.9, 9.0])
+    found = conformal.predictive_distribution(calibrated, centre, scale, test_group=group)
+    for i, score in enumerate(np.asarray(found.crps(y))):
+        is_in = (groups == group[i]) & ~np.isnan(scores)
+        points = centre[i] + scale[i] * scores[is_in]
+        w = np.ones(is_in.sum()) if weights is None else weights[is_in]
+        jumps = np.sort(np.append(points, y[i]))
+        middle = (jumps[1:] + jumps[:-1]) / 2
+        cdf = (w * (points <= middle[:, None])).sum(1) / w.sum()
+        np.testing.assert_allclose(score, np.sum(np.diff(jumps) * (cdf - (middle >= y[i])) ** 2), rtol=1e-4)
+        if weights is None:
+            lower, upper = (np.asarray(bound) for bound in found.bounds(middle[:, None]))
+            assert np.all((lower[:, i] <= cdf + 1e-6) & (cdf <= upper[:, i] + 1e-6))
+    empty = conformal.predictive_distribution(calibrated, 0.0, test_group=7)
+    assert float(empty.crps(0.0)) == np.inf
+
+
+def test_infinite_sets_have_a_reason():
+    few = conformal.calibrate(np.arange(8.0))
+    assert few.why_infinite(0.1) == (
+        "of 8 calibration scores no threshold is exceeded with probability 0.1 at most: it takes 9"
+    )
+    assert float(few.threshold(0.1)) == np.inf
+    enough = conformal.calibrate(np.arange(9.0))
+    assert np.isfinite(enough.threshold(0.1))
+    assert enough.why_infinite(0.1) == ""
+    assert enough.why_infinite(0.0) == "alpha = 0 allows no miss at all"
+    grouped = conformal.calibrate(np.arange(12.0), groups=np.arange(12) // 10)
+    assert grouped.why_infinite(0.1, test_group=np.array([0, 1])).startswith("of 2 calibration scores in group 1")
+    weighted = conformal.calibrate(np.arange(12.0), weights=np.ones(12))
+    assert "more than alpha = 0.1 of the weight" in weighted.why_infinite(0.1, test_weight=5.0)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_scores_that_are_nan_are_missing_or_refused():
+    """Never ranked as if they were large, or small."""
+    scores = np.array([0.5, np.nan, 2.0, 1.0])
+    assert float(conformal.calibrate(scores).threshold(0.5)) == float(
+        conformal.calibrate(scores[[0, 2, 3]]).threshold(0.5)
+    )
+    for call in (
+        lambda: conformal.pac_threshold(scores, 0.5, 0.5),
+        lambda: conformal.batch_quantile_bound(scores, m=1, zeta=1, alpha=0.5),
+    ):
+        with pytest.raises(ValueError, match=r"cal must not be NaN, got 1 that are, at \[1\]; leave missing ones out"):
+            call()
+    with pytest.raises(ValueError, match="scores must not be NaN"):
+        conformal.visit_conformal(np.zeros(4, int), scores, 0, 0.5)
+    found = conformal.exchangeability_test(0, np.append(scores, [np.nan] * 50))
+    assert np.isnan(found.p_values[1])
+    assert not np.isnan(found.log_martingale).any()
+    assert float(found.p) > 0.2  # NaN would be the lowest p-values there are

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 
 from bayesinf.conformance import FALSE_ALARM
-from bayesinf.models.conformal import hmm_observation_set, hmm_sets, hmm_state_set
+from bayesinf.models.conformal import hmm_ends, hmm_observation_set, hmm_sets, hmm_state_set
 
 LEVELS = (0.05, 0.1, 0.2, 0.5)
 # (probability to stay, probability that the symbol is the state) of models with two states and two symbols
@@ -107,14 +107,14 @@ def test_observations_drawn_with_replacement_are_found_out(monkeypatch):
     assert exactness_error(truth_p_values(xs, ys, 2), keys) < 1e-5
 
     def careless(counts, emitted, last, horizon):
-        law = jnp.exp(hmm_sets.tail_law(counts, last, horizon)[1]).reshape((2,) * horizon + (1,) * horizon)
+        law = jnp.exp(hmm_ends.tail_law(counts, last, horizon)[1]).reshape((2,) * horizon + (1,) * horizon)
         share = emitted / jnp.maximum(emitted.sum(1, keepdims=True), 1)
         for k in range(1, horizon + 1):
-            law = law * hmm_sets._spread(share, (k, horizon + k), horizon, last)
+            law = law * hmm_ends.spread(share, (k, horizon + k), horizon, last)
         return law
 
     jax.clear_caches()
-    monkeypatch.setattr(hmm_sets, "_law_of_ends", careless)
+    monkeypatch.setattr(hmm_sets, "law_of_ends", careless)
     assert exactness_error(truth_p_values(xs, ys, 2), keys) > 0.01
     jax.clear_caches()
 
@@ -144,9 +144,7 @@ def test_drawn_blocks_end_as_all_their_orders_do(horizon):
     orders = list(permutations(blocks))
     for order in orders:
         expected[tuple(np.concatenate([stretch, *order])[-horizon - 1 :])] += 1 / len(orders)
-    draws = jax.jit(jax.vmap(partial(hmm_sets._draw_blocks, x, y, horizon)))(
-        jax.random.split(jax.random.key(0), 20_000)
-    )
+    draws = jax.jit(jax.vmap(partial(hmm_ends.draw_blocks, x, y, horizon)))(jax.random.split(jax.random.key(0), 20_000))
     seen = defaultdict(int)
     for draw in np.asarray(draws):
         following = tuple(2 * draw[1 : horizon + 1] + draw[horizon + 1 :])
@@ -164,9 +162,9 @@ def test_drawn_ends_have_the_law_that_is_enumerated(num_states, horizon):
     x, y = simulate(jax.random.key(2), TRANSITION[:num_states, :num_states], EMISSION[:num_states], 12)
     counts = hmm_sets.transition_counts(x, num_states)
     emitted = jax.nn.one_hot(x, num_states).T @ jax.nn.one_hot(y, 4)
-    law = np.asarray(hmm_sets._law_of_ends(counts, emitted, x[-1], horizon), float)
+    law = np.asarray(hmm_ends.law_of_ends(counts, emitted, x[-1], horizon), float)
     assert law.sum() == pytest.approx(1.0, abs=1e-5)
-    draw = jax.jit(jax.vmap(partial(hmm_sets._draw_end, counts, emitted, x[-1], horizon)))
+    draw = jax.jit(jax.vmap(partial(hmm_ends.draw_end, counts, emitted, x[-1], horizon)))
     draws = np.asarray(draw(jax.random.split(jax.random.key(3), 20_000)))
     assert np.all(draws[:, horizon] == x[-1])
     seen = np.zeros(law.shape)
@@ -229,7 +227,7 @@ def cut_where_blocks_begin(x, y, y_new, key):
         xs, ys = jnp.append(x, candidate), jnp.append(y, y_new)
         transition = hmm_sets.add_constant(hmm_sets.transition_counts(xs, 2))
         emission = hmm_sets.add_constant(jax.nn.one_hot(xs, 2).T @ jax.nn.one_hot(ys, 2))
-        score = 1 - hmm_sets._normalized(transition[:, None, :] * emission.T)
+        score = 1 - hmm_ends.normalized(transition[:, None, :] * emission.T)
         is_visit = (xs == xs[-1]) & (ys == ys[-1])
         is_end = jnp.roll(is_visit, -1).at[-1].set(False) & (jnp.cumsum(is_visit) > 0)
         previous = jnp.concatenate([xs[:1], xs[:-1]])

@@ -87,6 +87,30 @@ def test_residuals_of_the_future_are_found_out(name, monkeypatch):
     assert honest[0][20] == honest[1][20]
 
 
+class ChosenWithHindsight(conformal.KernelQuantiles):
+    """A bandwidth that is chosen by all residuals, those of the test steps among them."""
+
+    def bounds(self, residuals, num_calibration, alpha, *, num_betas, horizon):
+        share, decay = self.choose(residuals, alpha, horizon=horizon)
+        chosen = conformal.KernelQuantiles(share[None], decay[None])
+        return chosen.bounds(residuals, num_calibration, alpha, num_betas=num_betas, horizon=horizon)
+
+
+@pytest.mark.parametrize(("kind", "is_honest"), [(conformal.KernelQuantiles, True), (ChosenWithHindsight, False)])
+def test_the_bandwidth_is_chosen_on_calibration_residuals_alone(kind, is_honest):
+    """Calibration residuals that do not depend on their past, test residuals that do, and the other way round."""
+    quantile = kind(shares=(0.05, float("inf")), decays=(0.0,))
+    independent = jax.random.normal(jax.random.key(4), (80,))
+    swings = jnp.where(jnp.arange(400) % 2 == 0, 3.0, -3.0) + 0.1 * jax.random.normal(jax.random.key(5), (400,))
+    others = 3.0 * jax.random.normal(jax.random.key(6), (400,))
+    # of the set of the first test step nothing but calibration is known
+    firsts = [
+        float(conformal.spci(jnp.concatenate([independent, later]), 80, 0.2, quantile=quantile).width[0])
+        for later in (swings, others)
+    ]
+    assert (firsts[0] == firsts[1]) == is_honest
+
+
 def test_where_the_past_tells_nothing_all_residuals_count_alike():
     """With equal weights alone, sets are those of the order statistics of all residuals before."""
     residuals = jax.random.normal(jax.random.key(1), (60,))

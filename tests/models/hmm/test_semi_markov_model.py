@@ -5,11 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 import scipy.stats
 
-from bayesinf.conformance import FALSE_ALARM
+from bayesinf.conformance import FALSE_ALARM, geweke_joint
 from bayesinf.models import HiddenMarkovModel, HiddenSemiMarkovModel, hmm
+from bayesinf.models.hmm import semi_markov_model
+from bayesinf.models.hmm.semi_markov_paths import draw_stays
 
 pytestmark = pytest.mark.usefixtures("compile_fast")  # nearly all the time is compilation
 
@@ -172,7 +175,128 @@ def test_paths_given_the_data_agree_with_the_smoother():
     assert min(p_values) * 40 > FALSE_ALARM
 
 
+OTHERS = ([1, 2], [0, 2], [0, 1])  # the columns that are not on the diagonal
+GIBBS = HiddenSemiMarkovModel(
+    hmm.Poisson(np.array([1.0, 4.0, 9.0]), hmm.GammaPrior(4.0, 1.0)),
+    hmm.CategoricalDuration(
+        np.array([[0.2, 0.5, 0.3], [0.0, 0.5, 0.5], [0.6, 0.3, 0.1]]), prior=np.array([1.0, 3.0, 2.0])
+    ),
+    initial_prior=2.0,
+    transition_prior=np.array([[1.0, 2.0, 3.0], [1.5, 1.0, 1.0], [2.0, 3.0, 1.0]]),
+)
+
+
+def geweke_of_gibbs(num_chains):
+    """Parameters and data drawn forwards, and by alternating data and a step; two series, one of which ends early."""
+    size, lengths = (2, 6), np.array([6, 4])
+
+    def prior(key):
+        keys = jax.random.split(key, 4)
+        transition = jnp.zeros((3, 3))
+        for i, columns in enumerate(OTHERS):
+            row = jax.random.dirichlet(jax.random.fold_in(keys[0], i), GIBBS.transition_prior[i, jnp.array(columns)])
+            transition = transition.at[i, jnp.array(columns)].set(row)
+        probs = jax.random.dirichlet(keys[2], jnp.asarray(GIBBS.duration.prior), (3,))
+        short = jax.random.dirichlet(jax.random.fold_in(keys[2], 1), jnp.asarray(GIBBS.duration.prior)[1:])
+        return {
+            "initial": jax.random.dirichlet(keys[1], jnp.full(3, 2.0)),
+            "transition": transition,
+            "duration.probs": probs.at[1].set(jnp.append(0.0, short)),
+            "rate": jax.random.gamma(keys[3], 4.0, (3,)),
+        }
+
+    def simulate(key, values):
+        model = hmm.with_parameters(GIBBS, values)
+        ys = jnp.stack([model.simulate(one, size[1])[1] for one in jax.random.split(key, 2)])
+        return jnp.where(jnp.arange(size[1]) < lengths[:, None], ys, 0.0)
+
+    def transition(key, values, ys):
+        kernel = hmm.HMMGibbs(GIBBS, ys, lengths=lengths)
+        return kernel.step(key, kernel.init(values))[0].position
+
+    return geweke_joint(0, prior, simulate, transition, num_chains=num_chains, num_rounds=3)
+
+
+def test_gibbs_sampling_leaves_the_joint_law_alone():
+    geweke_of_gibbs(10_000).raise_if_rejected()
+
+
+def test_a_last_stay_that_ends_with_the_series_is_found_out(monkeypatch):
+    def cut(*args):
+        path, is_start, rest = draw_stays(*args)
+        return path, is_start, 0 * rest
+
+    monkeypatch.setattr(semi_markov_model, "draw_stays", cut)
+    assert geweke_of_gibbs(4_000).p_value < FALSE_ALARM
+
+
+def test_stays_are_counted_with_what_remains_of_the_last():
+    """Where the data show the path, by hand: 2 2 | 0 0 0 | 1 1 1 (at least), and a series that ends within a stay."""
+    duration = hmm.CategoricalDuration(np.full((3, 4), 0.25), prior=0.5)
+    model = HiddenSemiMarkovModel(hmm.Categorical(np.eye(3)), duration)
+    ys = np.array([[2, 2, 0, 0, 0, 1, 1, 1], [0, 0, 0, -1, -1, -1, -1, -1]], float)
+    kernel = hmm.HMMGibbs(model, ys, lengths=np.array([8, 3]))
+    drawn = jax.vmap(lambda key: model.draw_path(key, kernel.data))(jax.random.split(jax.random.key(0), 4_000))
+    assert np.array_equal(np.asarray(drawn.path[0]), ys)
+    np.testing.assert_array_equal(
+        np.asarray(drawn.moves), np.broadcast_to([[0, 1, 0], [0, 0, 0], [1, 0, 0]], (4000, 3, 3))
+    )
+    durations = np.asarray(drawn.durations)
+    np.testing.assert_array_equal(durations[:, 2], np.broadcast_to([0, 1, 0, 0], (4000, 4)))
+    for state, seen in ((0, [0, 0, 1, 0]), (1, [0, 0, 0, 0])):  # the last stay has 3 steps or 4, as likely
+        last = durations[:, state] - seen
+        assert np.all(last[:, :2] == 0)
+        assert np.all(last.sum(1) == 1)
+        assert scipy.stats.binomtest(int(last[:, 2].sum()), 4000, 0.5).pvalue > FALSE_ALARM
+
+
+def test_the_target_is_evidence_and_priors():
+    model = GIBBS
+    ys = model.simulate(0, 30)[1].astype(float).at[4].set(jnp.nan)
+    target = model.target(
+        ys, {"rate": dist.Gamma(4.0, 1.0), "duration.probs": dist.Dirichlet(jnp.array([1.0, 3.0, 2.0]))}
+    )
+    moves = jnp.array([[0.3, 0.7], [0.6, 0.4], [0.5, 0.5]])
+    values = {
+        "initial": jnp.array([0.2, 0.3, 0.5]),
+        "moves": moves,
+        "rate": jnp.array([2.0, 5.0, 8.0]),
+        "duration.probs": jnp.array([[0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.5, 0.4, 0.1]]),
+    }
+    position = target.unconstrain(values)
+    simplex, positive = dist.constraints.simplex, dist.constraints.positive
+    constraints = {"initial": simplex, "moves": simplex, "rate": positive, "duration.probs": simplex}
+    jacobian = sum(
+        jnp.sum(dist.biject_to(c).log_abs_det_jacobian(position[name], values[name])) for name, c in constraints.items()
+    )
+    transition = jnp.array([[0.0, 0.3, 0.7], [0.6, 0.0, 0.4], [0.5, 0.5, 0.0]])
+    np.testing.assert_allclose(target.constrain(position)["transition"], transition, atol=100 * EPS)
+    named = {name: value for name, value in values.items() if name != "moves"} | {"transition": transition}
+    prior = np.asarray(model.transition_prior)
+    expected = (
+        hmm.with_parameters(model, named).log_prob(ys)
+        + dist.Dirichlet(jnp.full(3, 2.0)).log_prob(values["initial"])
+        + sum(dist.Dirichlet(prior[i, prior_columns]).log_prob(moves[i]) for i, prior_columns in enumerate(OTHERS))
+        + dist.Gamma(4.0, 1.0).log_prob(values["rate"]).sum()
+        + dist.Dirichlet(jnp.array([1.0, 3.0, 2.0])).log_prob(values["duration.probs"]).sum()
+        + jacobian
+    )
+    np.testing.assert_allclose(target.logdensity(position), expected, rtol=1e-5)
+    gradient = jax.grad(target.logdensity)(position)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradient))
+
+
 def test_bad_input_is_named(unchecked):
+    gibbs = dataclasses.replace(
+        GIBBS, duration=hmm.NegativeBinomialDuration(np.ones(3), np.full(3, 0.5), max_duration=5)
+    )
+    with pytest.raises(ValueError, match="NegativeBinomialDuration has no conjugate prior"):
+        hmm.HMMGibbs(gibbs, np.zeros(5))
+    with pytest.raises(ValueError, match="priors must not be of 'transition'"):
+        GIBBS.target(np.zeros(5), {"transition": dist.Dirichlet(np.ones(3))})
+    uneven = dataclasses.replace(GIBBS, transition=np.array([[0.0, 1.0, 0.0], [0.5, 0.0, 0.5], [0.5, 0.5, 0.0]]))
+    with pytest.raises(ValueError, match="as many nonzero probabilities in every row"):
+        uneven.target(np.zeros(5), {})
     emission = hmm.Gaussian(np.array([-1.0, 2.0]), np.ones(2))
     with pytest.raises(ValueError, match="duration must be a Duration"):
         HiddenSemiMarkovModel(emission, np.ones((2, 3)) / 3)
