@@ -79,20 +79,19 @@ def copy_rows(tree: PyTree, ancestors: Int[Array, " m"]) -> PyTree:
     is_changed = ancestors != jnp.arange(num_rows)
     changed = jnp.nonzero(is_changed, size=num_rows, fill_value=0)[0]
 
-    def one_by_one(tree: PyTree) -> PyTree:
-        def copy(i: Array, tree: PyTree) -> PyTree:
-            row = changed[i]
+    def copy(i: Array, tree: PyTree) -> PyTree:
+        row = changed[i]
 
-            def overwrite(leaf: Array) -> Array:
-                source = jax.lax.dynamic_index_in_dim(leaf, ancestors[row], keepdims=True)
-                return jax.lax.dynamic_update_slice_in_dim(leaf, source, row, axis=0)
+        def overwrite(leaf: Array) -> Array:
+            source = jax.lax.dynamic_index_in_dim(leaf, ancestors[row], keepdims=True)
+            return jax.lax.dynamic_update_slice_in_dim(leaf, source, row, axis=0)
 
-            return jax.tree.map(overwrite, tree)
+        return jax.tree.map(overwrite, tree)
 
-        return jax.lax.fori_loop(0, jnp.sum(is_changed), copy, tree)
-
+    # loops of no or one turn where a cond would do: what is carried through a loop stays where it is in memory
     is_in_place = jnp.all(ancestors[ancestors] == ancestors)
-    return jax.lax.cond(is_in_place, one_by_one, lambda tree: resampling.gather(tree, ancestors), tree)
+    tree = jax.lax.fori_loop(0, jnp.where(is_in_place, jnp.sum(is_changed), 0), copy, tree)
+    return jax.lax.fori_loop(0, jnp.where(is_in_place, 0, 1), lambda _, tree: resampling.gather(tree, ancestors), tree)
 
 
 def write(own: KeysValues, key: Array, value: Array, lengths: Int[Array, " n"], is_active: Bool[Array, " n"]) -> KeysValues:
