@@ -73,7 +73,8 @@ class Rotary(NamedTuple):
 class Transformer(eqx.Module):
     """A language model of the Llama type; `random` makes one to be trained, `load_gguf` and `load_safetensors` read one.
 
-    The weights' dtype, float32 or bfloat16, is that of the products; sums of squares, softmax and logits are float32.
+    The weights' dtype, float32 or bfloat16, is that of the products; positions, sums of squares and the softmax are
+    float32, as are the logits, which from bfloat16 have its eight bits.
 
     Attributes:
         embedding: a row for every token.
@@ -316,7 +317,7 @@ class Transformer(eqx.Module):
     def _logits(self, h: Float[Array, "n d"]) -> Float[Array, "n v"]:
         head = self.embedding if self.head is None else self.head
         normed = _rms_norm(h, self.norm, self.norm_epsilon)
-        return jnp.einsum("nd,vd->nv", normed, head, preferred_element_type=jnp.float32)
+        return (normed @ head.T).astype(jnp.float32)
 
 
 def _rms_norm(x: Float[Array, "n d"], weight: Float[Array, " d"], epsilon: float) -> Float[Array, "n d"]:
@@ -328,7 +329,7 @@ def _rms_norm(x: Float[Array, "n d"], weight: Float[Array, " d"], epsilon: float
 def _attend_before(q: Float[Array, "t k g e"], read: KeysValues) -> Float[Array, "t k g e"]:
     """Attention of every token to itself and those before."""
     t = jnp.arange(q.shape[0])
-    scores = jnp.einsum("tkge,kes->tkgs", q, read.keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("tkge,kes->tkgs", q, read.keys).astype(jnp.float32)
     scores = jnp.where((t <= t[:, None])[:, None, None], scores, -jnp.inf)
     return jnp.einsum("tkgs,kse->tkge", jax.nn.softmax(scores).astype(q.dtype), read.values)
 
@@ -337,8 +338,8 @@ def _attend_both(
     q: Float[Array, "n k g e"], shared: KeysValues, own: KeysValues, prompt_length: Array, lengths: Int[Array, " n"]
 ) -> Float[Array, "n k g e"]:
     """Attention of each particle's newest token, at `lengths`, to the prompt and to its own tokens."""
-    to_prompt = jnp.einsum("nkge,kep->nkgp", q, shared.keys, preferred_element_type=jnp.float32)
-    to_own = jnp.einsum("nkge,nkes->nkgs", q, own.keys, preferred_element_type=jnp.float32)
+    to_prompt = jnp.einsum("nkge,kep->nkgp", q, shared.keys).astype(jnp.float32)
+    to_own = jnp.einsum("nkge,nkes->nkgs", q, own.keys).astype(jnp.float32)
     size = shared.keys.shape[-1]
     is_prompt = jnp.arange(size) < prompt_length
     is_own = jnp.arange(own.keys.shape[-1]) <= lengths[:, None, None, None]
