@@ -2,3 +2,9 @@
 
 from bayesinf.kernels.inference_scaling.generator import StepGenerator as StepGenerator
 from bayesinf.kernels.inference_scaling.generator import StepInfo as StepInfo
+from bayesinf.kernels.inference_scaling.speculative import SpeculativeResult as SpeculativeResult
+from bayesinf.kernels.inference_scaling.speculative import TokenModel as TokenModel
+from bayesinf.kernels.inference_scaling.speculative import accept_drafts as accept_drafts
+from bayesinf.kernels.inference_scaling.speculative import residual_log_probs as residual_log_probs
+from bayesinf.kernels.inference_scaling.speculative import spectr_ratio as spectr_ratio
+from bayesinf.kernels.inference_scaling.speculative import speculative_sample as speculative_sample
