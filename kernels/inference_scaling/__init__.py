@@ -1,7 +1,11 @@
 """Particle methods for generative models; imported as `bayesinf.kernels.inference_scaling`."""
 
+from bayesinf.kernels.inference_scaling.feynman_kac_corrector import CorrectorResult as CorrectorResult
+from bayesinf.kernels.inference_scaling.feynman_kac_corrector import feynman_kac_corrector as feynman_kac_corrector
 from bayesinf.kernels.inference_scaling.generator import StepGenerator as StepGenerator
 from bayesinf.kernels.inference_scaling.generator import StepInfo as StepInfo
+from bayesinf.kernels.inference_scaling.noising import Noising as Noising
+from bayesinf.kernels.inference_scaling.noising import VariancePreserving as VariancePreserving
 from bayesinf.kernels.inference_scaling.speculative import SpeculativeResult as SpeculativeResult
 from bayesinf.kernels.inference_scaling.speculative import TokenModel as TokenModel
 from bayesinf.kernels.inference_scaling.speculative import accept_drafts as accept_drafts

@@ -345,11 +345,12 @@ def _run(key: Array, draft: Any, target: Any, prompt: Array, stop: Array, sizes:
         (is_active, _), (new, is_accepted, is_written, is_invalid) = jax.lax.scan(verify, start, rows)
 
         survivor = jnp.argmax(is_active)
-        caches = jax.tree.map(lambda leaf: leaf[survivor], (draft_caches, target_caches))
+        draft_cache, target_cache = jax.tree.map(lambda leaf: leaf[survivor], (draft_caches, target_caches))
         return _Writing(
             jax.lax.dynamic_update_slice(state.tokens, new, (state.length,)),
             state.length + jnp.sum(is_written, dtype=jnp.int32),
-            *caches,
+            draft_cache,
+            target_cache,
             state.num_accepted.at[state.num_calls].set(jnp.sum(is_accepted, dtype=jnp.int32)),
             state.num_calls + 1,
             state.num_invalid + jnp.sum(is_invalid, dtype=jnp.int32),
