@@ -1,5 +1,11 @@
 """Particle methods for generative models; imported as `bayesinf.kernels.inference_scaling`."""
 
+from bayesinf.kernels.inference_scaling.diffusion_generator import DiffusionGenerator as DiffusionGenerator
+from bayesinf.kernels.inference_scaling.diffusion_generator import DiffusionState as DiffusionState
+from bayesinf.kernels.inference_scaling.diversity import Clusters as Clusters
+from bayesinf.kernels.inference_scaling.diversity import diverse_ancestors as diverse_ancestors
+from bayesinf.kernels.inference_scaling.diversity import first_component as first_component
+from bayesinf.kernels.inference_scaling.diversity import kmeans as kmeans
 from bayesinf.kernels.inference_scaling.feynman_kac_corrector import CorrectorResult as CorrectorResult
 from bayesinf.kernels.inference_scaling.feynman_kac_corrector import feynman_kac_corrector as feynman_kac_corrector
 from bayesinf.kernels.inference_scaling.generator import StepGenerator as StepGenerator

@@ -23,7 +23,9 @@ divergences of the scores cancel, and what remains is g, with d log Z_t = E_{p_t
 
 The exponents are constant: if they moved, the weights would need the log densities of the models, which a score does
 not tell. Particles are resampled as in the particle filter. The steps are those of Euler and Maruyama: their error is
-of order h, in log Z too, where few steps show sooner than in the particles. Halve the steps to see it.
+of order h, in log Z too, where few steps show sooner than in the particles. Halve the steps to see it. Their weights
+have a finite variance only where the steps are short beside the scale of the law: for one normal of variance v to
+the power beta > 1, where h sigma^2 (beta - 1) < v / 2. Near the data, where v is small, that asks for shorter steps.
 
 References:
     Skreta, Akhound-Sadegh, Ohanesian et al. (2025), ICML, arXiv:2503.02819.
@@ -42,6 +44,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 from bayesinf import errors, weights
 from bayesinf.captured import as_pytree, current
 from bayesinf.kernels.filter_steps import check_threshold, choose_ancestors, reweigh, warn_of_invalid
+from bayesinf.kernels.inference_scaling.noising import check_times
 from bayesinf.kernels.lineage import descend, found, relative_variance
 from bayesinf.kernels.particle_filter import History
 from bayesinf.models.state_space import sample_many
@@ -158,7 +161,7 @@ def feynman_kac_corrector(
     if initial_log_weight is not None:
         errors.check_arguments("initial_log_weight", initial_log_weight, "x")
     exponents = _check_exponents(exponents, len(score_fns))
-    times = _check_times(times)
+    times = check_times(times)
     num_particles = errors.check_count("num_particles", num_particles)
     errors.check_choice("resampling", resampling, tuple(SCHEMES))
     errors.check_choice("store", store, ("summary", "full"))
@@ -296,15 +299,6 @@ def _check_exponents(exponents: Any, num_models: int) -> Array:
     if errors.is_concrete(exponents) and not (np.all(np.isfinite(exponents)) and np.sum(exponents) > 0):
         raise ValueError(f"exponents must be finite and of positive sum, for there is no other law, got {exponents}")
     return exponents
-
-
-def _check_times(times: Any) -> Array:
-    times = errors.as_array("times", is_floating=True)(times)
-    if times.ndim != 1 or times.size < 2:
-        raise ValueError(f"times must be a vector of two or more, from noise to data, got shape {times.shape}")
-    if errors.is_concrete(times) and not np.all(np.diff(np.asarray(times)) < 0):
-        raise ValueError(f"times must fall from noise to data, got {np.asarray(times)}")
-    return times
 
 
 def _raise_if_degenerate(result: CorrectorResult, num_particles: int) -> None:

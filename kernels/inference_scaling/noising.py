@@ -20,11 +20,12 @@ from abc import abstractmethod
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from bayesinf import errors
 
-__all__ = ["Noising", "VariancePreserving"]
+__all__ = ["Noising", "VariancePreserving", "check_times"]
 
 
 class Noising(eqx.Module):
@@ -94,3 +95,13 @@ class VariancePreserving(Noising):
 
     def _speed(self, t: Float[Array, ""] | float) -> Float[Array, ""]:
         return self.minimum + t * (self.maximum - self.minimum)
+
+
+def check_times(times: Float[ArrayLike, " t"]) -> Float[Array, " t"]:
+    """Times from noise to data."""
+    falling = errors.as_array("times", is_floating=True)(times)
+    if falling.ndim != 1 or falling.size < 2:
+        raise ValueError(f"times must be a vector of two or more, from noise to data, got shape {falling.shape}")
+    if errors.is_concrete(falling) and not np.all(np.diff(np.asarray(falling)) < 0):
+        raise ValueError(f"times must fall from noise to data, got {np.asarray(falling)}")
+    return falling
