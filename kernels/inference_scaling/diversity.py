@@ -8,7 +8,7 @@ them, so that the numbers of different images can be compared and no sign is lef
 
 k-means starts from the seeds of k-means++, drawn with probability proportional to the squared distance from those there
 are, and takes the best of several starts. Clusters are disjoint, so that the survivors are different samples; where
-there are fewer different samples than clusters, the farthest of the others fill up.
+there are fewer different samples than clusters, the farthest of the others fill up. Ties are broken by chance.
 
 It is a search: what survives does not depend on weights, and an evidence means nothing after it.
 
@@ -19,7 +19,7 @@ References:
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -121,7 +121,10 @@ def diverse_ancestors(
     n = k if num_particles is None else errors.check_count("num_particles", num_particles)
     if n < k:
         raise ValueError(f"num_particles must be at least num_survivors={k}, got {n}")
-    survivors = _represent(features, kmeans(key, features, k))
+    # in an order of their own ties are broken by chance: of two samples in a cluster both are as near to the mean
+    key_order, key_clusters = jax.random.split(key)
+    order = jax.random.permutation(key_order, features.shape[0]).astype(jnp.int32)
+    survivors = order[_represent(features[order], kmeans(key_clusters, features[order], k))]
     return jnp.sort(survivors)[jnp.arange(n) * k // n]
 
 
@@ -155,7 +158,7 @@ def _kmeans(key: Array, features: Array, num_clusters: int, num_iterations: int,
     mean = jnp.mean(features, axis=0)
     centred = features - mean  # distances lose no digits to an offset
 
-    def improve(centroids: Array, _: None) -> tuple[Array, None]:
+    def improve(centroids: Array, _: Any) -> tuple[Array, None]:
         labels, _ = _assign(centred, centroids)
         members = jax.nn.one_hot(labels, num_clusters, dtype=centred.dtype)
         sizes = jnp.sum(members, axis=0)[:, None]
@@ -163,7 +166,7 @@ def _kmeans(key: Array, features: Array, num_clusters: int, num_iterations: int,
         return jnp.where(sizes > 0, members.T @ centred / jnp.maximum(sizes, 1.0), centroids), None
 
     def start(key: Array) -> Clusters:
-        centroids, _ = jax.lax.scan(improve, _seed(key, centred, num_clusters), None, num_iterations)
+        centroids, _ = jax.lax.scan(improve, _seed(key, centred, num_clusters), length=num_iterations)
         labels, squares = _assign(centred, centroids)
         return Clusters(centroids, labels, jnp.sum(squares))
 
@@ -198,20 +201,22 @@ def _represent(features: Array, clusters: Clusters) -> Array:
     is_member = clusters.labels == jnp.arange(k)[:, None]
     nearest = jnp.argmin(jnp.where(is_member, distances, jnp.inf), axis=1).astype(jnp.int32)
     is_empty = ~jnp.any(is_member, axis=1)
-    is_taken = (
-        jnp.zeros(features.shape[0], bool).at[jnp.where(is_empty, features.shape[0], nearest)].set(True, mode="drop")
-    )
-    apart = jax.vmap(lambda x: jnp.min(jnp.where(is_taken, jnp.sum((features - x) ** 2, axis=1), jnp.inf)))(features)
 
-    def fill(carry: tuple[Array, Array], row: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        is_taken, apart = carry
+    def take(apart: Array, index: Array) -> Array:
+        """Squared distances to the nearest of those that are taken; -1 for these."""
+        return jnp.minimum(apart, jnp.sum((features - features[index]) ** 2, axis=1)).at[index].set(-1.0)
+
+    def keep(apart: Array, row: tuple[Array, Array]) -> tuple[Array, None]:
         index, is_empty = row
-        farthest = jnp.argmax(jnp.where(is_taken, -1.0, apart)).astype(jnp.int32)
-        index = jnp.where(is_empty, farthest, index)
-        apart = jnp.minimum(apart, jnp.sum((features - features[index]) ** 2, axis=1))
-        return (is_taken.at[index].set(True), apart), index
+        return jnp.where(is_empty, apart, take(apart, index)), None
 
-    _, survivors = jax.lax.scan(fill, (is_taken, apart), (nearest, is_empty))
+    def fill(apart: Array, row: tuple[Array, Array]) -> tuple[Array, Array]:
+        index, is_empty = row
+        index = jnp.where(is_empty, jnp.argmax(apart).astype(jnp.int32), index)
+        return take(apart, index), index
+
+    apart, _ = jax.lax.scan(keep, jnp.full(features.shape[0], jnp.inf, features.dtype), (nearest, is_empty))
+    _, survivors = jax.lax.scan(fill, apart, (nearest, is_empty))
     return survivors
 
 

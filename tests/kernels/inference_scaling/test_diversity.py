@@ -11,11 +11,11 @@ import scipy.stats
 from bayesinf.conformance import FALSE_ALARM
 from bayesinf.kernels.inference_scaling import diverse_ancestors, diversity, first_component, kmeans
 
-SIZES = (30, 1, 2, 5, 1)
+SIZES = (30, 1, 3, 5, 1)
 CENTRES = 100.0 * np.random.default_rng(0).standard_normal((len(SIZES), 3))
 LABELS = np.repeat(np.arange(len(SIZES)), SIZES)
 SEPARATED = CENTRES[LABELS] + np.random.default_rng(1).standard_normal((LABELS.size, 3))
-KEYS = jax.random.split(jax.random.key(0), 200)
+KEYS = jax.random.split(jax.random.key(0), 50)
 
 
 def survivors(features, num, keys=KEYS):
@@ -35,9 +35,10 @@ def representatives():
 
 @pytest.mark.usefixtures("compile_fast")
 def test_one_of_each_separated_cluster_survives_and_it_is_the_one_in_the_middle():
-    np.testing.assert_array_equal(survivors(SEPARATED, 5), np.tile(representatives(), (KEYS.size, 1)))
+    expected = np.tile(representatives(), (KEYS.size, 1))
+    np.testing.assert_array_equal(survivors(SEPARATED, 5), expected)
     order = np.random.default_rng(2).permutation(LABELS.size)
-    np.testing.assert_array_equal(np.sort(order[survivors(SEPARATED[order], 5)]), np.sort(survivors(SEPARATED, 5)))
+    np.testing.assert_array_equal(np.sort(order[survivors(SEPARATED[order], 5)]), expected)
 
 
 @pytest.mark.usefixtures("compile_fast")
@@ -55,22 +56,14 @@ def test_seeds_that_are_drawn_blindly_miss_clusters(monkeypatch):
 
 @pytest.mark.usefixtures("compile_fast")
 def test_the_order_of_samples_does_not_matter():
-    """In law, where clusters overlap and the seeds decide."""
+    """In law, where seeds and ties decide: of a cluster of two both are equally near."""
     features = np.random.default_rng(3).standard_normal((7, 2))
     order = np.array([3, 6, 0, 5, 1, 2, 4])
-    keys = jax.random.split(jax.random.key(1), 3_000)
-
-    def counts(features, keys, order=None):
-        run = jax.vmap(lambda key: diversity._represent(features, kmeans(key, features, 3, num_restarts=1)))
-        chosen = np.asarray(jax.jit(run)(keys))
-        chosen = chosen if order is None else order[chosen]
-        return np.bincount(np.sort(chosen) @ [49, 7, 1], minlength=343)
-
-    table = np.stack(
-        [counts(jnp.asarray(features), keys[:1500]), counts(jnp.asarray(features[order]), keys[1500:], order)]
-    )
+    keys = jax.random.split(jax.random.key(1), 2_000)
+    rows = np.sort(survivors(features, 3, keys[:1_000])), np.sort(order[survivors(features[order], 3, keys[1_000:])])
+    table = np.stack([np.bincount(row @ [49, 7, 1], minlength=343) for row in rows])
     table = table[:, table.sum(0) > 0]
-    assert table.shape[1] > 2
+    assert table.shape[1] > 1
     assert scipy.stats.chi2_contingency(table).pvalue > FALSE_ALARM
 
 
@@ -79,12 +72,12 @@ def test_the_order_of_samples_does_not_matter():
 def test_clusters_are_the_best_of_all(num_clusters):
     features = np.random.default_rng(4).standard_normal((8, 2)) + 50.0
     found = kmeans(0, jnp.asarray(features), num_clusters, num_restarts=30)
-    best = min(
-        sum(
-            ((features[part] - features[part].mean(0)) ** 2).sum() for part in map(np.array(labels).__eq__, set(labels))
-        )
-        for labels in itertools.product(range(num_clusters), repeat=8)
-    )
+
+    def inertia(labels):
+        parts = [features[np.array(labels) == label] for label in set(labels)]
+        return sum(((part - part.mean(0)) ** 2).sum() for part in parts)
+
+    best = min(map(inertia, itertools.product(range(num_clusters), repeat=8)))
     assert float(found.inertia) == pytest.approx(best, rel=1e-3)
     for c in range(num_clusters):
         np.testing.assert_allclose(found.centroids[c], features[np.asarray(found.labels) == c].mean(0), rtol=1e-5)
