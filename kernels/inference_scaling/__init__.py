@@ -1,7 +1,15 @@
 """Particle methods for generative models; imported as `bayesinf.kernels.inference_scaling`."""
 
+from bayesinf.kernels.inference_scaling.diffusion_generator import DiffusionGenerator as DiffusionGenerator
+from bayesinf.kernels.inference_scaling.diffusion_generator import DiffusionState as DiffusionState
 from bayesinf.kernels.inference_scaling.discrete_chain import ChainState as ChainState
 from bayesinf.kernels.inference_scaling.discrete_chain import DiscreteChain as DiscreteChain
+from bayesinf.kernels.inference_scaling.diversity import Clusters as Clusters
+from bayesinf.kernels.inference_scaling.diversity import diverse_ancestors as diverse_ancestors
+from bayesinf.kernels.inference_scaling.diversity import first_component as first_component
+from bayesinf.kernels.inference_scaling.diversity import kmeans as kmeans
+from bayesinf.kernels.inference_scaling.feynman_kac_corrector import CorrectorResult as CorrectorResult
+from bayesinf.kernels.inference_scaling.feynman_kac_corrector import feynman_kac_corrector as feynman_kac_corrector
 from bayesinf.kernels.inference_scaling.generator import StepGenerator as StepGenerator
 from bayesinf.kernels.inference_scaling.generator import StepInfo as StepInfo
 from bayesinf.kernels.inference_scaling.infer import METHODS as METHODS
@@ -13,6 +21,8 @@ from bayesinf.kernels.inference_scaling.inference import last_line as last_line
 from bayesinf.kernels.inference_scaling.methods import Gibbs as Gibbs
 from bayesinf.kernels.inference_scaling.methods import Islands as Islands
 from bayesinf.kernels.inference_scaling.methods import ParallelTempering as ParallelTempering
+from bayesinf.kernels.inference_scaling.noising import Noising as Noising
+from bayesinf.kernels.inference_scaling.noising import VariancePreserving as VariancePreserving
 from bayesinf.kernels.inference_scaling.potential import Potential as Potential
 from bayesinf.kernels.inference_scaling.potential import PotentialProduct as PotentialProduct
 from bayesinf.kernels.inference_scaling.selection import DVTS as DVTS
@@ -24,6 +34,12 @@ from bayesinf.kernels.inference_scaling.selection import Published as Published
 from bayesinf.kernels.inference_scaling.selection import Resample as Resample
 from bayesinf.kernels.inference_scaling.selection import Selection as Selection
 from bayesinf.kernels.inference_scaling.selection import SoftValue as SoftValue
+from bayesinf.kernels.inference_scaling.speculative import SpeculativeResult as SpeculativeResult
+from bayesinf.kernels.inference_scaling.speculative import TokenModel as TokenModel
+from bayesinf.kernels.inference_scaling.speculative import accept_drafts as accept_drafts
+from bayesinf.kernels.inference_scaling.speculative import residual_log_probs as residual_log_probs
+from bayesinf.kernels.inference_scaling.speculative import spectr_ratio as spectr_ratio
+from bayesinf.kernels.inference_scaling.speculative import speculative_sample as speculative_sample
 from bayesinf.kernels.inference_scaling.token_generator import LanguageModel as LanguageModel
 from bayesinf.kernels.inference_scaling.token_generator import TokenGenerator as TokenGenerator
 from bayesinf.kernels.inference_scaling.token_generator import TokenState as TokenState
