@@ -112,7 +112,8 @@ def infer(
     name, method = _named(method)
     generator, potential = current((generator, potential))
     _check(generator, potential)
-    potential = method.prepare(potential) if isinstance(method, Selection) else potential
+    selection = method if isinstance(method, Selection) else method.selection
+    potential = selection.prepare(potential)
     if name == "twisted_smc" and not any(factor.kind == "value" for factor in potential.factors):
         raise ValueError("twisted_smc needs a potential with a part of kind='value', the twist; got none")
     num_populations = getattr(method, "num_populations", 1)
@@ -122,9 +123,8 @@ def infer(
     arguments = (generator, potential, prompt, num_particles, tokens)
     if isinstance(method, Selection):
         runs = run_single(key, generator, potential, method, prompt, num_particles, tokens)
-        selection = method
     else:
-        runs, selection = method.run(key, *arguments), method.selection
+        runs = method.run(key, *arguments)
     result = _collect(name, selection, runs, generator, prompt, answer, began)
     return _judge(result, num_particles, budget, throw)
 
@@ -150,9 +150,10 @@ def _population_size(generator: Any, method: Any, num_populations: int, num: int
     per_answer = generator.max_steps * generator.max_tokens_per_step
     if budget is not None:
         errors.check_count("budget", budget)
-        if budget < generator.max_tokens_per_step * (num or 1):
+        num_at_once = (num or 1) * getattr(method, "num_at_once", 1)
+        if budget < generator.max_tokens_per_step * num_at_once:
             raise ValueError(
-                f"budget must allow one step of {num or 1} particles, of up to {generator.max_tokens_per_step} tokens "
+                f"budget must allow one step of {num_at_once} particles, of up to {generator.max_tokens_per_step} tokens "
                 f"each, got {budget}; raise it, or take fewer particles"
             )
     if num is None:
@@ -221,7 +222,9 @@ def _judge(result: Inference, num_particles: int, budget: int | None, throw: boo
     """The result with its status; raises, or warns, where it should not be trusted."""
     error: type[errors.BayesinfError] | None = None
     message = ""
-    if not np.any(np.isfinite(result.log_weights[:, -1] if result.log_weights.size else 0.0)):
+    # populations end at different steps, and rows after the last are no weights
+    ends = [rows[last - 1] for rows, last in zip(result.log_weights, result.num_steps, strict=True) if last > 0]
+    if ends and not np.any(np.isfinite(ends)):
         error = errors.DegenerateWeightsError
         step = int(result.num_steps.max())
         message = (

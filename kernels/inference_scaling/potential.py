@@ -107,7 +107,9 @@ class AbstractPotential(eqx.Module):
 
     def log_reward(self, states: tuple[PotentialState, ...]) -> Float[Array, " N"]:
         """The log of the product of the aggregated scores, by which answers are ranked."""
-        parts = [factor.exponent * state.log_aggregate for factor, state in zip(self.factors, states, strict=True)]
+        pairs = zip(self.factors, states, strict=True)
+        # the power of 0 is 1, of impossible answers too
+        parts = [jnp.where(f.exponent == 0.0, 0.0, f.exponent * state.log_aggregate) for f, state in pairs]
         return sum(parts[1:], parts[0])
 
 
