@@ -343,9 +343,7 @@ def _attend_both(
     size = shared.keys.shape[-1]
     is_prompt = jnp.arange(size) < prompt_length
     is_own = jnp.arange(own.keys.shape[-1]) <= lengths[:, None, None, None]
-    scores = jnp.concatenate(
-        [jnp.where(is_prompt, to_prompt, -jnp.inf), jnp.where(is_own, to_own, -jnp.inf)], axis=-1
-    )
+    scores = jnp.concatenate([jnp.where(is_prompt, to_prompt, -jnp.inf), jnp.where(is_own, to_own, -jnp.inf)], axis=-1)
     probs = jax.nn.softmax(scores).astype(q.dtype)
     from_prompt = jnp.einsum("nkgp,kpe->nkge", probs[..., :size], shared.values)
     return from_prompt + jnp.einsum("nkgs,nkse->nkge", probs[..., size:], own.values)
