@@ -125,7 +125,9 @@ class ReasoningChain(StepGenerator):
         """One line a step; the last branch is the answer."""
         branches, forms = np.asarray(state.branches), np.asarray(state.forms)
         return [
-            "\n".join(f"{s}" if t + 1 == n else f"{s}.{u}" for t, (s, u) in enumerate(zip(row, ways, strict=True)) if s >= 0)
+            "\n".join(
+                f"{s}" if t + 1 == n else f"{s}.{u}" for t, (s, u) in enumerate(zip(row, ways, strict=True)) if s >= 0
+            )
             for row, ways, n in zip(branches, forms, np.asarray(state.num_steps), strict=True)
         ]
 
@@ -165,7 +167,9 @@ def value_verifier(
     values = jnp.clip(values[::-1], doubt, 1.0 - doubt)
     signal = jnp.log(values) - jnp.log1p(-values)
     bias = fooled * jnp.where(is_right > 0, 0.0, jax.random.normal(key_bias, (num,)))
-    return Verifier((signal + bias)[:, :, None] + sigma * jax.random.normal(key_noise, (*values.shape, chain.num_forms)))
+    return Verifier(
+        (signal + bias)[:, :, None] + sigma * jax.random.normal(key_noise, (*values.shape, chain.num_forms))
+    )
 
 
 class Exact(NamedTuple):

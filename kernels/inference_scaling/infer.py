@@ -119,6 +119,7 @@ def infer(
     num_populations = getattr(method, "num_populations", 1)
     num_particles = _population_size(generator, method, num_populations, num_particles, budget)
     tokens = jnp.asarray(NO_BUDGET if budget is None else budget, jnp.int32)
+    prompt = generator.encode(prompt)
 
     arguments = (generator, potential, prompt, num_particles, tokens)
     if isinstance(method, Selection):
@@ -153,8 +154,8 @@ def _population_size(generator: Any, method: Any, num_populations: int, num: int
         num_at_once = (num or 1) * getattr(method, "num_at_once", 1)
         if budget < generator.max_tokens_per_step * num_at_once:
             raise ValueError(
-                f"budget must allow one step of {num_at_once} particles, of up to {generator.max_tokens_per_step} tokens "
-                f"each, got {budget}; raise it, or take fewer particles"
+                f"budget must allow one step of {num_at_once} particles, of up to {generator.max_tokens_per_step} "
+                f"tokens each, got {budget}; raise it, or take fewer particles"
             )
     if num is None:
         num = DEFAULT_PARTICLES if budget is None else max(budget // (per_answer * num_populations), 1)

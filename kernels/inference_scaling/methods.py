@@ -180,7 +180,15 @@ class ParallelTempering(eqx.Module):
             if left <= 0:
                 break
             stacked = run_tempered(
-                key_run, generator, potential, self.selection, prompt, num_particles, left // num, self.betas, references
+                key_run,
+                generator,
+                potential,
+                self.selection,
+                prompt,
+                num_particles,
+                left // num,
+                self.betas,
+                references,
             )
             chains = _unstack(stacked, num)
             kept.append(chains[0])
