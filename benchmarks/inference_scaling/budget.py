@@ -1,7 +1,7 @@
 """Accuracy against an equal budget of tokens, of every method, where the score means one thing or the other.
 
-The chain of `reasoning_chain`: T = 20 steps, M = 8 branches, U = 64 forms, and 500 problems, each with a verifier of its
-own. Every method generates at most n T tokens, one a step: n answers, or populations that share them. Two regimes:
+The chain of `reasoning_chain`: T = 20 steps, M = 8 branches, U = 64 forms, and 500 problems, each with a verifier of
+its own. Every method generates at most n T tokens, one a step: n answers, or populations that share them. Two regimes:
 
     step     scores say whether a step is right, logits +-1 with noise of 2.5; a wrong branch stays wrong
     value    scores guess the probability of a right answer, with noise of 2.5 in logits and wrong branches that fool

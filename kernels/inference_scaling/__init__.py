@@ -23,3 +23,6 @@ from bayesinf.kernels.inference_scaling.selection import Published as Published
 from bayesinf.kernels.inference_scaling.selection import Resample as Resample
 from bayesinf.kernels.inference_scaling.selection import Selection as Selection
 from bayesinf.kernels.inference_scaling.selection import SoftValue as SoftValue
+from bayesinf.kernels.inference_scaling.token_generator import LanguageModel as LanguageModel
+from bayesinf.kernels.inference_scaling.token_generator import TokenGenerator as TokenGenerator
+from bayesinf.kernels.inference_scaling.token_generator import TokenState as TokenState
