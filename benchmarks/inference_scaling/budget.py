@@ -1,7 +1,7 @@
 """Accuracy against an equal budget of tokens, of every method, where the score means one thing or the other.
 
-The chain of `reasoning_chain`: T = 20 steps, M = 8 branches, U = 64 forms, and 1000 problems, each with a verifier of its
-own. Every method generates at most n T tokens, one a step: n answers, or populations that share them. Two regimes:
+The chain of `reasoning_chain`: T = 20 steps, M = 8 branches, U = 64 forms, and 500 problems, each with a verifier of
+its own. Every method generates at most n T tokens, one a step: n answers, or populations that share them. Two regimes:
 
     step     scores say whether a step is right, logits +-1 with noise of 2.5; a wrong branch stays wrong
     value    scores guess the probability of a right answer, with noise of 2.5 in logits and wrong branches that fool
@@ -32,7 +32,8 @@ from jaxtyping import Array
 from bayesinf import weights
 from bayesinf.kernels.inference_scaling import METHODS, Gibbs, Islands, ParallelTempering, Potential, Selection
 from bayesinf.kernels.inference_scaling.methods import exchange, run_tempered
-from bayesinf.kernels.inference_scaling.sweep import Sweep, draw_reference, run_sweep
+from bayesinf.kernels.inference_scaling.potential import AbstractPotential
+from bayesinf.kernels.inference_scaling.sweep import Reference, Sweep, draw_reference, run_sweep
 from benchmarks.inference_scaling.reasoning_chain import (
     ReasoningChain,
     Verifier,
@@ -50,7 +51,7 @@ class Regime(NamedTuple):
     """What the scores are, and what the filters take them for."""
 
     chain: ReasoningChain
-    verifier: Callable[[Array, ReasoningChain], Verifier]
+    verifier: Callable[..., Verifier]
     kind: str
 
 
@@ -58,10 +59,8 @@ def regimes() -> dict[str, Regime]:
     """By name."""
     sizes = (NUM_BRANCHES, NUM_STEPS, NUM_FORMS)
     return {
-        "step": Regime(constant_error(*sizes, 0.109), lambda key, chain: step_verifier(key, chain, 1.0, 2.5), "odds"),
-        "value": Regime(
-            constant_error(*sizes, 0.109, 0.02), lambda key, chain: value_verifier(key, chain, 2.5, 1.5), "value"
-        ),
+        "step": Regime(constant_error(*sizes, 0.109), partial(step_verifier, strength=1.0, sigma=2.5), "odds"),
+        "value": Regime(constant_error(*sizes, 0.109, 0.02), partial(value_verifier, sigma=2.5, fooled=1.5), "value"),
     }
 
 
@@ -97,47 +96,69 @@ def contenders() -> dict[str, Contender]:
     return listed
 
 
-def populations(
-    key: Array, method: Any, chain: ReasoningChain, potential: Potential, budget: int
-) -> tuple[list[Sweep], Any, Array | int] | None:
-    """The populations whose answers count, their log weights, and the tokens of all; None where the budget is too small."""
+Runs = tuple[Sweep, Array, Array]
+
+
+def populations(key: Array, method: Any, chain: ReasoningChain, potential: AbstractPotential, budget: int) -> Runs:
+    """The populations whose answers count, stacked; their log weights; and the tokens of all."""
     limit = jnp.asarray(UNLIMITED)
     selection = method if isinstance(method, Selection) else method.selection
     potential = selection.prepare(potential)
     num = budget // getattr(method, "num_populations", 1)
-    width = getattr(method, "width", 1)
-    if num < 2 or num % width:
-        return None
     if isinstance(method, Selection):
-        sweeps = [run_sweep(key, chain, potential, method, None, num, limit)]
-        return sweeps, [0.0], cost(sweeps)
-    keys = jax.random.split(key, method.num_populations)
+        only = jax.tree.map(lambda leaf: leaf[None], run_sweep(key, chain, potential, method, None, num, limit))
+        return only, jnp.zeros(1), cost(only)
     if isinstance(method, Islands):
-        sweeps = [run_sweep(key, chain, potential, selection, None, num, limit) for key in keys]
-        return sweeps, weights.normalize(jnp.stack([s.population.log_evidence for s in sweeps]))[0], cost(sweeps)
-    counted: list[Sweep] = []
-    others: list[Sweep] = []
-    reference = None
-    for j in range(method.num_sweeps):
-        key_run, key_draw = jax.random.split(keys[j])
-        if isinstance(method, Gibbs):
-            sweep = run_sweep(key_run, chain, potential, selection, None, num, limit, reference)
-            reference, _ = draw_reference(key_draw, chain, potential, sweep)
-        elif isinstance(method, ParallelTempering):
-            arguments = (chain, potential, selection, None, num, limit, method.betas, reference)
-            stacked = run_tempered(key_run, *arguments)
-            reference = exchange(key_draw, chain, potential, stacked, method.betas, j % 2)
-            sweep = jax.tree.map(lambda leaf: leaf[0], stacked)
-            others.append(stacked._replace(records=jax.tree.map(lambda leaf: leaf[1:], stacked.records)))
-        else:
-            raise ValueError(f"method must be one of METHODS, got {type(method).__name__}")
-        (counted if j >= method.burn_in else others).append(sweep)
-    return counted, np.zeros(len(counted)), cost(counted + others)
+        keys = jax.random.split(key, method.num_islands)
+        stacked = jax.vmap(lambda key: run_sweep(key, chain, potential, selection, None, num, limit))(keys)
+        return stacked, weights.normalize(stacked.population.log_evidence)[0], cost(stacked)
+    if isinstance(method, Gibbs):
+        return _gibbs(key, method, chain, potential, num)
+    if isinstance(method, ParallelTempering):
+        return _tempering(key, method, chain, potential, num)
+    raise ValueError(f"method must be one of METHODS, got {type(method).__name__}")
 
 
-def cost(sweeps: list[Sweep]) -> Any:
+def _gibbs(key: Array, method: Gibbs, chain: ReasoningChain, potential: AbstractPotential, num: int) -> Runs:
+    """`Gibbs.run` without its budget, to be mapped over problems."""
+    key_first, key_sweeps = jax.random.split(key)
+
+    def sweep(key: Array, reference: Reference | None) -> tuple[Reference, Sweep]:
+        key_run, key_draw = jax.random.split(key)
+        limit = jnp.asarray(UNLIMITED)
+        done = run_sweep(key_run, chain, potential, method.selection, None, num, limit, reference)
+        return draw_reference(key_draw, chain, potential, done)[0], done
+
+    reference, first = sweep(key_first, None)
+    keys = jax.random.split(key_sweeps, method.num_sweeps - 1)
+    _, later = jax.lax.scan(lambda reference, key: sweep(key, reference), reference, keys)
+    # all but the first count, which is the burn-in by default
+    return later, jnp.zeros(len(keys)), cost(first) + cost(later)
+
+
+def _tempering(
+    key: Array, method: ParallelTempering, chain: ReasoningChain, potential: AbstractPotential, num: int
+) -> Runs:
+    """`ParallelTempering.run`, likewise."""
+    key_first, key_sweeps = jax.random.split(key)
+
+    def sweep(key: Array, references: Reference | None, parity: Any) -> tuple[Reference, Sweep]:
+        key_run, key_exchange = jax.random.split(key)
+        arguments = (chain, potential, method.selection, None, num, jnp.asarray(UNLIMITED), method.betas, references)
+        done = run_tempered(key_run, *arguments)
+        return exchange(key_exchange, chain, potential, done, method.betas, parity), done
+
+    references, first = sweep(key_first, None, 0)
+    js = jnp.arange(1, method.num_sweeps)
+    keys = jax.random.split(key_sweeps, js.shape[0])
+    _, later = jax.lax.scan(lambda refs, row: sweep(row[0], refs, row[1] % 2), references, (keys, js))
+    coldest = jax.tree.map(lambda leaf: leaf[:, 0], later)
+    return coldest, jnp.zeros(len(keys)), cost(first) + cost(later)
+
+
+def cost(sweeps: Sweep) -> Array:
     """Tokens that were generated."""
-    return sum(jnp.sum(s.records.num_tokens) for s in sweeps)
+    return jnp.sum(sweeps.records.num_tokens)
 
 
 def is_right(log_votes: Array, log_rewards: Array, answers: Array) -> dict[str, Array]:
@@ -147,21 +168,28 @@ def is_right(log_votes: Array, log_rewards: Array, answers: Array) -> dict[str, 
     return {rule: answers[index] == 0 for rule, index in chosen.items()}
 
 
-@partial(jax.jit, static_argnames=("verifier", "kind", "options", "budget", "has_run"))
-def solve(keys, method, chain, verifier, kind, options, budget, has_run=None):
+@partial(jax.jit, static_argnames=("options", "budget"))
+def solve(
+    keys: Array,
+    method: Any,
+    chain: ReasoningChain,
+    verifiers: Verifier,
+    options: tuple[tuple[str, str], ...],
+    budget: int,
+) -> tuple[dict[str, Array], Array]:
     """Whether each rule solves each problem, and what it cost."""
     selection = method if isinstance(method, Selection) else method.selection
 
-    def one(key):
-        key_problem, key_run = jax.random.split(key)
-        potential = Potential(verifier(key_problem, chain), **(dict(options) if options else {"kind": kind}))
-        sweeps, log_run_weights, num_tokens = populations(key_run, method, chain, potential, budget)
-        log_votes = [selection.log_votes(s.population) + w for s, w in zip(sweeps, log_run_weights, strict=True)]
-        log_rewards = [s.population.log_reward for s in sweeps]
-        answers = [s.state.last[1] for s in sweeps]
-        return is_right(*(jnp.concatenate(leaves) for leaves in (log_votes, log_rewards, answers))), num_tokens
+    def one(arguments: tuple[Array, Verifier]) -> tuple[dict[str, Array], Array]:
+        key, verifier = arguments
+        potential = Potential(verifier, **dict(options))
+        sweeps, log_run_weights, num_tokens = populations(key, method, chain, potential, budget)
+        log_votes = jax.vmap(selection.log_votes)(sweeps.population) + log_run_weights[:, None]
+        answers = jax.vmap(lambda state: state.last[1])(sweeps.state)
+        leaves = (log_votes, sweeps.population.log_reward, answers)
+        return is_right(*(leaf.reshape(-1) for leaf in leaves)), num_tokens
 
-    return jax.lax.map(one, keys, batch_size=min(len(keys), 250))
+    return jax.lax.map(one, (keys, verifiers), batch_size=min(len(keys), 250))
 
 
 def is_possible(method: Any, budget: int) -> bool:
@@ -172,23 +200,25 @@ def is_possible(method: Any, budget: int) -> bool:
 
 def main(
     folder: Path = RESULTS,
-    budgets: Sequence[int] = (4, 8, 16, 32, 64, 128),
-    num_problems: int = 1000,
+    budgets: Sequence[int] = (8, 16, 32, 64),
+    num_problems: int = 500,
     names: Sequence[str] | None = None,
 ) -> list[dict]:
     """Runs everything, writes budget.png and budget.csv, and returns the rows of the table."""
     rows: list[dict] = []
     for regime_name, regime in regimes().items():
-        keys = jax.random.split(jax.random.key(2025), num_problems)
+        key_problems, key_runs = jax.random.split(jax.random.key(2025))
+        build = partial(regime.verifier, chain=regime.chain)
+        verifiers = jax.jit(jax.vmap(build))(jax.random.split(key_problems, num_problems))
+        keys = jax.random.split(key_runs, num_problems)
         for name, contender in contenders().items():
             if names is not None and name not in names:
                 continue
             for budget in budgets:
                 if not is_possible(contender.method, budget):
                     continue
-                options = None if contender.options is None else tuple(contender.options.items())
-                kind = regime.kind if options is None else None
-                right, num_tokens = solve(keys, contender.method, regime.chain, regime.verifier, kind, options, budget)
+                options = tuple((contender.options or {"kind": regime.kind}).items())
+                right, num_tokens = solve(keys, contender.method, regime.chain, verifiers, options, budget)
                 for rule, values in right.items():
                     share = float(np.mean(values))
                     rows.append(

@@ -282,7 +282,7 @@ def exact_draw(key: Key[Array, ""], chain: ReasoningChain, potential: AbstractPo
 def constant_error(
     num_branches: int, max_steps: int, num_forms: int, error: float, recovery: float = 0.0
 ) -> ReasoningChain:
-    """The chain that leaves the track with probability `error` a step, for any branch, and finds back with `recovery`."""
+    """The chain that leaves the track with probability `error` a step, and finds back with `recovery`."""
     stay = jnp.eye(num_branches) * (1.0 - recovery)
     transition = stay.at[1:, 0].set(recovery)
     leave = jnp.full(num_branches, error / (num_branches - 1)).at[0].set(1.0 - error)

@@ -114,6 +114,7 @@ def infer(
     num_particles = _population_size(generator, method, num_particles, budget)
     selection = method if isinstance(method, Selection) else method.selection
     tokens = jnp.asarray(NO_BUDGET if budget is None else budget, jnp.int32)
+    prompt = generator.encode(prompt)
 
     prompt = generator.encode(prompt)
     if isinstance(method, Selection):
@@ -233,8 +234,8 @@ def _population_size(generator: Any, method: Any, num: int | None, budget: int |
         num_at_once = (num or 1) * getattr(method, "num_at_once", 1)
         if budget < generator.max_tokens_per_step * num_at_once:
             raise ValueError(
-                f"budget must allow one step of {num_at_once} particles, of up to {generator.max_tokens_per_step} tokens "
-                f"each, got {budget}; raise it, or take fewer particles"
+                f"budget must allow one step of {num_at_once} particles, of up to {generator.max_tokens_per_step} "
+                f"tokens each, got {budget}; raise it, or take fewer particles"
             )
     if num is None:
         num = DEFAULT_PARTICLES if budget is None else max(budget // per_answer, 1)

@@ -14,6 +14,7 @@ import scipy.stats
 
 from bayesinf import weights
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
+from bayesinf.errors import SamplingWarning
 from bayesinf.kernels.inference_scaling import (
     DVTS,
     Beam,
@@ -29,6 +30,7 @@ from bayesinf.kernels.inference_scaling import (
     Resample,
     SoftValue,
     infer,
+    methods,
     population,
     sweep,
 )
@@ -82,7 +84,7 @@ def shares(log_weights, state):
     return jnp.zeros(3).at[answers(state)].add(jnp.exp(log_weights))
 
 
-def evidence_p_value(generator, potential, selection, num_particles=8, num_runs=20_000, seed=0):
+def evidence_p_value(generator, potential, selection, num_particles=8, num_runs=8_000, seed=0):
     """Of E[Zhat / Z] = 1, and E[Zhat f] / Z = P(answer) for all three."""
 
     @jax.jit
@@ -126,7 +128,7 @@ class TestTheTruth:
         assert posterior_p_value(starts()) > FALSE_ALARM
 
     def test_another_chain_is_told_apart(self):
-        other = dataclasses.replace(chain(), stopping=jnp.array([0.1, 0.35, 0.25]))
+        other = dataclasses.replace(chain(), stopping=jnp.array([0.1, 0.3, 0.25]))
         assert posterior_p_value(starts(other)) < FALSE_ALARM
 
 
@@ -142,13 +144,11 @@ def cells(references):
 
 
 def cell_law(generator, potential):
-    log_g, _ = chains.log_factors(potential)
     law = np.zeros((3, NUM_FORMS, 3, NUM_STEPS))
     for s in range(3):
         start = dataclasses.replace(generator, initial=generator.initial * (jnp.arange(3) == s))
         truth = chains.exact(start, potential)
         mass = float(jnp.exp(truth.log_evidence))
-        # answers of one step depend on the form by h, too; the others by g alone
         for u in range(NUM_FORMS):
             first = forms_first(start, potential, s, u)
             law[s, u] = np.asarray(first).T
@@ -181,13 +181,13 @@ def merged_chi_square(counts, expected):
     return scipy.stats.chisquare(counts, expected * counts.sum() / expected.sum()).pvalue
 
 
-def starts(generator=None, target=None, num=40_000, seed=3):
+def starts(generator=None, target=None, num=15_000, seed=3):
     generator, target = chain() if generator is None else generator, potential() if target is None else target
     keys = jax.random.split(jax.random.key(seed), num)
     return jax.jit(jax.vmap(lambda key: chains.exact_draw(key, generator, target)))(keys)
 
 
-def after_one_sweep(generator, target, num_particles, ess_threshold, num=40_000, seed=5):
+def after_one_sweep(generator, target, num_particles, ess_threshold, num=15_000, seed=5):
     """References after a conditional run from exact draws of the posterior."""
 
     @jax.jit
@@ -230,7 +230,7 @@ class TestEvidence:
         ids=["every-other", "entropic", "entropic-always", "independent", "difference", "max", "sum"],
     )
     def test_with_every_selection(self, selection):
-        target = potential("value", is_log=False) ** 2.0 * potential("step")
+        target = potential("value") ** 0.5 * potential("step")
         assert evidence_p_value(chain(), target, selection) > FALSE_ALARM
 
     def test_without_a_proposal(self):
@@ -256,7 +256,7 @@ class TestEvidence:
         generator, target = chain(), potential()
         truth = chains.exact(generator, target).answers
 
-        def distances(num_particles, num_runs=2_000):
+        def distances(num_particles, num_runs=1_000):
             @jax.jit
             def one(key):
                 result = run(key, generator, target, Resample(), num_particles)
@@ -319,7 +319,7 @@ class TestConditionalRuns:
 class TestTempering:
     BETAS = jnp.array([1.0, 0.4, 0.0])
 
-    def moved(self, target, parity=0, num=30_000):
+    def moved(self, target, parity=0, num=10_000):
         """References of all chains after a sweep and an exchange, from exact draws of each chain's law."""
         generator, betas = chain(), self.BETAS
 
@@ -329,7 +329,7 @@ class TestTempering:
             keys = jax.random.split(key_start, betas.shape[0])
             start = jax.vmap(lambda key, beta: chains.exact_draw(key, generator, target**beta))(keys, betas)
             sweeps = run_tempered(key_run, generator, target, Resample(), None, 3, jnp.asarray(UNLIMITED), betas, start)
-            return exchange(key_exchange, generator, target, sweeps, betas, parity)
+            return exchange.__wrapped__(key_exchange, generator, target, sweeps, betas, parity)
 
         return jax.vmap(one)(jax.random.split(jax.random.key(11), num))
 
@@ -347,18 +347,13 @@ class TestTempering:
             assert min(self.p_values(self.moved(target, parity), target)) > FALSE_ALARM, parity
 
     def test_planted_exchanges_in_the_wrong_direction(self, monkeypatch):
-        monkeypatch.setitem(exchange.__wrapped__.__globals__, "swap", lambda k, b, log_g, p: swap(k, b, -log_g, p))
-        jax.clear_caches()
+        monkeypatch.setattr(methods, "swap", lambda key, betas, log_g, parity: swap(key, betas, -log_g, parity))
         assert min(self.p_values(self.moved(potential()), potential())) < FALSE_ALARM
-        jax.clear_caches()
 
     def test_planted_exchanges_that_forget_exponents(self, monkeypatch):
-        forgets = lambda k, b, log_g, p: swap(k, b, log_g / 3.0, p)  # noqa: E731
-        monkeypatch.setitem(exchange.__wrapped__.__globals__, "swap", forgets)
-        jax.clear_caches()
+        monkeypatch.setattr(methods, "swap", lambda key, betas, log_g, parity: swap(key, betas, log_g / 3.0, parity))
         target = potential() ** 3.0
         assert min(self.p_values(self.moved(target), target)) < FALSE_ALARM
-        jax.clear_caches()
 
     def test_neighbours_alone_swap(self):
         always = jnp.array([0.0, 100.0, 200.0, 300.0])
@@ -378,7 +373,7 @@ class TestTempering:
                     infer(seed, generator, target, method=method, num_particles=8).posterior.get(str(s), 0.0)
                     for s in range(3)
                 ]
-                for seed in range(12)
+                for seed in range(8)
             ]
         )
         assert mean_p_value(found_answers, chains.exact(generator, target).answers) > FALSE_ALARM
@@ -421,11 +416,11 @@ class TestFaultsOfPublishedCode:
 
     def test_increments_of_the_evidence_without_carried_weights(self, monkeypatch):
         def unweighted(log_carried, log_increments):
-            log_weights, log_mean = weights.normalize(log_carried + log_increments)
+            log_weights, _ = weights.normalize(log_carried + log_increments)
             return log_weights, weights.log_mean_exp(log_increments), weights.num_invalid(log_increments)
 
         monkeypatch.setattr(population, "reweigh", unweighted)
-        assert evidence_p_value(chain(), potential(), Resample()) < FALSE_ALARM
+        assert evidence_p_value(chain(), potential(), Resample(), num_runs=20_000) < FALSE_ALARM
 
     def test_a_reference_that_is_not_retained(self, monkeypatch):
         monkeypatch.setattr(sweep, "_retrace", lambda generator, reference, state, info, t: (state, info))
@@ -436,12 +431,10 @@ class TestFaultsOfPublishedCode:
             return Resample(1.0, scheme="multinomial").choose(key, population, t, max_steps)
 
         monkeypatch.setattr(sweep, "_choose_with_reference", free)
-        # a product of scores is remembered, not computed anew, so that who is inherited from counts
-        target = potential("value", aggregate="prod")
-        references = after_one_sweep(chain(), target, 2, 1.0)
-        law = cell_law(chain(), potential("step"))
-        counts = np.bincount(cells(references), minlength=law.size)
-        assert merged_chi_square(counts[law > 0], law[law > 0] * counts.sum()) < FALSE_ALARM
+        # a value is divided by the one before, so that who is inherited from counts
+        generator, target = chain(is_variable=False), potential("value")
+        references = after_one_sweep(generator, target, 2, 1.0, num=40_000)
+        assert posterior_p_value(references, generator, target) < FALSE_ALARM
 
     def test_a_reference_read_one_step_ahead(self, monkeypatch):
         retrace = sweep._retrace
@@ -456,7 +449,7 @@ class TestFaultsOfPublishedCode:
 class TestDwell:
     """Two answers of equal prior and equal final reward 0.9, of 2 and of 8 steps: half and half is the truth."""
 
-    NUM, RUNS = 32, 4_000
+    NUM, RUNS = 32, 2_000
 
     @staticmethod
     def generator():
@@ -572,7 +565,8 @@ class TestWhatIsCounted:
     def test_a_population_that_dies_early_is_not_alive(self):
         """Islands die at different steps; rows after the last are no weights."""
         dies = Potential(lambda state: jnp.where(state.is_done | (state.branches[:, 0] == 0), 0.0, 1.0), kind="step")
-        result = infer(3, chain(), dies, method=Islands(num_islands=8), num_particles=1, throw=False)
+        with pytest.warns(SamplingWarning, match="died"):
+            result = infer(3, chain(), dies, method=Islands(num_islands=8), num_particles=1, throw=False)
         assert np.unique(result.num_steps).size > 1
         assert "died" in result.status
 
