@@ -117,7 +117,8 @@ def feynman_kac_corrector(
             `sample(key)` alone is used.
         num_particles: N.
         divergence: div f(x, t), a scalar, such as that of a `Noising`. By default it is computed from the drift, at the
-            cost of d derivatives in d dimensions; unused where the exponents add up to 1.
+            cost of d derivatives in d dimensions. Where the exponents add up to 1 its factor is 0: there
+            `lambda x, t: 0.0` will do.
         log_tilt: R(x, t), differentiable in both; none by default. Not zero at times[0] it is in the initial weights.
         initial_log_weight: of one x: the log of prod_i q^i(x)^{beta_i} at times[0], over the density of `initial`.
             None where the particles are drawn from that product.

@@ -102,6 +102,6 @@ def check_times(times: Float[ArrayLike, " t"]) -> Float[Array, " t"]:
     falling = errors.as_array("times", is_floating=True)(times)
     if falling.ndim != 1 or falling.size < 2:
         raise ValueError(f"times must be a vector of two or more, from noise to data, got shape {falling.shape}")
-    if errors.is_concrete(falling) and not np.all(np.diff(np.asarray(falling)) < 0):
+    if errors.is_concrete(falling) and not np.all(np.diff(np.asarray(falling, float)) < 0):
         raise ValueError(f"times must fall from noise to data, got {np.asarray(falling)}")
     return falling

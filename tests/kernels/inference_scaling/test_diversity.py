@@ -67,6 +67,13 @@ def test_the_order_of_samples_does_not_matter():
     assert scipy.stats.chi2_contingency(table).pvalue > FALSE_ALARM
 
 
+@pytest.mark.usefixtures("compile_fast")
+def test_of_two_that_are_equally_near_either_may_survive():
+    chosen = survivors(np.array([[0.0], [1.0], [8.0], [9.0]]), 2, jax.random.split(jax.random.key(2), 1_000))
+    assert np.all((chosen[:, 0] < 2) & (chosen[:, 1] >= 2))
+    assert scipy.stats.binomtest(int(np.sum(chosen[:, 0])), 1_000).pvalue > FALSE_ALARM
+
+
 @pytest.mark.parametrize("num_clusters", [2, 3])
 @pytest.mark.usefixtures("compile_fast")
 def test_clusters_are_the_best_of_all(num_clusters):
