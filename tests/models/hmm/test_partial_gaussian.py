@@ -195,5 +195,5 @@ def test_gibbs_sampling_leaves_the_joint_law_alone(name):
         kernel = hmm.HMMGibbs(model, ys)
         return kernel.step(key, kernel.init(values))[0].position
 
-    report = geweke_joint(0, prior, simulate, transition, num_chains=10_000, num_rounds=3)
+    report = geweke_joint(0, prior, simulate, transition, num_chains=4_000, num_rounds=3)
     assert report.p_value > FALSE_ALARM, report
