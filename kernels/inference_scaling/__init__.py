@@ -1,5 +1,10 @@
 """Particle methods for generative models; imported as `bayesinf.kernels.inference_scaling`."""
 
+from bayesinf.kernels.inference_scaling.a_star import AStar as AStar
+from bayesinf.kernels.inference_scaling.async_driver import Event as Event
+from bayesinf.kernels.inference_scaling.async_driver import infer_async as infer_async
+from bayesinf.kernels.inference_scaling.cascade import Cascade as Cascade
+from bayesinf.kernels.inference_scaling.conformal_acceptance import ConformalAcceptance as ConformalAcceptance
 from bayesinf.kernels.inference_scaling.discrete_chain import ChainState as ChainState
 from bayesinf.kernels.inference_scaling.discrete_chain import DiscreteChain as DiscreteChain
 from bayesinf.kernels.inference_scaling.generator import StepGenerator as StepGenerator
@@ -13,6 +18,8 @@ from bayesinf.kernels.inference_scaling.inference import last_line as last_line
 from bayesinf.kernels.inference_scaling.methods import Gibbs as Gibbs
 from bayesinf.kernels.inference_scaling.methods import Islands as Islands
 from bayesinf.kernels.inference_scaling.methods import ParallelTempering as ParallelTempering
+from bayesinf.kernels.inference_scaling.openai_generator import Capabilities as Capabilities
+from bayesinf.kernels.inference_scaling.openai_generator import OpenAIGenerator as OpenAIGenerator
 from bayesinf.kernels.inference_scaling.potential import Potential as Potential
 from bayesinf.kernels.inference_scaling.potential import PotentialProduct as PotentialProduct
 from bayesinf.kernels.inference_scaling.selection import DVTS as DVTS
@@ -24,6 +31,10 @@ from bayesinf.kernels.inference_scaling.selection import Published as Published
 from bayesinf.kernels.inference_scaling.selection import Resample as Resample
 from bayesinf.kernels.inference_scaling.selection import Selection as Selection
 from bayesinf.kernels.inference_scaling.selection import SoftValue as SoftValue
+from bayesinf.kernels.inference_scaling.text_generator import TextGenerator as TextGenerator
+from bayesinf.kernels.inference_scaling.text_generator import TextStep as TextStep
+from bayesinf.kernels.inference_scaling.text_generator import as_text_generator as as_text_generator
+from bayesinf.kernels.inference_scaling.text_generator import failed_step as failed_step
 from bayesinf.kernels.inference_scaling.token_generator import LanguageModel as LanguageModel
 from bayesinf.kernels.inference_scaling.token_generator import TokenGenerator as TokenGenerator
 from bayesinf.kernels.inference_scaling.token_generator import TokenState as TokenState

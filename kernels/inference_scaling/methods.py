@@ -30,7 +30,7 @@ from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.selection import Resample, Selection
 from bayesinf.kernels.inference_scaling.sweep import Reference, Sweep, draw_reference, run_sweep
 
-__all__ = ["Gibbs", "Islands", "ParallelTempering", "Runs", "as_runs", "run_single"]
+__all__ = ["Gibbs", "Islands", "ParallelTempering", "Runs", "as_runs", "evidence_of", "pool", "run_single", "swap"]
 
 _draw_references = jax.jit(jax.vmap(draw_reference, in_axes=(0, None, None, 0)))
 
@@ -129,7 +129,7 @@ class Gibbs(eqx.Module):
                 break
             if j + 1 < self.num_sweeps:
                 reference, _ = draw_reference(key_draw, generator, potential, sweep)
-        return _pool(sweeps, sweeps[0], self.burn_in, [])
+        return pool(sweeps, sweeps[0], self.burn_in, [])
 
 
 class ParallelTempering(eqx.Module):
@@ -187,9 +187,9 @@ class ParallelTempering(eqx.Module):
             if not bool(jnp.all(jnp.any(finished, axis=1))):
                 break
             references, log_g = _draw_references(jax.random.split(key_draw, num), generator, powers, stacked)
-            order = _swap(key_swap, self.betas, log_g, j % 2)
+            order = swap(key_swap, self.betas, log_g, j % 2)
             references = jax.tree.map(lambda leaf, order=order: leaf[order], references)
-        return _pool(kept, kept[0], self.burn_in, others)
+        return pool(kept, kept[0], self.burn_in, others)
 
 
 def run_single(
@@ -207,7 +207,7 @@ def run_single(
 
 def as_runs(selection: Selection, sweep: Sweep) -> Runs:
     """One population as all there is."""
-    evidence, variance = _evidence(sweep) if selection.has_evidence else (float("nan"), float("nan"))
+    evidence, variance = evidence_of(sweep) if selection.has_evidence else (float("nan"), float("nan"))
     return Runs([sweep], np.zeros(1), evidence, variance, [])
 
 
@@ -233,7 +233,7 @@ def _run_tempered(
     return jax.vmap(run)(keys, powers, references)
 
 
-def _swap(key: Key[Array, ""], betas: Array, log_g: Array, parity: int) -> Array:
+def swap(key: Key[Array, ""], betas: Array, log_g: Array, parity: int) -> Array:
     """Who has whose reference after neighbours from `parity` on were offered an exchange."""
     order = np.arange(betas.shape[0])
     log_ratio = np.asarray((betas[:-1] - betas[1:]) * (log_g[1:] - log_g[:-1]))
@@ -244,14 +244,15 @@ def _swap(key: Key[Array, ""], betas: Array, log_g: Array, parity: int) -> Array
     return jnp.asarray(order)
 
 
-def _pool(sweeps: list[Sweep], first: Sweep, burn_in: int, others: list[Sweep]) -> Runs:
+def pool(sweeps: list[Sweep], first: Sweep, burn_in: int, others: list[Sweep]) -> Runs:
     """Equal weights of the sweeps after the burn-in, and the evidence of the first, which was unconditional."""
     counted = sweeps[min(burn_in, len(sweeps) - 1) :]
     log_w = np.full(len(counted), -np.log(len(counted)))
-    return Runs(counted, log_w, *_evidence(first), [*sweeps[: len(sweeps) - len(counted)], *others])
+    return Runs(counted, log_w, *evidence_of(first), [*sweeps[: len(sweeps) - len(counted)], *others])
 
 
-def _evidence(sweep: Sweep) -> tuple[float, float]:
+def evidence_of(sweep: Sweep) -> tuple[float, float]:
+    """Log Zhat of a run, and its variance."""
     return float(sweep.population.log_evidence), float(relative_variance(sweep.population))
 
 
