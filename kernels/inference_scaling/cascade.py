@@ -74,6 +74,8 @@ class CascadeRun:
         """`num` children, and theirs, each from the weight exp(log_weight)."""
         if self.tree.num_tokens >= self.budget:
             self.is_cut = True
+            if parent is not None:
+                parent.is_cut = True
             return
         prefix = () if parent is None else parent.prefix
         steps = await self.exchange.draw(prefix, num, int(self.rng.integers(2**31)))

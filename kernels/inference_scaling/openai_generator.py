@@ -167,8 +167,11 @@ class OpenAIGenerator(TextGenerator):
         more = await asyncio.gather(*[self._one(prompt, prefix, (seed + i) % 2**31) for i in missing])
         return [*steps, *more]
 
-    async def probe(self) -> Capabilities:
+    async def probe(self, prompt: Any = "1, 2, 3,") -> Capabilities:
         """Asks the server what it can do, with a few short requests.
+
+        Args:
+            prompt: what to continue.
 
         Raises:
             GenerationError: it does not answer.
@@ -177,13 +180,13 @@ class OpenAIGenerator(TextGenerator):
             kept = self.capabilities, self.max_tokens_per_step
             self.capabilities, self.max_tokens_per_step = Capabilities(), 8
             try:
-                first = (await self._request("1, 2, 3,", (), 1, 7))[0]
-                again = (await self._request("1, 2, 3,", (), 1, 7))[0]
+                first = (await self._request(prompt, (), 1, 7))[0]
+                again = (await self._request(prompt, (), 1, 7))[0]
                 try:
-                    has_many = len(await self._request("1, 2, 3,", (), 2, None)) == 2
+                    has_many = len(await self._request(prompt, (), 2, None)) == 2
                 except RequestError:
                     has_many = False
-                raw = await self._ask(self._body("1, 2, 3,", (), 1, 7) | {"stop": [","], "max_tokens": 4})
+                raw = await self._ask(self._body(prompt, (), 1, 7) | {"stop": [","], "max_tokens": 4})
                 choice = raw["choices"][0]
                 keeps_stop = _content(choice).endswith(",")
                 tells_end = keeps_stop or "stop_reason" in choice or first.log_prob is not None
@@ -263,6 +266,8 @@ class OpenAIGenerator(TextGenerator):
         num_prompt = int(usage.get("prompt_tokens") or 0)
         num_cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
         texts = [_content(choice).removeprefix(written if self.mode == "chat" else "") for choice in choices]
+        if any(text.endswith(self.stop) for text in texts):
+            self.capabilities = self.capabilities._replace(keeps_stop=True)
         counts = _count_tokens(choices, texts, usage.get("completion_tokens"))
         steps = []
         for i, (choice, text, num_tokens) in enumerate(zip(choices, texts, counts, strict=True)):
@@ -294,7 +299,7 @@ class OpenAIGenerator(TextGenerator):
         if tokens:
             # tokens of a separator are cut off, the token that ends an answer is there, and has no text of its own
             return tokens[-1][0] == "" or not text.endswith(tokens[-1][0])
-        return not text
+        return self.capabilities.keeps_stop is True or not text
 
 
 def _content(choice: dict[str, Any]) -> str:

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from bayesinf import weights
 from bayesinf.kernels.inference_scaling.exchange import Exchange, OutageError
 from bayesinf.kernels.inference_scaling.generator import StepInfo
-from bayesinf.kernels.inference_scaling.population import Population, Record, found, stack_records, weigh
+from bayesinf.kernels.inference_scaling.population import Population, Record, found, weigh
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential, without_scores
 from bayesinf.kernels.inference_scaling.selection import Independent, Selection
 from bayesinf.kernels.inference_scaling.sweep import Sweep, begin_step
@@ -58,15 +57,15 @@ class TextSweep:
         self.t, self.num_tokens = 0, 0
         self.prefixes: list[Prefix] = [()] * num_particles
         self.is_failed = np.zeros(num_particles, bool)
-        self.population = found(self.potential, num_particles)
+        self.population = _found(self.potential, num_particles)
         self.records: list[Record] = []
         self.max_steps = exchange.generator.max_steps
         self._ahead: dict[int, asyncio.Task[list[TextStep]]] = {}
 
     @property
     def is_over(self) -> bool:
-        is_alive = not bool(weights.is_degenerate(self.population.log_weights))
-        is_open = not bool(np.all(self.population.is_done))
+        is_alive = np.isfinite(np.asarray(self.population.log_weights)).any()
+        is_open = not np.all(np.asarray(self.population.is_done))
         return not (self.t < self.max_steps and is_open and is_alive and self.num_tokens < self.budget)
 
     async def run(self) -> None:
@@ -82,12 +81,12 @@ class TextSweep:
         """What there is; the answers that died of a failure count as unfinished."""
         population = self.population._replace(is_done=self.population.is_done & ~self.is_failed)
         num = len(self.prefixes)
-        blank = jax.tree.map(np.zeros_like, self.records[0]) if self.records else _blank_record(num)
-        rows = stack_records(jax.tree.map(jnp.asarray, blank), self.max_steps)
-        if self.records:
-            done: Any = jax.tree.map(lambda *leaves: np.stack(leaves), *self.records)
-            rows = jax.tree.map(lambda room, row: np.concatenate([row, np.asarray(room)[len(row) :]]), rows, done)
-        return Sweep(list(self.prefixes), population, rows, jnp.asarray(self.t, jnp.int32))
+        template = self.records[0] if self.records else _blank_record(num)
+        rows = jax.tree.map(lambda leaf: np.zeros((self.max_steps, *leaf.shape), leaf.dtype), template)
+        for t, record in enumerate(self.records):
+            for room, leaf in zip(rows, record, strict=True):
+                room[t] = leaf
+        return Sweep(list(self.prefixes), population, rows, np.asarray(self.t, np.int32))
 
     async def _step(self) -> None:
         begun = _begin(
@@ -220,6 +219,9 @@ async def run_all(coroutines: Sequence[Coroutine[Any, Any, None]]) -> None:
         raise group.exceptions[0] from None
 
 
+_found = jax.jit(found, static_argnums=1)
+
+
 @partial(jax.jit, static_argnames=("max_steps", "is_conditional"))
 def _begin(
     key: Key[Array, ""], selection: Selection, population: Population, t: Any, max_steps: int, is_conditional: bool
@@ -261,6 +263,7 @@ def _weigh(
 
 
 def _blank_record(num: int) -> Record:
-    many, one = jnp.zeros(num), jnp.zeros(())
-    whole, truth = jnp.zeros(num, jnp.int32), jnp.zeros(num, bool)
-    return Record(whole, many, many, many, whole, truth, one, one, jnp.zeros((), bool), jnp.zeros((), jnp.int32))
+    many, one, dtype = np.zeros(num), np.zeros(()), jnp.zeros(()).dtype
+    whole, truth = many.astype(np.int32), many.astype(bool)
+    many, one = many.astype(dtype), one.astype(dtype)
+    return Record(whole, many, many, many, whole, truth, one, one, np.zeros((), bool), np.zeros((), np.int32))

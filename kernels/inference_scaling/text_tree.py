@@ -35,6 +35,7 @@ class Node:
         is_done: whether it is complete.
         is_failed: whether its step could not be had.
         is_invalid: whether a score of it was none.
+        is_cut: whether it was left unfinished, the budget being spent.
     """
 
     parent: "Node | None"
@@ -46,6 +47,7 @@ class Node:
     is_done: bool
     is_failed: bool
     is_invalid: bool
+    is_cut: bool = False
 
     @property
     def depth(self) -> int:
@@ -112,9 +114,13 @@ class Tree:
 
     def _generations(self) -> list[list[Node]]:
         deepest = max((node.depth for node in self.nodes), default=0)
-        found = [[n for n in self.nodes if n.depth == t or (n.depth < t and n.is_done)] for t in range(1, deepest + 1)]
-        finished = [n for n in self.nodes if n.is_done and not n.is_failed]
-        return [*found, finished] if finished else found
+        ends = [node for node in self.nodes if node.is_done or node.is_cut]
+        found = [
+            [n for n in self.nodes if n.depth == t] + [n for n in ends if n.depth < t] for t in range(1, deepest + 1)
+        ]
+        # the last is of those that end there, and not of what was left behind at the greatest depth
+        last = [node for node in ends if not node.is_failed]
+        return [*found, last] if last else found
 
 
 @jax.jit
