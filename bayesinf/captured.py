@@ -26,7 +26,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-__all__ = ["as_pytree", "captured", "current"]
+__all__ = ["as_pytree", "captured", "current", "original"]
 
 # Equinox warns of arrays in the closure of a transformed function, such as `jax.grad(target.logdensity)`; here they
 # are meant to be constants, and are compared
@@ -106,6 +106,13 @@ def as_pytree(function: Any) -> Any:
     """A function that may travel through jit as an argument: a pytree, whose code is static."""
     is_pytree = isinstance(function, eqx.Module | jax.tree_util.Partial)
     return function if is_pytree or not callable(function) else jax.tree_util.Partial(captured(function))
+
+
+def original(function: Any) -> Any:
+    """The function that `as_pytree` was given, for calls on the host."""
+    while isinstance(function, jax.tree_util.Partial) and not (function.args or function.keywords):
+        function = function.func
+    return function.function if isinstance(function, _Captured) else function
 
 
 def current(tree: Any) -> Any:

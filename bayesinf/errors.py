@@ -19,6 +19,7 @@ __all__ = [
     "BayesinfError",
     "CheckpointError",
     "DegenerateWeightsError",
+    "GenerationError",
     "InitializationError",
     "KeyLike",
     "PotentialError",
@@ -83,6 +84,10 @@ class InitializationError(BayesinfError):
 
 class DegenerateWeightsError(BayesinfError):
     """All particle weights vanished; `result` holds the result until then, which `throw=False` returns."""
+
+
+class GenerationError(BayesinfError):
+    """No request for a step was answered, such as where a server is absent; `result` holds the run until then."""
 
 
 class PotentialError(BayesinfError):

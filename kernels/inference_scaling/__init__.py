@@ -1,5 +1,10 @@
 """Particle methods for generative models; imported as `bayesinf.kernels.inference_scaling`."""
 
+from bayesinf.kernels.inference_scaling.a_star import AStar as AStar
+from bayesinf.kernels.inference_scaling.async_driver import Event as Event
+from bayesinf.kernels.inference_scaling.async_driver import infer_async as infer_async
+from bayesinf.kernels.inference_scaling.cascade import Cascade as Cascade
+from bayesinf.kernels.inference_scaling.conformal_acceptance import ConformalAcceptance as ConformalAcceptance
 from bayesinf.kernels.inference_scaling.diffusion_generator import DiffusionGenerator as DiffusionGenerator
 from bayesinf.kernels.inference_scaling.diffusion_generator import DiffusionState as DiffusionState
 from bayesinf.kernels.inference_scaling.discrete_chain import ChainState as ChainState
@@ -23,10 +28,12 @@ from bayesinf.kernels.inference_scaling.methods import Islands as Islands
 from bayesinf.kernels.inference_scaling.methods import ParallelTempering as ParallelTempering
 from bayesinf.kernels.inference_scaling.noising import Noising as Noising
 from bayesinf.kernels.inference_scaling.noising import VariancePreserving as VariancePreserving
+from bayesinf.kernels.inference_scaling.openai_generator import Capabilities as Capabilities
+from bayesinf.kernels.inference_scaling.openai_generator import OpenAIGenerator as OpenAIGenerator
 from bayesinf.kernels.inference_scaling.potential import Potential as Potential
 from bayesinf.kernels.inference_scaling.potential import PotentialProduct as PotentialProduct
-from bayesinf.kernels.inference_scaling.selection import Beam as Beam
 from bayesinf.kernels.inference_scaling.selection import DVTS as DVTS
+from bayesinf.kernels.inference_scaling.selection import Beam as Beam
 from bayesinf.kernels.inference_scaling.selection import Entropic as Entropic
 from bayesinf.kernels.inference_scaling.selection import FKSteering as FKSteering
 from bayesinf.kernels.inference_scaling.selection import Independent as Independent
@@ -40,6 +47,10 @@ from bayesinf.kernels.inference_scaling.speculative import accept_drafts as acce
 from bayesinf.kernels.inference_scaling.speculative import residual_log_probs as residual_log_probs
 from bayesinf.kernels.inference_scaling.speculative import spectr_ratio as spectr_ratio
 from bayesinf.kernels.inference_scaling.speculative import speculative_sample as speculative_sample
+from bayesinf.kernels.inference_scaling.text_generator import TextGenerator as TextGenerator
+from bayesinf.kernels.inference_scaling.text_generator import TextStep as TextStep
+from bayesinf.kernels.inference_scaling.text_generator import as_text_generator as as_text_generator
+from bayesinf.kernels.inference_scaling.text_generator import failed_step as failed_step
 from bayesinf.kernels.inference_scaling.token_generator import LanguageModel as LanguageModel
 from bayesinf.kernels.inference_scaling.token_generator import TokenGenerator as TokenGenerator
 from bayesinf.kernels.inference_scaling.token_generator import TokenState as TokenState

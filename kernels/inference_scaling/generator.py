@@ -83,10 +83,6 @@ class StepGenerator(eqx.Module):
     def decode(self, state: PyTree) -> list[str]:
         """What the particles have written, on the host."""
 
-    def encode(self, prompt: Any) -> PyTree:
-        """The prompt as `init` takes it in a compiled function, on the host: a text has to be made into arrays."""
-        return prompt
-
     def num_prompt_tokens(self, prompt: Any) -> int:
         """How many tokens an encoded prompt has, on the host; 0 for generators that read none."""
         return 0

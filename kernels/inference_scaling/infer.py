@@ -21,6 +21,8 @@ from jaxtyping import PyTree
 
 from bayesinf import errors
 from bayesinf.captured import current
+from bayesinf.kernels.inference_scaling.a_star import AStar
+from bayesinf.kernels.inference_scaling.cascade import Cascade
 from bayesinf.kernels.inference_scaling.generator import StepGenerator
 from bayesinf.kernels.inference_scaling.inference import Inference, last_line
 from bayesinf.kernels.inference_scaling.methods import Gibbs, Islands, ParallelTempering, as_runs, run_single
@@ -38,8 +40,9 @@ from bayesinf.kernels.inference_scaling.selection import (
     SoftValue,
 )
 from bayesinf.kernels.inference_scaling.sweep import run_sweep
+from bayesinf.kernels.inference_scaling.text_generator import TextGenerator
 
-__all__ = ["METHODS", "infer", "infer_batch"]
+__all__ = ["METHODS", "infer", "infer_batch", "named_method", "population_size", "prepare_potential"]
 
 METHODS: dict[str, Callable[[], Any]] = {
     "best_of_n": lambda: Independent("reward"),
@@ -56,6 +59,8 @@ METHODS: dict[str, Callable[[], Any]] = {
     "islands": Islands,
     "svdd": SoftValue,
     "fk_steering": FKSteering,
+    "cascade": Cascade,
+    "a_star": AStar,
 }
 DEFAULT_PARTICLES = 16
 NO_BUDGET = np.iinfo(np.int32).max
@@ -72,12 +77,13 @@ def infer(
     budget: int | None = None,
     answer: Callable[[str], str] = last_line,
     throw: bool = True,
+    **options: Any,
 ) -> Inference:
     """Answers to a prompt, steered by a potential.
 
     Args:
         key: PRNG key or seed.
-        generator: what writes, a `StepGenerator`.
+        generator: what writes, a `StepGenerator`, or a `TextGenerator` such as a server.
         potential: what makes an answer good, a `Potential` or a product of several.
         prompt: what the generator's `init` takes.
         method: one of `METHODS`, or an object that says more, such as `selection.Beam(width=8)`, `methods.Gibbs(8)`.
@@ -85,6 +91,8 @@ def infer(
         budget: tokens that may be generated, by all populations. A step begins only while there are some left.
         answer: of a text, the answer in it; by default what is boxed, or the last line.
         throw: raise where scores are none, or all particles died; else warn.
+        **options: `barrier`, `save`, `resume` and `on_event` of `infer_async`, which runs generators of texts, the
+            methods "cascade" and "a_star", and whatever has one of these options, on the host.
 
     Returns:
         The answers, their weights, and what they cost.
@@ -109,13 +117,18 @@ def infer(
     """
     began = time.perf_counter()
     key = errors.as_key(key)
-    name, method = _named(method)
-    generator, potential = _prepare(name, method, generator, potential)
-    num_particles = _population_size(generator, method, num_particles, budget)
+    name, method = named_method(method)
+    if options or isinstance(generator, TextGenerator) or hasattr(method, "start"):
+        # that driver makes use of what is below
+        from bayesinf.kernels.inference_scaling.async_driver import infer_on_host
+
+        return infer_on_host(
+            key, generator, potential, prompt, (name, method), num_particles, budget, answer, throw, **options
+        )
+    generator, potential = prepare_potential(name, method, generator, potential)
+    num_particles = population_size(generator, method, num_particles, budget)
     selection = method if isinstance(method, Selection) else method.selection
     tokens = jnp.asarray(NO_BUDGET if budget is None else budget, jnp.int32)
-    prompt = generator.encode(prompt)
-
     prompt = generator.encode(prompt)
     if isinstance(method, Selection):
         runs = run_single(key, generator, potential, method, prompt, num_particles, tokens)
@@ -164,16 +177,16 @@ def infer_batch(
     """
     began = time.perf_counter()
     key = errors.as_key(key)
-    name, method = _named(method)
+    name, method = named_method(method)
     if not isinstance(method, Selection):
         raise ValueError(f"method must be of one population for a batch of prompts, got {name}; call infer for each")
     num_prompts = errors.check_count("len(prompts)", len(prompts))
     potentials = [potential] * num_prompts if isinstance(potential, AbstractPotential) else list(potential)
     if len(potentials) != num_prompts:
         raise ValueError(f"potential must be one, or a list of {num_prompts}, one a prompt, got {len(potentials)}")
-    prepared = [_prepare(name, method, generator, one) for one in potentials]
+    prepared = [prepare_potential(name, method, generator, one) for one in potentials]
     generator = prepared[0][0]
-    num_particles = _population_size(generator, method, num_particles, budget)
+    num_particles = population_size(generator, method, num_particles, budget)
     tokens = jnp.asarray(NO_BUDGET if budget is None else budget, jnp.int32)
 
     encoded = [generator.encode(prompt) for prompt in prompts]
@@ -201,7 +214,8 @@ def _stack(name: str, trees: list[Any]) -> Any:
         raise ValueError(f"{name} must have one structure and shape to be run together: {error}") from error
 
 
-def _prepare(name: str, method: Any, generator: Any, potential: Any) -> tuple[StepGenerator, AbstractPotential]:
+def prepare_potential(name: str, method: Any, generator: Any, potential: Any) -> tuple[Any, AbstractPotential]:
+    """The generator and the potential as functions read their surroundings now, and as the method spreads values."""
     generator, potential = current((generator, potential))
     _check(generator, potential)
     if name == "twisted_smc" and not any(factor.kind == "value" for factor in potential.factors):
@@ -210,24 +224,28 @@ def _prepare(name: str, method: Any, generator: Any, potential: Any) -> tuple[St
     return generator, selection.prepare(potential)
 
 
-def _named(method: Any) -> tuple[str, Any]:
+def named_method(method: Any) -> tuple[str, Any]:
+    """The name of a method, and the method."""
+    if isinstance(method, tuple):
+        return method
     if isinstance(method, str):
         errors.check_choice("method", method, tuple(METHODS))
         return method, METHODS[method]()
-    if not isinstance(method, Selection) and not (hasattr(method, "run") and hasattr(method, "selection")):
-        raise ValueError(f"method must be a name, a Selection, or have run and selection, got {type(method).__name__}")
+    if not isinstance(method, Selection) and not hasattr(method, "selection"):
+        raise ValueError(f"method must be a name, a Selection or one of methods, got {type(method).__name__}")
     return type(method).__name__, method
 
 
 def _check(generator: Any, potential: Any) -> None:
-    if not isinstance(generator, StepGenerator):
-        raise ValueError(f"generator must be a StepGenerator, got {type(generator).__name__}")
+    if not isinstance(generator, StepGenerator | TextGenerator):
+        raise ValueError(f"generator must be a StepGenerator or TextGenerator, got {type(generator).__name__}")
     if not isinstance(potential, AbstractPotential):
         cure = "wrap the score: Potential(score, kind=...)"
         raise ValueError(f"potential must be a Potential, got {type(potential).__name__}; {cure}")
 
 
-def _population_size(generator: Any, method: Any, num: int | None, budget: int | None) -> int:
+def population_size(generator: Any, method: Any, num: int | None, budget: int | None) -> int:
+    """N, as asked for or as the budget allows; raises where the two do not go together."""
     per_answer = generator.max_steps * generator.max_tokens_per_step * getattr(method, "num_populations", 1)
     if budget is not None:
         errors.check_count("budget", budget)

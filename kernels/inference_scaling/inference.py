@@ -62,6 +62,7 @@ class Inference:
         num_calls: of the generator, one for every step of a particle.
         wall_time: in seconds, with compilation.
         status: "complete", or what went wrong.
+        failures: why steps could not be had, of every particle that died of it.
     """
 
     method: str
@@ -84,6 +85,7 @@ class Inference:
     num_calls: int
     wall_time: float
     status: str
+    failures: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def posterior(self) -> dict[str, float]:

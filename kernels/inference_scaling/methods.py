@@ -36,7 +36,9 @@ __all__ = [
     "ParallelTempering",
     "Runs",
     "as_runs",
+    "evidence_of",
     "exchange",
+    "pool",
     "run_single",
     "run_tempered",
     "swap",
@@ -139,7 +141,7 @@ class Gibbs(eqx.Module):
                 break
             if j + 1 < self.num_sweeps:
                 reference, _ = draw_reference(key_draw, generator, potential, sweep)
-        return _pool(sweeps, sweeps[0], self.burn_in, [])
+        return pool(sweeps, sweeps[0], self.burn_in, [])
 
 
 class ParallelTempering(eqx.Module):
@@ -207,7 +209,7 @@ class ParallelTempering(eqx.Module):
             if not bool(jnp.all(jnp.any(finished, axis=1))):
                 break
             references = exchange(key_exchange, generator, potential, stacked, self.betas, j % 2)
-        return _pool(kept, kept[0], self.burn_in, others)
+        return pool(kept, kept[0], self.burn_in, others)
 
 
 def run_single(
@@ -225,7 +227,7 @@ def run_single(
 
 def as_runs(selection: Selection, sweep: Sweep) -> Runs:
     """One population as all there is."""
-    evidence, variance = _evidence(sweep) if selection.has_evidence else (float("nan"), float("nan"))
+    evidence, variance = evidence_of(sweep) if selection.has_evidence else (float("nan"), float("nan"))
     return Runs([sweep], np.zeros(1), evidence, variance, [])
 
 
@@ -284,14 +286,15 @@ def swap(
     return jnp.arange(betas.shape[0]) + moves
 
 
-def _pool(sweeps: list[Sweep], first: Sweep, burn_in: int, others: list[Sweep]) -> Runs:
+def pool(sweeps: list[Sweep], first: Sweep, burn_in: int, others: list[Sweep]) -> Runs:
     """Equal weights of the sweeps after the burn-in, and the evidence of the first, which was unconditional."""
     counted = sweeps[min(burn_in, len(sweeps) - 1) :]
     log_w = np.full(len(counted), -np.log(len(counted)))
-    return Runs(counted, log_w, *_evidence(first), [*sweeps[: len(sweeps) - len(counted)], *others])
+    return Runs(counted, log_w, *evidence_of(first), [*sweeps[: len(sweeps) - len(counted)], *others])
 
 
-def _evidence(sweep: Sweep) -> tuple[float, float]:
+def evidence_of(sweep: Sweep) -> tuple[float, float]:
+    """Log Zhat of a run, and its variance."""
     return float(sweep.population.log_evidence), float(relative_variance(sweep.population))
 
 

@@ -81,7 +81,8 @@ def judge(result: Inference, num_particles: int, budget: int | None, throw: bool
         warnings.warn(message, errors.SamplingWarning, stacklevel=3)
         return result
     num_open = int(np.sum(~result.is_done))
-    if num_open:
+    # what is unfinished for another reason, such as a request that failed, is told by who knows it
+    if num_open and budget is not None and result.tokens.generated >= budget:
         message = f"the budget of {budget} tokens was spent with {num_open} of {len(result.texts)} answers unfinished"
         result = dataclasses.replace(result, status=message)
         warnings.warn(f"{message}; they have no weight", errors.SamplingWarning, stacklevel=3)

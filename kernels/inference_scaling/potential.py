@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from bayesinf import errors
 from bayesinf.captured import as_pytree
 
-__all__ = ["AbstractPotential", "Potential", "PotentialProduct", "PotentialState", "with_spread"]
+__all__ = ["AbstractPotential", "Potential", "PotentialProduct", "PotentialState", "with_spread", "without_scores"]
 
 # what G_t is made of by default: the aggregate A_t of the scores up to t
 AGGREGATES = {"step": "prod", "value": "last", "terminal": "last", "odds": "last"}
@@ -244,3 +244,13 @@ def with_spread(potential: AbstractPotential, spread: str) -> AbstractPotential:
     """The potential with the values in it spread over the steps in another way."""
     parts = tuple(dataclasses.replace(f, spread=spread) if f.kind == "value" else f for f in potential.factors)
     return parts[0] if isinstance(potential, Potential) else PotentialProduct(parts)
+
+
+def without_scores(potential: AbstractPotential) -> AbstractPotential:
+    """The potential with nothing to score by, for compiled functions that are given the scores."""
+    parts = tuple(dataclasses.replace(f, score=_no_score) for f in potential.factors)
+    return parts[0] if isinstance(potential, Potential) else PotentialProduct(parts)
+
+
+def _no_score(state: PyTree) -> Array:
+    raise NotImplementedError("the scores of this potential are computed elsewhere")

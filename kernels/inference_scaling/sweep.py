@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import resampling, weights
 from bayesinf.kernels.inference_scaling.generator import StepGenerator, StepInfo
@@ -21,7 +21,7 @@ from bayesinf.kernels.inference_scaling.population import Population, Record, fo
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.selection import Selection
 
-__all__ = ["Reference", "Sweep", "draw_reference", "run_sweep"]
+__all__ = ["Reference", "Sweep", "begin_step", "draw_reference", "run_sweep"]
 
 
 class Reference(NamedTuple):
@@ -54,6 +54,28 @@ class Sweep(NamedTuple):
     num_steps: Int[Array, ""]
 
 
+def begin_step(
+    key: Key[Array, ""],
+    selection: Any,
+    population: Population,
+    t: Int[Array, ""],
+    max_steps: int,
+    is_conditional: bool = False,
+) -> tuple[Population, Int[Array, " N"], Bool[Array, ""], Key[Array, ""]]:
+    """Who goes on at step t: what they start from, the ancestors, whether they were chosen, and the key to move by."""
+    key_choose, key_move = jax.random.split(jax.random.fold_in(key, t))
+    if is_conditional:
+        choice = _choose_with_reference(key_choose, selection, population, t, max_steps)
+    else:
+        choice = selection.choose(key_choose, population, t, max_steps)
+    own = jnp.arange(population.is_done.shape[0], dtype=jnp.int32)
+    is_first = t == 0
+    ancestors = jnp.where(is_first, own, choice[0])
+    log_carried = jnp.where(is_first, population.log_weights, choice[1])
+    is_resampled = choice[2] & ~is_first
+    return inherit(population, ancestors, log_carried, is_resampled), ancestors, is_resampled, key_move
+
+
 @partial(jax.jit, static_argnames="num_particles")
 def run_sweep(
     key: Key[Array, ""],
@@ -71,20 +93,11 @@ def run_sweep(
     population = found(potential, num_particles)
 
     def step(state: PyTree, population: Population, t: Array) -> tuple[PyTree, Population, Record]:
-        key_choose, key_move = jax.random.split(jax.random.fold_in(key_steps, t))
-        if reference is None:
-            choice = selection.choose(key_choose, population, t, generator.max_steps)
-        else:
-            choice = _choose_with_reference(key_choose, selection, population, t, generator.max_steps)
-        own = jnp.arange(num_particles, dtype=jnp.int32)
-        is_first = t == 0
-        ancestors = jnp.where(is_first, own, choice[0])
-        log_carried = jnp.where(is_first, population.log_weights, choice[1])
-        is_resampled = choice[2] & ~is_first
-
+        is_conditional = reference is not None
+        begun = begin_step(key_steps, selection, population, t, generator.max_steps, is_conditional)
+        population, ancestors, is_resampled, key_move = begun
         # whether or not any row moves: through a conditional all of a cache would be copied
         state = generator.gather(state, ancestors)
-        population = inherit(population, ancestors, log_carried, is_resampled)
         state, info = generator.step(key_move, state)
         if reference is not None:
             state, info = _retrace(generator, reference, state, info, t)

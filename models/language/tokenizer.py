@@ -176,7 +176,7 @@ class Tokenizer:
 def smollm2_prompt(
     user: str, system: str = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 ) -> str:
-    """A question to SmolLM2-Instruct as it was trained to read it, ending where its answer begins.
+    r"""A question to SmolLM2-Instruct as it was trained to read it, ending where its answer begins.
 
     Args:
         user: the question.

@@ -34,7 +34,9 @@ def model_of(is_tied=False, width=64):
 def interleaved(matrix, num_heads):
     """Rows of each head as GGUF has them: those that are turned together side by side."""
     size = matrix.shape[0] // num_heads
-    order = [head * size + i + half * size // 2 for head in range(num_heads) for i in range(size // 2) for half in (0, 1)]
+    order = [
+        head * size + i + half * size // 2 for head in range(num_heads) for i in range(size // 2) for half in (0, 1)
+    ]
     return matrix[order]
 
 

@@ -1,0 +1,137 @@
+"""Drafts of a small model that a large one continues where they look strange.
+
+    s = score(prompt, text with the draft),    p = (1 + #{calibration scores >= s}) / (n + 1)
+    p > alpha     the draft is the step
+    p <= alpha    the target generator continues after the draft, and both are the step
+
+Scores are large where a draft is strange, such as the perplexity of the target model. Of drafts that are exchangeable
+with those of calibration at most a share alpha is continued. Nothing is compared between particles, so that none waits
+for another. What is sampled is a law of its own, between the two models, and that law is p.
+
+References:
+    'ATTS' (2025), asynchronous test-time scaling by conformal prediction.
+    Vovk, Gammerman, Shafer (2005), doi:10.1007/b106715 (the p-value).
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from inspect import isawaitable
+from typing import Any
+
+import numpy as np
+from jaxtyping import ArrayLike, Float
+
+from bayesinf import errors
+from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextGenerator, TextStep
+
+__all__ = ["ConformalAcceptance"]
+
+
+class ConformalAcceptance(TextGenerator):
+    """Drafts, continued by a target generator where they are strange.
+
+    Args:
+        draft: writes first.
+        target: continues what is refused.
+        score: of a prompt and a list of texts to as many numbers, which may be a coroutine; large is strange.
+        calibration_scores: of drafts that were good enough, shape (n,).
+        alpha: the share of good drafts that may be continued all the same, in (0, 1).
+        p_value: of the calibration scores and one score; the rank above if None. `models.conformal.p_value` does, and
+            knows weights and groups: `p_value=functools.partial(p_value, weights=...)`.
+
+    Attributes:
+        num_accepted, num_continued: drafts so far.
+
+    Example:
+        >>> from bayesinf.kernels.inference_scaling import ConformalAcceptance, TextGenerator, TextStep
+        >>> from bayesinf.models.conformal import p_value
+        >>> class Writes(TextGenerator):
+        ...     max_steps, max_tokens_per_step = 1, 1
+        ...     def __init__(self, text): self.say = text
+        ...     async def step(self, prompt, prefix, num_samples, seed):
+        ...         return [TextStep(self.say, 1) for _ in range(num_samples)]
+        >>> strange = lambda prompt, texts: [float(len(text)) for text in texts]
+        >>> both = ConformalAcceptance(Writes("long draft"), Writes(", mended"), strange, [1.0] * 19, p_value=p_value)
+        >>> import asyncio
+        >>> asyncio.run(both.step("", (), 1, 0))[0].text
+        'long draft, mended'
+    """
+
+    def __init__(
+        self,
+        draft: TextGenerator,
+        target: TextGenerator,
+        score: Callable[[Any, list[str]], Any],
+        calibration_scores: Float[ArrayLike, " n"],
+        alpha: float = 0.1,
+        *,
+        p_value: Callable[[Any, Any], Any] | None = None,
+    ):
+        self.draft, self.target, self.score, self.alpha = draft, target, score, alpha
+        self.calibration_scores = np.asarray(calibration_scores, float)
+        self.p_value = rank_p_value if p_value is None else p_value
+        errors.check_fraction("alpha", alpha)
+        if self.calibration_scores.ndim != 1 or not len(self.calibration_scores):
+            shape = self.calibration_scores.shape
+            raise ValueError(f"calibration_scores must be a row of numbers, at least one, got shape {shape}")
+        if np.isnan(self.calibration_scores).any():
+            raise ValueError("calibration_scores must be numbers, got NaN; leave those drafts out")
+        smallest = 1 / (1 + len(self.calibration_scores))
+        if alpha < smallest:
+            raise ValueError(
+                f"alpha={alpha} is below 1 / (n + 1) = {smallest:.3g}, the smallest p-value of {1 / smallest - 1:.0f} "
+                "calibration scores: no draft would ever be continued; bring more of them"
+            )
+        self.max_steps = draft.max_steps
+        self.max_tokens_per_step = draft.max_tokens_per_step + target.max_tokens_per_step
+        self.num_accepted = self.num_continued = 0
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[None]:
+        async with self.draft.session(), self.target.session():
+            yield
+
+    def check(self, prompt: Any) -> None:
+        self.draft.check(prompt)
+        self.target.check(prompt)
+
+    async def step(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int) -> list[TextStep]:
+        drafts = await self.draft.step(prompt, prefix, num_samples, seed)
+        scores = self.score(prompt, [self.text((*prefix, step)) for step in drafts])
+        scores = await scores if isawaitable(scores) else scores
+        return [
+            await self._mend(prompt, prefix, draft, float(score), (seed + 1 + i) % 2**31)
+            for i, (draft, score) in enumerate(zip(drafts, scores, strict=True))
+        ]
+
+    async def _mend(self, prompt: Any, prefix: Prefix, draft: TextStep, score: float, seed: int) -> TextStep:
+        if draft.failure is not None:
+            return draft
+        if np.isnan(score):
+            raise ValueError("the score of a draft is NaN")
+        if float(self.p_value(self.calibration_scores, score)) > self.alpha:
+            self.num_accepted += 1
+            return draft
+        self.num_continued += 1
+        if draft.is_done:
+            # nothing follows; the target has its say by starting over
+            prefix_of_target, kept = prefix, ""
+        else:
+            prefix_of_target, kept = (*prefix, draft), draft.text
+        (more,) = await self.target.step(prompt, prefix_of_target, 1, seed)
+        if more.failure is not None:
+            return more
+        return more._replace(
+            text=kept + more.text,
+            num_tokens=draft.num_tokens + more.num_tokens,
+            log_prob=None,
+            log_ratio=0.0,
+            seed=None,
+            num_prompt_tokens=draft.num_prompt_tokens + more.num_prompt_tokens,
+            num_cached_tokens=draft.num_cached_tokens + more.num_cached_tokens,
+        )
+
+
+def rank_p_value(calibration_scores: Float[np.ndarray, " n"], score: float) -> float:
+    """(1 + #{calibration scores >= score}) / (n + 1)."""
+    return float((1 + np.sum(calibration_scores >= score)) / (1 + len(calibration_scores)))

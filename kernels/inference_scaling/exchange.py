@@ -1,0 +1,93 @@
+"""What a run on the host says to its generator and its scorer: what it asked for, what failed, and what it cost.
+
+A request that fails leaves particles without a step; they get weight zero, and the run goes on. Scores are asked for
+once for every unfinished answer, however many particles share it.
+"""
+
+import asyncio
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from bayesinf.kernels.inference_scaling.potential import AbstractPotential
+from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextGenerator, TextStep, failed_step
+
+__all__ = ["Exchange", "OutageError", "ScoreError"]
+
+
+class OutageError(Exception):
+    """Every request of a step failed, and nobody is left."""
+
+
+class ScoreError(Exception):
+    """A scorer raised, or did not give a number for every text."""
+
+
+class Exchange:
+    """The requests of one run, and their accounts.
+
+    Attributes:
+        failures: why steps could not be had, one for each particle.
+        num_prompt_tokens, num_cached_tokens: of all requests.
+        num_unused_tokens: generated for nobody: ahead of a choice that fell otherwise.
+        num_unused_calls: the steps in which they were.
+    """
+
+    def __init__(self, generator: TextGenerator, potential: AbstractPotential, prompt: Any):
+        self.generator, self.potential, self.prompt = generator, potential, prompt
+        self.failures: list[str] = []
+        self.num_prompt_tokens = self.num_cached_tokens = self.num_unused_tokens = self.num_unused_calls = 0
+        self._scores: dict[Hashable, asyncio.Future[tuple[float, ...]]] = {}
+        self.on_step: Callable[[Any], None] = lambda sweep: None
+
+    async def draw(self, prefix: Prefix, num_samples: int, seed: int) -> list[TextStep]:
+        """The next step, drawn `num_samples` times; failed ones among them."""
+        try:
+            steps = list(await self.generator.step(self.prompt, prefix, num_samples, seed))
+            if len(steps) != num_samples:
+                raise ValueError(f"asked for {num_samples} steps, got {len(steps)}")
+        except Exception as error:  # whatever a generator raises costs the particles, not the run
+            steps = [failed_step(f"{type(error).__name__}: {error}")] * num_samples
+        self.failures += [step.failure for step in steps if step.failure is not None]
+        self.num_prompt_tokens += sum(step.num_prompt_tokens for step in steps)
+        self.num_cached_tokens += sum(step.num_cached_tokens for step in steps)
+        return steps
+
+    def waste(self, steps: Sequence[TextStep]) -> None:
+        """Counts steps that no particle took."""
+        drawn = [step for step in steps if step.failure is None]
+        self.num_unused_tokens += sum(step.num_tokens for step in drawn)
+        self.num_unused_calls += len(drawn)
+
+    async def scores(self, prefixes: Sequence[Prefix]) -> Float[np.ndarray, "f n"]:
+        """The scores of these answers, a row for every factor of the potential."""
+        names = [self.generator.identity(prefix) for prefix in prefixes]
+        fresh = {name: prefix for name, prefix in zip(names, prefixes, strict=True) if name not in self._scores}
+        if fresh:
+            loop = asyncio.get_running_loop()
+            self._scores |= {name: loop.create_future() for name in fresh}
+            try:
+                rows = [await self._ask(factor, list(fresh.values())) for factor in self.potential.factors]
+            except BaseException:
+                for name in fresh:
+                    self._scores.pop(name).cancel()
+                raise
+            for name, scores in zip(fresh, zip(*rows, strict=True), strict=True):
+                self._scores[name].set_result(scores)
+        found = [await self._scores[name] for name in names]
+        return np.array(found, float).reshape(len(prefixes), len(self.potential.factors)).T
+
+    async def _ask(self, factor: Any, prefixes: list[Prefix]) -> list[float]:
+        try:
+            scores = await self.generator.scores(factor, self.prompt, prefixes)
+            numbers = [float(score) for score in np.asarray(scores, float).reshape(-1)]
+        except Exception as error:
+            raise ScoreError(f"the score of kind {factor.kind!r} raised {type(error).__name__}: {error}") from error
+        if len(numbers) != len(prefixes):
+            raise ScoreError(
+                f"the score of kind {factor.kind!r} gave {len(numbers)} numbers for {len(prefixes)} texts; it is "
+                "called as score(prompt, texts), and returns one number for each text"
+            )
+        return numbers

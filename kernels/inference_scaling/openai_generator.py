@@ -1,0 +1,345 @@
+r"""Texts of any server that speaks OpenAI's protocol, such as vLLM and llama.cpp: one request a step.
+
+A step is what the model writes up to a separator, a blank line by default. Every request carries the prompt and the
+whole unfinished answer, which servers with a cache of prefixes read once:
+
+    completions     /completions, whose prompt is sent as it is, with its chat template already applied
+    chat            /chat/completions, where the unfinished answer is the assistant's message that the model continues
+
+A server says "stop" both at a separator and at the end of an answer. Which of the two it was is told by `stop_reason`
+(vLLM), by a separator that was left in the text, or by the last token of the log probabilities (llama.cpp); where
+nothing tells, a step counts as unfinished unless it is empty. `probe` asks a server what it can do.
+
+Sampled is the law of the server's settings (temperature, top_p, and what else it applies), and that law is p; see
+`extra` to switch off what a server applies by itself.
+"""
+
+import asyncio
+import json
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+from bayesinf import errors
+from bayesinf.kernels.inference_scaling.http_request import RequestError, post
+from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextGenerator, TextStep, failed_step
+
+__all__ = ["Capabilities", "OpenAIGenerator"]
+
+
+class Capabilities(NamedTuple):
+    """What a server can do; None where it was not asked.
+
+    Attributes:
+        has_many: several samples in one request.
+        has_log_probs: log probabilities of the tokens.
+        has_seed: the same seed gives the same text.
+        keeps_stop: the separator is left in the text if asked.
+        tells_end: it can be told whether an answer has ended.
+    """
+
+    has_many: bool | None = None
+    has_log_probs: bool | None = None
+    has_seed: bool | None = None
+    keeps_stop: bool | None = None
+    tells_end: bool | None = None
+
+
+class OpenAIGenerator(TextGenerator):
+    r"""Steps of a model behind an HTTP server.
+
+    Args:
+        base_url: as of OpenAI's clients, with the version: "http://localhost:8000/v1".
+        model: its name, as the server knows it.
+        api_key: sent as a bearer token.
+        stop: what separates steps.
+        end_markers: a step with one of them is the last of its answer.
+        max_steps: after which an answer counts as finished.
+        max_tokens_per_step: at which a step is cut off.
+        temperature, top_p: of sampling.
+        mode: "completions" or "chat".
+        max_concurrency: requests under way at once, of all runs in one event loop.
+        timeout: seconds for one attempt.
+        max_retries: further attempts after a timeout, a broken connection or reply, status 408, 429 or 5xx; waits
+            grow exponentially with full jitter, and are at least what Retry-After says.
+        backoff: seconds, the longest wait before the first retry.
+        has_log_probs: ask for log probabilities, which also tell the end of an answer and count tokens.
+        extra: further fields of every request, such as {"top_k": 0, "min_p": 0.0} for llama.cpp.
+
+    Raises:
+        ValueError: an argument out of its range, or no separator.
+        ImportError: httpx is not installed.
+
+    Example:
+        >>> import bayesinf as bi
+        >>> from bayesinf.kernels.inference_scaling import OpenAIGenerator, Potential
+        >>> generator = OpenAIGenerator("http://localhost:8000/v1", "my-model", max_steps=8, max_tokens_per_step=256)
+        >>> verifier = Potential(lambda prompt, texts: [0.9 for text in texts], kind="odds")
+        >>> # with a server there: bi.kernels.infer(0, generator, verifier, "Q: 2 + 2?\nA:", num_particles=8)
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        stop: str = "\n\n",
+        end_markers: Sequence[str] = (),
+        max_steps: int = 40,
+        max_tokens_per_step: int = 1024,
+        temperature: float = 0.8,
+        top_p: float = 1.0,
+        mode: str = "completions",
+        max_concurrency: int = 32,
+        timeout: float = 120.0,
+        max_retries: int = 4,
+        backoff: float = 0.5,
+        has_log_probs: bool = True,
+        extra: Mapping[str, Any] | None = None,
+    ):
+        if not base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url must begin with http:// or https://, got {base_url!r}")
+        if not stop:
+            raise ValueError("stop must be the text that separates steps, got none; take '\\n\\n', or '\\n' for lines")
+        errors.check_choice("mode", mode, ("completions", "chat"))
+        for name, count, least in (
+            ("max_steps", max_steps, 1),
+            ("max_tokens_per_step", max_tokens_per_step, 1),
+            ("max_concurrency", max_concurrency, 1),
+            ("max_retries", max_retries, 0),
+        ):
+            errors.check_count(name, count, minimum=least)
+        errors.check_positive_scalar("timeout", timeout)
+        errors.check_nonnegative("backoff", backoff)
+        if temperature <= 0:
+            raise ValueError(f"temperature must be positive, got {temperature}: all particles would write the same")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+        self.base_url, self.model, self.api_key, self.mode = base_url.rstrip("/"), model, api_key, mode
+        self.stop, self.end_markers = stop, tuple(end_markers)
+        self.max_steps, self.max_tokens_per_step = max_steps, max_tokens_per_step
+        self.temperature, self.top_p, self.extra = temperature, top_p, dict(extra or {})
+        self.max_concurrency, self.timeout = max_concurrency, timeout
+        self.max_retries, self.backoff, self.has_log_probs = max_retries, backoff, has_log_probs
+        self.capabilities = Capabilities()
+        # of every event loop: the client, what bounds its requests, and how many use it
+        self._open: dict[asyncio.AbstractEventLoop, tuple[Any, asyncio.Semaphore, int]] = {}
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[None]:
+        httpx = _import_httpx()
+        loop = asyncio.get_running_loop()
+        if loop not in self._open:
+            headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
+            limits = httpx.Limits(max_connections=self.max_concurrency)
+            client = httpx.AsyncClient(headers=headers, limits=limits, timeout=None)
+            self._open[loop] = (client, asyncio.Semaphore(self.max_concurrency), 0)
+        client, semaphore, users = self._open[loop]
+        self._open[loop] = (client, semaphore, users + 1)
+        try:
+            yield
+        finally:
+            users = self._open[loop][2] - 1
+            self._open[loop] = (client, semaphore, users)
+            if users == 0:
+                del self._open[loop]
+                await client.aclose()
+
+    async def step(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int) -> list[TextStep]:
+        many = num_samples > 1 and self.capabilities.has_many is not False
+        if many:
+            try:
+                steps = await self._request(prompt, prefix, num_samples, None)
+            except RequestError as error:
+                if error.status not in (400, 422):
+                    raise
+                # servers refuse more samples than they have room for; how many that is they do not say
+                steps = []
+            if len(steps) == num_samples:
+                return steps
+            if len(steps) <= 1:
+                self.capabilities = self.capabilities._replace(has_many=False)
+        else:
+            steps = []
+        missing = range(len(steps), num_samples)
+        more = await asyncio.gather(*[self._one(prompt, prefix, (seed + i) % 2**31) for i in missing])
+        return [*steps, *more]
+
+    async def probe(self, prompt: Any = "1, 2, 3,") -> Capabilities:
+        """Asks the server what it can do, with a few short requests.
+
+        Args:
+            prompt: what to continue.
+
+        Raises:
+            GenerationError: it does not answer.
+        """
+        async with self.session():
+            kept = self.capabilities, self.max_tokens_per_step
+            self.capabilities, self.max_tokens_per_step = Capabilities(), 8
+            try:
+                first = (await self._request(prompt, (), 1, 7))[0]
+                again = (await self._request(prompt, (), 1, 7))[0]
+                try:
+                    has_many = len(await self._request(prompt, (), 2, None)) == 2
+                except RequestError:
+                    has_many = False
+                raw = await self._ask(self._body(prompt, (), 1, 7) | {"stop": [","], "max_tokens": 4})
+                choice = raw["choices"][0]
+                keeps_stop = _content(choice).endswith(",")
+                tells_end = keeps_stop or "stop_reason" in choice or first.log_prob is not None
+                found = Capabilities(
+                    has_many, first.log_prob is not None, first.text == again.text, keeps_stop, tells_end
+                )
+                kept = found, kept[1]
+            except RequestError as error:
+                raise errors.GenerationError(str(error)) from error
+            finally:
+                self.capabilities, self.max_tokens_per_step = kept
+        return found
+
+    async def _one(self, prompt: Any, prefix: Prefix, seed: int) -> TextStep:
+        try:
+            return (await self._request(prompt, prefix, 1, seed))[0]
+        except RequestError as error:
+            return failed_step(str(error))
+
+    async def _request(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int | None) -> list[TextStep]:
+        reply = await self._ask(self._body(prompt, prefix, num_samples, seed))
+        try:
+            return self._read(reply, self.text(prefix))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            shown = json.dumps(reply)[:200]
+            raise RequestError(f"{self.url} sent JSON that is no completion ({error!r}): {shown}") from error
+
+    @property
+    def url(self) -> str:
+        """Where requests go."""
+        return self.base_url + ("/completions" if self.mode == "completions" else "/chat/completions")
+
+    async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        client, semaphore, _ = self._open[asyncio.get_running_loop()]
+        return await post(
+            client,
+            self.url,
+            body,
+            semaphore=semaphore,
+            timeout=self.timeout,
+            max_retries=self.max_retries,
+            backoff=self.backoff,
+            jitter=random.random,
+        )
+
+    def _body(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int | None) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": self.max_tokens_per_step,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "stop": [self.stop],
+            "include_stop_str_in_output": True,
+        }
+        if num_samples > 1:
+            body["n"] = num_samples
+        if seed is not None:
+            body["seed"] = seed
+        written = self.text(prefix)
+        if self.mode == "completions":
+            body["prompt"] = str(prompt) + written
+            body |= {"logprobs": 1} if self.has_log_probs else {}
+        else:
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            if written:
+                messages.append({"role": "assistant", "content": written})
+                body |= {"continue_final_message": True, "add_generation_prompt": False}
+            body["messages"] = messages
+            body |= {"logprobs": True} if self.has_log_probs else {}
+        return body | self.extra
+
+    def _read(self, reply: dict[str, Any], written: str) -> list[TextStep]:
+        choices = sorted(reply["choices"], key=lambda choice: choice.get("index", 0))
+        if not choices:
+            raise ValueError("no choices")
+        usage = reply.get("usage") or {}
+        num_prompt = int(usage.get("prompt_tokens") or 0)
+        num_cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+        texts = [_content(choice).removeprefix(written if self.mode == "chat" else "") for choice in choices]
+        if any(text.endswith(self.stop) for text in texts):
+            self.capabilities = self.capabilities._replace(keeps_stop=True)
+        counts = _count_tokens(choices, texts, usage.get("completion_tokens"))
+        steps = []
+        for i, (choice, text, num_tokens) in enumerate(zip(choices, texts, counts, strict=True)):
+            reason, tokens = choice.get("finish_reason") or "stop", _log_probs(choice)
+            has_ended = reason == "stop" and self._is_end(choice, text, tokens)
+            if reason == "stop" and not has_ended and not text.endswith(self.stop):
+                text += self.stop
+            is_done = has_ended or any(marker in text for marker in self.end_markers)
+            steps.append(
+                TextStep(
+                    text,
+                    num_tokens,
+                    None if tokens is None else sum(log_prob for _, log_prob in tokens),
+                    is_done=is_done,
+                    finish_reason="end" if has_ended else reason,
+                    # the samples of a request share one reading of the prompt
+                    num_prompt_tokens=num_prompt - num_cached if i == 0 else 0,
+                    num_cached_tokens=num_cached if i == 0 else num_prompt,
+                )
+            )
+        return steps
+
+    def _is_end(self, choice: dict[str, Any], text: str, tokens: list[tuple[str, float]] | None) -> bool:
+        """Whether the answer has ended, and not only the step."""
+        if text.endswith(self.stop):
+            return False
+        if "stop_reason" in choice:
+            return choice["stop_reason"] != self.stop
+        if tokens:
+            # tokens of a separator are cut off, the token that ends an answer is there, and has no text of its own
+            return tokens[-1][0] == "" or not text.endswith(tokens[-1][0])
+        return self.capabilities.keeps_stop is True or not text
+
+
+def _content(choice: dict[str, Any]) -> str:
+    text = choice["text"] if "text" in choice else choice["message"]["content"]
+    if not isinstance(text, str):
+        raise TypeError(f"text is {type(text).__name__}")
+    return text
+
+
+def _log_probs(choice: dict[str, Any]) -> list[tuple[str, float]] | None:
+    """The tokens and their log probabilities, in either of the two forms; None if there are none."""
+    found = choice.get("logprobs") or {}
+    if found.get("content"):
+        return [(entry["token"], float(entry["logprob"])) for entry in found["content"]]
+    if found.get("tokens"):
+        pairs = zip(found["tokens"], found["token_logprobs"], strict=True)
+        return [(token, 0.0 if log_prob is None else float(log_prob)) for token, log_prob in pairs]
+    return None
+
+
+def _count_tokens(choices: list[dict[str, Any]], texts: list[str], total: int | None) -> list[int]:
+    """How many tokens each choice has: as the server says, or as its log probabilities, or about one in four letters.
+
+    Of several samples some servers count one alone, and others all of them.
+    """
+    if len(choices) == 1 and total is not None:
+        return [int(total)]
+    known = [_log_probs(choice) for choice in choices]
+    if all(tokens is not None for tokens in known):
+        return [len(tokens or []) for tokens in known]
+    if total is None:
+        return [max(1, round(len(text) / 4)) for text in texts]
+    letters = [max(len(text), 1) for text in texts]
+    ends = [round(total * sum(letters[: i + 1]) / sum(letters)) for i in range(len(letters))]
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _import_httpx() -> Any:
+    try:
+        import httpx
+    except ImportError as error:
+        raise ImportError("OpenAIGenerator needs httpx: pip install 'bayesinf[http]'") from error
+    return httpx

@@ -1,0 +1,156 @@
+"""Answers that grow as a tree, each at its own pace, and that tree as the generations of a population.
+
+A node is one step of an answer. Methods without a barrier have no populations; for the result, generation t holds the
+nodes at depth t and the answers that had finished before. Generations of different sizes are filled up with copies of
+their first node, of weight zero.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bayesinf.kernels.inference_scaling.exchange import Exchange
+from bayesinf.kernels.inference_scaling.population import Record, found
+from bayesinf.kernels.inference_scaling.potential import AbstractPotential, without_scores
+from bayesinf.kernels.inference_scaling.sweep import Sweep
+from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextStep
+
+__all__ = ["Node", "Tree"]
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """A step of an answer.
+
+    Attributes:
+        parent: the node before; None at depth 1.
+        prefix: the answer as far as this step.
+        eve: which of the first nodes it descends from.
+        potentials: what the potential remembers of it.
+        log_weight: that counts for the result.
+        log_reward: of the answer so far.
+        is_done: whether it is complete.
+        is_failed: whether its step could not be had.
+        is_invalid: whether a score of it was none.
+        is_cut: whether it was left unfinished, the budget being spent.
+    """
+
+    parent: "Node | None"
+    prefix: Prefix
+    eve: int
+    potentials: Any
+    log_weight: float
+    log_reward: float
+    is_done: bool
+    is_failed: bool
+    is_invalid: bool
+    is_cut: bool = False
+
+    @property
+    def depth(self) -> int:
+        return 1 if self.parent is None else self.parent.depth + 1
+
+
+class Tree:
+    """The nodes so far, in the order of their arrival."""
+
+    def __init__(self, exchange: Exchange, potential: AbstractPotential):
+        self.exchange, self.potential = exchange, without_scores(potential)
+        self.nodes: list[Node] = []
+        self.num_tokens = 0
+        self._root = self.potential.start(1)
+
+    async def grow(self, parent: Node | None, step: TextStep, eve: int, log_weight: float) -> Node:
+        """The node of a step, scored; its log weight is `log_weight` plus log G and the log ratio."""
+        is_failed = step.failure is not None
+        before = () if parent is None else parent.prefix
+        prefix = before if is_failed else (*before, step)
+        depth = 1 if parent is None else parent.depth + 1
+        is_done = is_failed or step.is_done or depth >= self.exchange.generator.max_steps
+        potentials, log_g, log_reward = (self._root if parent is None else parent.potentials), -np.inf, -np.inf
+        if not is_failed:
+            scores = (await self.exchange.scores([prefix]))[:, 0]
+            weighed = _weigh_one(self.potential, potentials, jnp.asarray(scores, float), jnp.asarray(is_done))
+            potentials, log_g, log_reward = weighed[0], float(weighed[1]), float(weighed[2])
+        is_invalid = bool(np.isnan(log_g) or log_g == np.inf)
+        log_weight = -np.inf if is_invalid or is_failed else log_weight + log_g + step.log_ratio
+        node = Node(parent, prefix, eve, potentials, log_weight, log_reward, is_done, is_failed, is_invalid)
+        self.nodes.append(node)
+        self.num_tokens += step.num_tokens
+        return node
+
+    def result(self) -> Sweep:
+        """The generations."""
+        generations = self._generations() or [[]]
+        num = max(2, *(len(generation) for generation in generations))
+        rows: list[Record] = []
+        before: dict[int, int] = {}
+        for t, generation in enumerate(generations):
+            place = {id(node): i for i, node in enumerate(generation)}
+            own = np.arange(num, dtype=np.int32)
+            if t:
+                found_at = [before[id(n)] if id(n) in before else before[id(n.parent)] for n in generation]
+                own = np.array((found_at + [found_at[0] if found_at else 0] * num)[:num], np.int32)
+            fresh = [n.depth == t + 1 and not n.is_failed for n in generation]
+            rows.append(_record(generation, fresh, own, num))
+            before = place
+        population = found(self.potential, num)
+        last = rows[-1]
+        eves = [node.eve for node in generations[-1]]
+        is_done = [node.is_done and not node.is_failed for node in generations[-1]]
+        population = population._replace(
+            log_weights=jnp.asarray(last.log_weights),
+            log_reward=jnp.asarray(last.log_rewards),
+            is_done=jnp.asarray(_fill(is_done, bool(is_done and is_done[0]), num, bool)),
+            lineage=population.lineage._replace(eves=jnp.asarray(_fill(eves, 0, num, np.int32))),
+        )
+        prefixes = [node.prefix for node in generations[-1]]
+        prefixes += (prefixes[:1] or [()]) * (num - len(prefixes))
+        records = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+        return Sweep(prefixes, population, records, jnp.asarray(len(generations), jnp.int32))
+
+    def _generations(self) -> list[list[Node]]:
+        deepest = max((node.depth for node in self.nodes), default=0)
+        ends = [node for node in self.nodes if node.is_done or node.is_cut]
+        found = [
+            [n for n in self.nodes if n.depth == t] + [n for n in ends if n.depth < t] for t in range(1, deepest + 1)
+        ]
+        # the last is of those that end there, and not of what was left behind at the greatest depth
+        last = [node for node in ends if not node.is_failed]
+        return [*found, last] if last else found
+
+
+@jax.jit
+def _weigh_one(potential: AbstractPotential, states: Any, scores: Any, is_done: Any) -> Any:
+    log_scores = tuple(f.log_scores(score[None]) for f, score in zip(potential.factors, scores, strict=True))
+    states, log_g = potential.weigh(states, log_scores, jnp.zeros(1, bool), is_done[None])
+    return states, log_g[0], potential.log_reward(states)[0]
+
+
+def _record(generation: list[Node], is_fresh: list[bool], ancestors: np.ndarray, num: int) -> Record:
+    dtype = jnp.zeros(()).dtype
+    raw = np.array(_fill([node.log_weight for node in generation], -np.inf, num, float))
+    total = np.logaddexp.reduce(raw)
+    log_weights = raw - total if np.isfinite(total) else raw
+    weights = np.exp(log_weights)
+    counted = [n.prefix[-1].num_tokens if fresh else 0 for n, fresh in zip(generation, is_fresh, strict=True)]
+    ratios = [n.prefix[-1].log_ratio if fresh else 0.0 for n, fresh in zip(generation, is_fresh, strict=True)]
+    return Record(
+        ancestors,
+        log_weights.astype(dtype),
+        _fill([node.log_reward for node in generation], -np.inf, num, dtype),
+        _fill(ratios, 0.0, num, dtype),
+        _fill(counted, 0, num, np.int32),
+        _fill([node.is_done for node in generation], False, num, bool),
+        np.asarray(total, dtype),
+        np.asarray(weights.sum() ** 2 / np.sum(weights**2) if weights.any() else 0.0, dtype),
+        np.asarray(True),
+        np.asarray(sum(n.is_invalid and fresh for n, fresh in zip(generation, is_fresh, strict=True)), np.int32),
+    )
+
+
+def _fill(values: list[Any], blank: Any, num: int, dtype: Any) -> np.ndarray:
+    return np.array((values + [blank] * num)[:num], dtype)
