@@ -47,6 +47,11 @@ class LanguageCache(NamedTuple):
         suffix = copy_rows(self.suffix, ancestors)
         return self._replace(suffix=suffix, lengths=resampling.gather(self.lengths, ancestors))
 
+    def place(self, other: "LanguageCache") -> "LanguageCache":
+        """The cache with the first particle of `other`, of the same prompt, in its first place."""
+        suffix = jax.tree.map(lambda leaf, new: leaf.at[0].set(new[0]), self.suffix, other.suffix)
+        return self._replace(suffix=suffix, lengths=self.lengths.at[0].set(other.lengths[0]))
+
     def truncate(self, lengths: Int[Array, " n"]) -> "LanguageCache":
         """The cache as it was when the particles had these many tokens of their own, or fewer."""
         return self._replace(lengths=jnp.minimum(self.lengths, lengths))

@@ -288,6 +288,10 @@ class Transformer(eqx.Module):
         """The cache of m particles, the i-th of which is a copy of particle ancestors[i]."""
         return cache.gather(ancestors)
 
+    def place(self, cache: LanguageCache, other: LanguageCache) -> LanguageCache:
+        """The cache with the first particle of `other`, of the same prompt, in its first place."""
+        return cache.place(other)
+
     def truncate(self, cache: LanguageCache, lengths: Int[Array, " n"]) -> LanguageCache:
         """The cache as it was when the particles had read these many tokens of their own."""
         return cache.truncate(lengths)
