@@ -234,9 +234,7 @@ def named_method(method: Any) -> tuple[str, Any]:
         errors.check_choice("method", method, tuple(METHODS))
         return method, METHODS[method]()
     if not isinstance(method, Selection) and not hasattr(method, "selection"):
-        raise ValueError(
-            f"method must be a name, a Selection or one of methods, got {type(method).__name__}"
-        )
+        raise ValueError(f"method must be a name, a Selection or one of methods, got {type(method).__name__}")
     return type(method).__name__, method
 
 

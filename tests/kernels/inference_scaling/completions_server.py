@@ -84,7 +84,10 @@ class Handler(BaseHTTPRequestHandler):
         letters = [next_letter(written.replace("|", ""), rng) for _ in range(num)]
         reply = {"choices": [self.choice(i, letter, is_chat, written) for i, letter in enumerate(letters)]}
         if server.style != "plain":
-            reply["usage"] = {"prompt_tokens": 10 + len(written), "completion_tokens": 2 if server.style == "llama" else 2 * num}
+            reply["usage"] = {
+                "prompt_tokens": 10 + len(written),
+                "completion_tokens": 2 if server.style == "llama" else 2 * num,
+            }
         if fault == "no completion":
             reply = {"choices": [{"index": 0}]}
         if fault == "no choices":

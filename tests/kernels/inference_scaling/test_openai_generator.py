@@ -65,7 +65,9 @@ def test_the_law_over_http_is_that_of_the_chain(style, mode):
 
 def test_duplicates_are_one_request():
     with serve() as server:
-        result = kernels.infer(0, generator_at(server.url, timeout=30.0), POTENTIAL, PROMPT, method=RESAMPLE, num_particles=16)
+        result = kernels.infer(
+            0, generator_at(server.url, timeout=30.0), POTENTIAL, PROMPT, method=RESAMPLE, num_particles=16
+        )
         first, *others = server.requests
     assert first["n"] == 16
     assert first["prompt"] == PROMPT
