@@ -228,6 +228,10 @@ class _HostRun:
         """What there is."""
         runs = collect_runs(self.method, self.sweeps) if self.tree is None else self.tree.runs()
         result = collect(self.name, self.method_selection, runs, self.generator, self.prompt, self.answer, self.began)
+        if self.tree is not None:
+            kept = slice(self.tree.tree.num_answers)
+            names = ("texts", "answers", "log_votes", "log_rewards", "is_done")
+            result = dataclasses.replace(result, **{name: getattr(result, name)[kept] for name in names})
         ex, counted = self.exchange, result.tokens
         tokens = TokenCount(
             counted.generated + ex.num_unused_tokens,

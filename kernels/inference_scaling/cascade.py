@@ -122,7 +122,7 @@ class CascadeRun:
 
 
 def num_children(
-    log_weight: float, log_mean: float, arrival: int, num_before: int, num_particles: int, rng: np.random.Generator
+    log_weight: float, log_mean: float, arrival: int, num_before: int, num_particles: int, rng: Any
 ) -> tuple[int, float]:
     """How many children the k-th arrival has, and their log weight.
 
@@ -132,11 +132,11 @@ def num_children(
         arrival: k.
         num_before: children of the arrivals before.
         num_particles: N.
-        rng: of the random choice.
+        rng: a NumPy generator, for the random choice.
     """
     if not np.isfinite(log_weight):
         return 0, -np.inf
-    # a ratio of 1 that rounding puts beside it would have two children, or a random one
+    # equal weights have one child each, though rounding puts their ratio beside 1; the sum of the weights is w still
     ratio = math.exp(log_weight - log_mean)
     ratio = round(ratio) if abs(ratio - round(ratio)) < 1e-6 * ratio else ratio
     if ratio < 1:

@@ -124,6 +124,7 @@ class OpenAIGenerator(TextGenerator):
         self.max_concurrency, self.timeout = max_concurrency, timeout
         self.max_retries, self.backoff, self.has_log_probs = max_retries, backoff, has_log_probs
         self.capabilities = Capabilities()
+        self._echoes = True  # until a reply shows the contrary
         # of every event loop: the client, what bounds its requests, and how many use it
         self._open: dict[asyncio.AbstractEventLoop, tuple[Any, asyncio.Semaphore, int]] = {}
 
@@ -265,7 +266,9 @@ class OpenAIGenerator(TextGenerator):
         usage = reply.get("usage") or {}
         num_prompt = int(usage.get("prompt_tokens") or 0)
         num_cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-        texts = [_content(choice).removeprefix(written if self.mode == "chat" else "") for choice in choices]
+        texts = [_content(choice) for choice in choices]
+        if self.mode == "chat" and written and self._echoes_back(choices, texts, written):
+            texts = [text.removeprefix(written) for text in texts]
         if any(text.endswith(self.stop) for text in texts):
             self.capabilities = self.capabilities._replace(keeps_stop=True)
         counts = _count_tokens(choices, texts, usage.get("completion_tokens"))
@@ -289,6 +292,15 @@ class OpenAIGenerator(TextGenerator):
                 )
             )
         return steps
+
+    def _echoes_back(self, choices: list[dict[str, Any]], texts: list[str], written: str) -> bool:
+        """Whether the server sends the unfinished answer back with what it adds, as llama.cpp does.
+
+        A step may begin as the answer does: one reply that does not is proof that it never is sent back.
+        """
+        if "stop_reason" in choices[0] or not all(text.startswith(written) for text in texts):
+            self._echoes = False
+        return self._echoes
 
     def _is_end(self, choice: dict[str, Any], text: str, tokens: list[tuple[str, float]] | None) -> bool:
         """Whether the answer has ended, and not only the step."""

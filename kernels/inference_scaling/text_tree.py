@@ -104,13 +104,18 @@ class Tree:
         population = population._replace(
             log_weights=jnp.asarray(last.log_weights),
             log_reward=jnp.asarray(last.log_rewards),
-            is_done=jnp.asarray(_fill(is_done, bool(is_done and is_done[0]), num, bool)),
+            is_done=jnp.asarray(_fill(is_done, False, num, bool)),
             lineage=population.lineage._replace(eves=jnp.asarray(_fill(eves, 0, num, np.int32))),
         )
         prefixes = [node.prefix for node in generations[-1]]
-        prefixes += (prefixes[:1] or [()]) * (num - len(prefixes))
+        prefixes += [()] * (num - len(prefixes))
         records = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
         return Sweep(prefixes, population, records, jnp.asarray(len(generations), jnp.int32))
+
+    @property
+    def num_answers(self) -> int:
+        """How many of the particles of the result are answers; those after them fill it up."""
+        return len((self._generations() or [[]])[-1])
 
     def _generations(self) -> list[list[Node]]:
         deepest = max((node.depth for node in self.nodes), default=0)

@@ -45,8 +45,10 @@ def plain(text):
     return text.replace("|", "")
 
 
-@pytest.mark.parametrize("style", ["vllm", "llama", "keeps"])
-@pytest.mark.parametrize("mode", ["completions", "chat"])
+@pytest.mark.parametrize(
+    ("style", "mode"),
+    [("vllm", "completions"), ("llama", "completions"), ("keeps", "completions"), ("vllm", "chat"), ("llama", "chat")],
+)
 def test_the_law_over_http_is_that_of_the_chain(style, mode):
     # E[Zhat] = Z and E[Zhat W] = p G, as of the driver in process (test_text_driver)
     num = 40 if mode == "completions" else 12

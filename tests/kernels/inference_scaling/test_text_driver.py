@@ -272,7 +272,8 @@ def test_a_failure_costs_its_particles_alone():
     "method", ["particle_filter", "beam", "particle_filter_published", "svdd", "cascade", "a_star"]
 )
 def test_no_method_answers_with_the_dead(method):
-    failing = ChainTexts(fails=lambda text, call: call == 2)
+    # beam search has all its particles in the second request
+    failing = ChainTexts(fails=lambda text, call: call == (3 if method == "beam" else 2))
     with pytest.warns(errors.SamplingWarning, match="the line is dead"):
         result = kernels.infer(2, failing, POTENTIAL, "go", num_particles=32, method=method)
     assert set(result.answers) - {None} <= set(law())
@@ -381,7 +382,7 @@ def test_interrupting_returns_what_there_is():
         result = kernels.infer(0, generator, POTENTIAL, "go", num_particles=4, on_event=interrupt)
     assert result.status == "interrupted"
     assert result.num_steps.tolist() == [2]
-    assert generator.num_cancelled > 0
+    assert not any(thread.name == "bayesinf-infer" for thread in threading.enumerate())
 
 
 def test_speculation_counts_what_it_wastes():
