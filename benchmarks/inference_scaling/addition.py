@@ -1,10 +1,11 @@
 """A small transformer that adds two numbers in steps, and a noisy verifier: the filter beside weighted best of n.
 
-    4821+3907=      8,0; 2,0; 7,1; 8,0;      08728
+    4821+3907=      17080; 20120; 89071; 43180;      08728
 
-Each step is a digit of the sum, the lowest first, and what is carried; the last line is the answer. The model is
-trained here, a minute or two, and drawn from at a temperature that makes it err. The verifier's logit is +2 for a prefix
-without error and -2 for others, with noise of 1.5 that is frozen by the prefix.
+Each step has the two digits of a column, the lowest first, what was carried, the digit of the sum and what is carried
+on; the last line is the answer. The model is trained here, a minute or two, and drawn from at the temperature, of a
+few, at which nearest to one answer in ten is right. The verifier's logit is +2 for a prefix without error and -2 for
+others, with noise of 1.5 that is frozen by the prefix.
 
     python -m benchmarks.inference_scaling.addition
 """
@@ -31,37 +32,34 @@ from bayesinf.kernels.inference_scaling.sweep import run_sweep
 from bayesinf.models.language import CharTokenizer, Transformer
 from benchmarks.inference_scaling.budget import RESULTS, half_width, save
 
-TOKENIZER = CharTokenizer("0123456789+=,;")
+TOKENIZER = CharTokenizer("0123456789+=;")
 NUM_DIGITS = 4
 PROMPT_LENGTH = 2 * NUM_DIGITS + 2
-SOLUTION_LENGTH = 4 * NUM_DIGITS + NUM_DIGITS + 2
+SOLUTION_LENGTH = 6 * NUM_DIGITS + NUM_DIGITS + 2
 UNLIMITED = np.int32(2**31 - 1)
 
 
 def write(key: Key[Array, ""], num: int) -> Int[Array, "n l"]:
     """Problems with their solutions, as tokens."""
     a, b = jax.random.randint(key, (2, num, NUM_DIGITS), 0, 10)  # the lowest digits first
-    comma, semicolon, plus, equals = (TOKENIZER.encode(c)[0] for c in ",;+=")
+    semicolon, plus, equals = (TOKENIZER.encode(c)[0] for c in ";+=")
 
     def constant(token: int) -> Array:
         return jnp.full((num, 1), token)
 
-    def column(carry: Array, digits: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def column(carry: Array, digits: tuple[Array, Array]) -> tuple[Array, tuple[Array, ...]]:
         total = digits[0] + digits[1] + carry
-        return total // 10, (total % 10, total // 10)
+        return total // 10, (*digits, carry, total % 10, total // 10)
 
-    last, (digits, carries) = jax.lax.scan(column, jnp.zeros(num, int), (a.T, b.T))
-    steps = [
-        part
-        for digit, carry in zip(digits, carries, strict=True)
-        for part in (digit[:, None], constant(comma), carry[:, None], constant(semicolon))
-    ]
+    last, columns = jax.lax.scan(column, jnp.zeros(num, int), (a.T, b.T))
+    steps = [part for row in zip(*columns, strict=True) for part in (*(x[:, None] for x in row), constant(semicolon))]
+    digits = columns[3]
     answer = [last[:, None], digits.T[:, ::-1], constant(TOKENIZER.end_token)]
     prompt = [a[:, ::-1], constant(plus), b[:, ::-1], constant(equals)]
     return jnp.concatenate([*prompt, *steps, *answer], axis=1).astype(jnp.int32)
 
 
-def train(key: Key[Array, ""], num_iterations: int = 400, batch_size: int = 64) -> Transformer:
+def train(key: Key[Array, ""], num_iterations: int = 600, batch_size: int = 64) -> Transformer:
     """Maximum likelihood of the solutions, by Adam."""
     key_model, key_data = jax.random.split(key)
     sizes = {"vocab_size": TOKENIZER.vocab_size, "width": 64, "num_layers": 2, "num_heads": 4}
@@ -158,10 +156,10 @@ def solve(
 
 def main(
     folder: Path = RESULTS,
-    num_particles: Sequence[int] = (2, 4, 8, 16, 32, 64),
-    num_problems: int = 300,
-    temperature: float = 1.25,
-    num_iterations: int = 400,
+    num_particles: Sequence[int] = (4, 8, 16, 64),
+    num_problems: int = 200,
+    temperatures: Sequence[float] = (1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5),
+    num_iterations: int = 600,
 ) -> list[dict]:
     """Trains, runs, writes addition.png and addition.csv, and returns the rows of the table."""
     began = time.perf_counter()
@@ -169,6 +167,12 @@ def main(
     model = jax.block_until_ready(train(key_train, num_iterations))
     print(f"trained in {time.perf_counter() - began:.0f} s")
     texts, keys = write(key_texts, num_problems), jax.random.split(key_runs, num_problems)
+    shares = {
+        t: float(jnp.mean(solve(keys, texts, generator_of(model, t), Independent("reward"), 16)["one_answer"]))
+        for t in temperatures
+    }
+    print("right at each temperature:", {t: round(share, 3) for t, share in shares.items()}, flush=True)
+    temperature = min(shares, key=lambda t: abs(shares[t] - 0.1))
     generator = generator_of(model, temperature)
     rows: list[dict] = []
     for name, selection in {"particle_filter": Resample(), "best_of_n": Independent("reward")}.items():
@@ -176,7 +180,8 @@ def main(
             found = jax.tree.map(np.asarray, solve(keys, texts, generator, selection, num))
             for rule in ("weighted_majority", "argmax"):
                 share = float(np.mean(found[rule]))
-                about = {"method": name, "rule": rule, "num_particles": num, "num_problems": num_problems}
+                about = {"method": name, "rule": rule, "num_particles": num, "temperature": temperature}
+                about["num_problems"] = num_problems
                 more = {"num_tokens": float(np.mean(found["tokens"])), "accuracy": share}
                 rows.append(about | more | {"half_width": half_width(share, num_problems)})
             print(name, num, *(f"{k} {np.mean(v):.3f}" for k, v in found.items()), flush=True)
