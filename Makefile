@@ -5,6 +5,7 @@
 # make bench     speed, beside other libraries where they are installed
 # make ppg       the experiments with Parisian particle Gibbs, with figures; writes benchmarks/ppg/results/
 # make conformal coverage and size of conformal prediction sets, with figures; writes benchmarks/conformal/results/
+# make scaling   methods of inference-time scaling at equal budgets, with a figure; writes benchmarks/inference_scaling/results/
 # make docs      the documentation, with its notebooks executed: docs/_build/html
 # make package   build sdist and wheel, install the wheel where nothing else is, and use it
 #
@@ -18,7 +19,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test slow lint bench ppg conformal docs package clean
+.PHONY: demo test slow lint bench ppg conformal scaling docs package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-plots
@@ -50,6 +51,9 @@ ppg: $(VENV)/installed-plots
 conformal: $(VENV)/installed-plots
 	$(BIN)/python -m benchmarks.conformal.hmm_panel $(ARGS)
 	$(BIN)/python -m benchmarks.conformal.sequences $(ARGS)
+
+scaling: $(VENV)/installed-plots
+	$(BIN)/python -m benchmarks.inference_scaling.budget $(ARGS)
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

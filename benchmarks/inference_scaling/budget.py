@@ -298,6 +298,7 @@ def draw(rows: list[dict]):
     ticks = sorted({r["budget"] for r in rows})
     axes[1, 0].set_xticks(ticks, [str(t) for t in ticks])
     axes[1, 0].minorticks_off()
+    axes[1, 0].set_xlim(0.85 * ticks[0], 1.18 * ticks[-1])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
     return figure

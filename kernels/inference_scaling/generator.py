@@ -72,8 +72,11 @@ class StepGenerator(eqx.Module):
         return gather(state, ancestors)
 
     def place(self, state: PyTree, other: PyTree) -> PyTree:
-        """The state with the first particle of `other` in its first place; both were begun with one prompt."""
-        return jax.tree.map(lambda leaf, new: leaf.at[0].set(new[0]), state, other)
+        """The state with the one particle of `other` in its first place; both were begun with one prompt.
+
+        What has the same shape in both is shared by all particles, and left as it is.
+        """
+        return jax.tree.map(lambda leaf, new: leaf if leaf.shape == new.shape else leaf.at[0].set(new[0]), state, other)
 
     @abstractmethod
     def prefix(self, state: PyTree, num_steps: Int[Array, ""]) -> PyTree:

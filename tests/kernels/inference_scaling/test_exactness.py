@@ -29,6 +29,7 @@ from bayesinf.kernels.inference_scaling import (
     Published,
     Resample,
     SoftValue,
+    TokenGenerator,
     infer,
     methods,
     population,
@@ -37,6 +38,7 @@ from bayesinf.kernels.inference_scaling import (
 from bayesinf.kernels.inference_scaling.methods import exchange, run_tempered, swap
 from bayesinf.kernels.inference_scaling.population import found, keep_places
 from bayesinf.kernels.inference_scaling.sweep import draw_reference
+from bayesinf.models.language import CharTokenizer, Transformer
 
 REASON = "an sdist has no benchmarks"
 chains = pytest.importorskip("benchmarks.inference_scaling.reasoning_chain", reason=REASON)
@@ -314,6 +316,23 @@ class TestConditionalRuns:
             )
             np.testing.assert_allclose(log_weights[i], log_weight, atol=1e-4)
         assert np.unique(num_steps).size > 2
+
+    def test_what_all_particles_share_is_left_in_its_place(self):
+        """A language model's cache of the prompt has no axis of particles."""
+        tokenizer = CharTokenizer("abc;")
+        generator = TokenGenerator(
+            Transformer.random(0, vocab_size=tokenizer.vocab_size, width=8, num_layers=1, num_heads=2),
+            max_steps=3,
+            max_tokens_per_step=2,
+            stop_tokens=tokenizer.tokens_with(";"),
+            tokenizer=tokenizer,
+            pad_prompt_to=4,
+        )
+        likes_a = Potential(lambda state: 0.2 + 0.2 * jnp.sum(state.tokens == 0, axis=1) / 6, kind="value")
+        result = infer(0, generator, likes_a, "ab", method=Gibbs(num_sweeps=3, burn_in=0), num_particles=4)
+        for before, after in ((0, 4), (4, 8)):
+            # the first particle of a sweep is an answer of the one before
+            assert result.texts[after] in result.texts[before : before + 4]
 
 
 class TestTempering:
