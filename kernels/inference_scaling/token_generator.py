@@ -133,7 +133,7 @@ class TokenGenerator(StepGenerator):
         ValueError: the model lacks a method, or a number is out of its range.
 
     Example:
-        >>> import bayesinf as bi
+        >>> import jax
         >>> from bayesinf.kernels.inference_scaling import TokenGenerator
         >>> from bayesinf.models.language import CharTokenizer, Transformer
         >>> tokenizer = CharTokenizer("0123456789+=;")
@@ -171,7 +171,9 @@ class TokenGenerator(StepGenerator):
     pad_prompt_to: int = eqx.field(static=True, default=32, kw_only=True)
 
     def __check_init__(self):
-        missing = [name for name in ("vocab_size", "prefill", "extend", "gather", "truncate") if not hasattr(self.model, name)]
+        missing = [
+            name for name in ("vocab_size", "prefill", "extend", "gather", "truncate") if not hasattr(self.model, name)
+        ]
         if missing:
             raise ValueError(f"model must have {missing[0]}, which {type(self.model).__name__} has not")
         for name in ("max_steps", "max_tokens_per_step", "pad_prompt_to"):

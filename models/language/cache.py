@@ -94,7 +94,9 @@ def copy_rows(tree: PyTree, ancestors: Int[Array, " m"]) -> PyTree:
     return jax.lax.fori_loop(0, jnp.where(is_in_place, 0, 1), lambda _, tree: resampling.gather(tree, ancestors), tree)
 
 
-def write(own: KeysValues, key: Array, value: Array, lengths: Int[Array, " n"], is_active: Bool[Array, " n"]) -> KeysValues:
+def write(
+    own: KeysValues, key: Array, value: Array, lengths: Int[Array, " n"], is_active: Bool[Array, " n"]
+) -> KeysValues:
     """The keys and values (n, k, e) of one more token, written where each active particle ends."""
     num, size = own.values.shape[0], own.values.shape[2]
     where = jnp.where(is_active, lengths, size)  # out of bounds, which is dropped

@@ -71,7 +71,7 @@ class Rotary(NamedTuple):
 
 
 class Transformer(eqx.Module):
-    """A language model of the Llama type; `random` makes one to be trained, `load_gguf` and `load_safetensors` read one.
+    """A language model of the Llama type; `random` makes one to train, `load_gguf` and `load_safetensors` read one.
 
     The weights' dtype, float32 or bfloat16, is that of the products; positions, sums of squares and the softmax are
     float32, as are the logits, which from bfloat16 have its eight bits.
@@ -343,9 +343,7 @@ def _attend_both(
     size = shared.keys.shape[-1]
     is_prompt = jnp.arange(size) < prompt_length
     is_own = jnp.arange(own.keys.shape[-1]) <= lengths[:, None, None, None]
-    scores = jnp.concatenate(
-        [jnp.where(is_prompt, to_prompt, -jnp.inf), jnp.where(is_own, to_own, -jnp.inf)], axis=-1
-    )
+    scores = jnp.concatenate([jnp.where(is_prompt, to_prompt, -jnp.inf), jnp.where(is_own, to_own, -jnp.inf)], axis=-1)
     probs = jax.nn.softmax(scores).astype(q.dtype)
     from_prompt = jnp.einsum("nkgp,kpe->nkge", probs[..., :size], shared.values)
     return from_prompt + jnp.einsum("nkgs,nkse->nkge", probs[..., size:], own.values)

@@ -207,9 +207,7 @@ def reread(generator, seed=0):
     log_model = read_all(MODEL, texts)[:, PROMPT.size - 1 : -1]
     log_hot = jax.nn.log_softmax(log_model / 1.7)
     ratio = jnp.sum(of_tokens(log_model) - of_tokens(log_hot), axis=1)
-    return max(
-        float(np.max(np.abs(state.log_probs - of_tokens(log_model)))), float(np.max(np.abs(total - ratio)))
-    )
+    return max(float(np.max(np.abs(state.log_probs - of_tokens(log_model)))), float(np.max(np.abs(total - ratio))))
 
 
 LONG = {"max_steps": 5, "max_tokens_per_step": 4, "temperature": 1.7, "correct": True}
@@ -266,10 +264,11 @@ def test_a_prefix_is_the_state_of_earlier():
 
 def test_finished_particles_stay_as_they_are():
     generator = make(max_steps=3, max_tokens=4)
-    state, total = run(generator, 200, num_steps=3)
+    state, _ = run(generator, 200, num_steps=3)
     again, info = generator.step(jax.random.key(9), state)
     assert np.all(info.is_done)
-    assert not np.any(info.num_tokens) and not np.any(info.log_ratio)
+    assert not np.any(info.num_tokens)
+    assert not np.any(info.log_ratio)
     assert not differ(state, again)
     ends = state.tokens[np.arange(200), state.lengths - 1] == END
     np.testing.assert_array_equal(state.is_ended, ends)
