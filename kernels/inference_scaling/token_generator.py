@@ -137,7 +137,7 @@ class TokenGenerator(StepGenerator):
         ValueError: the model lacks a method, or a number is out of its range.
 
     Example:
-        >>> import bayesinf as bi
+        >>> import jax
         >>> from bayesinf.kernels.inference_scaling import TokenGenerator
         >>> from bayesinf.models.language import CharTokenizer, Transformer
         >>> tokenizer = CharTokenizer("0123456789+=;")

@@ -190,8 +190,12 @@ def smollm2_prompt(
 
     Example:
         >>> from bayesinf.models.language import smollm2_prompt
-        >>> smollm2_prompt("What is 7 * 8?", system="Be brief.")
-        '<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhat is 7 * 8?<|im_end|>\n<|im_start|>assistant\n'
+        >>> print(smollm2_prompt("What is 7 * 8?", system="Be brief."), end="")
+        <|im_start|>system
+        Be brief.<|im_end|>
+        <|im_start|>user
+        What is 7 * 8?<|im_end|>
+        <|im_start|>assistant
     """
     turns = {"system": system, "user": user}
     for role, text in turns.items():

@@ -71,7 +71,7 @@ class Rotary(NamedTuple):
 
 
 class Transformer(eqx.Module):
-    """A language model of the Llama type; `random` makes one to be trained, `load_gguf` and `load_safetensors` read one.
+    """A language model of the Llama type; `random` makes one to train, `load_gguf` and `load_safetensors` read one.
 
     The weights' dtype, float32 or bfloat16, is that of the products; positions, sums of squares and the softmax are
     float32, as are the logits, which from bfloat16 have its eight bits.

@@ -264,7 +264,7 @@ def test_a_prefix_is_the_state_of_earlier():
 
 def test_finished_particles_stay_as_they_are():
     generator = make(max_steps=3, max_tokens=4)
-    state, _total = run(generator, 200, num_steps=3)
+    state, _ = run(generator, 200, num_steps=3)
     again, info = generator.step(jax.random.key(9), state)
     assert np.all(info.is_done)
     assert not np.any(info.num_tokens)

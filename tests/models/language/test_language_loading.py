@@ -178,8 +178,8 @@ def test_what_is_not_of_this_type_is_refused(tmp_path):
         load_safetensors(write_safetensors(tmp_path, model, model_type="gemma"))
     with pytest.raises(ValueError, match=r"has no tensor model\.norm\.weight"):
         load_safetensors(write_safetensors(tmp_path, model, skip=["model.norm.weight"]))
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32)}
     with pytest.raises(ValueError, match=r"holds 1 tensors .* such as model\.layers\.0\.self_attn\.q_proj\.bias"):
-        bias = {"model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32)}
         load_safetensors(write_safetensors(tmp_path, model, more=bias))
     with pytest.raises(ValueError, match="rope_type must be 'default' or 'llama3', got 'yarn'"):
         load_safetensors(write_safetensors(tmp_path, model, rope_scaling={"type": "yarn"}))
@@ -205,10 +205,12 @@ BY_LLAMA_CPP = {
         2068: -0.8888, 39: -2.1620, 33: -2.7184, 49: -3.0038, 2427: -3.1256, 504: -3.1683, 1348: -3.2673, 788: -3.5981,
     },
     smollm2_prompt("To be, or not to be?"): {
-        504: -2.3070, 2068: -2.4694, 5195: -3.0102, 2122: -3.0598, 57: -3.1986, 1589: -3.2064, 1348: -3.5583, 788: -3.7190,
+        504: -2.3070, 2068: -2.4694, 5195: -3.0102, 2122: -3.0598, 57: -3.1986, 1589: -3.2064, 1348: -3.5583,
+        788: -3.7190,
     },
     "The capital of France is": {
-        7042: -0.2589, 260: -2.7646, 4528: -4.2949, 1315: -4.5934, 2250: -4.6341, 5145: -4.7268, 216: -4.7439, 3692: -5.0348,
+        7042: -0.2589, 260: -2.7646, 4528: -4.2949, 1315: -4.5934, 2250: -4.6341, 5145: -4.7268, 216: -4.7439,
+        3692: -5.0348,
     },
     "Once upon a time, there was a little girl named": {
         20391: -1.4038, 8165: -2.4720, 15487: -2.5844, 21230: -2.7232, 47809: -2.7298, 14176: -2.9290,

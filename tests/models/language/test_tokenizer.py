@@ -72,14 +72,14 @@ def test_a_tokenizer_of_hugging_face_is_read(tmp_path):
     assert read.end_token == made.end_token
     for text in ODD_TEXTS:
         assert read.encode(text) == made.encode(text)
-    with pytest.raises(ValueError, match="end_token must be a token of .*, got '</s>'"):
+    with pytest.raises(ValueError, match=r"end_token must be a token of .*, got '</s>'"):
         Tokenizer.from_json(tmp_path / "tokenizer.json", end_token="</s>")
 
 
 def test_what_is_not_known_is_refused(tmp_path):
     with pytest.raises(ValueError, match="splits words as 'qwen2'"):
         Tokenizer.from_gguf(write(tmp_path / "model.gguf", kind="qwen2"))
-    with pytest.raises(ValueError, match="must have a byte-level pair encoding, .* got 'llama'"):
+    with pytest.raises(ValueError, match=r"must have a byte-level pair encoding, .* got 'llama'"):
         Tokenizer.from_gguf(write(tmp_path / "model.gguf", model="llama"))
     with pytest.raises(ValueError, match="text must be made of the characters 'ab', got 'c'"):
         CharTokenizer("ab").encode("abc")
