@@ -45,7 +45,7 @@ def score(state):
         ({"kind": "odds"}, lambda r: np.prod(r / (1 - r)), lambda r: r[-1]),
         ({"kind": "odds", "aggregate": "prod"}, lambda r: np.prod(r / (1 - r)), np.prod),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else "",
 )
 def test_the_product_of_the_weights_is_what_the_kind_says(options, total, reward):
     log_g, log_reward = run(Potential(score, **options))
