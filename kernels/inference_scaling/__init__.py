@@ -9,6 +9,7 @@ from bayesinf.kernels.inference_scaling.diffusion_generator import DiffusionGene
 from bayesinf.kernels.inference_scaling.diffusion_generator import DiffusionState as DiffusionState
 from bayesinf.kernels.inference_scaling.discrete_chain import ChainState as ChainState
 from bayesinf.kernels.inference_scaling.discrete_chain import DiscreteChain as DiscreteChain
+from bayesinf.kernels.inference_scaling.diverse import Diverse as Diverse
 from bayesinf.kernels.inference_scaling.diversity import Clusters as Clusters
 from bayesinf.kernels.inference_scaling.diversity import diverse_ancestors as diverse_ancestors
 from bayesinf.kernels.inference_scaling.diversity import first_component as first_component

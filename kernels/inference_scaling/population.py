@@ -38,6 +38,7 @@ class Population(NamedTuple):
         potentials: what the potential remembers of each.
         log_evidence: log Zhat so far.
         lineage: the ancestors at the start, for the variance of log Zhat.
+        features: of the particles, while those who go on are chosen, for methods that compare them; else None.
     """
 
     log_weights: Float[Array, " N"]
@@ -46,6 +47,7 @@ class Population(NamedTuple):
     potentials: tuple[PotentialState, ...]
     log_evidence: Float[Array, ""]
     lineage: lineages.Lineage
+    features: Float[Array, "N f"] | None = None
 
 
 class Record(NamedTuple):

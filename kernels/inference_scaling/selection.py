@@ -28,7 +28,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors, resampling, weights
 from bayesinf.kernels.filter_steps import check_threshold, choose_ancestors
@@ -68,6 +68,10 @@ class Selection(eqx.Module):
     def log_votes(self, population: Population) -> Float[Array, " N"]:
         """The log weights of the finished answers, normalised."""
         return population.log_weights
+
+    def describe(self, state: PyTree) -> Float[Array, "N f"] | None:
+        """Features of the generator's particles, by which they are compared; None where they are not."""
+        return None
 
     def prepare(self, potential: AbstractPotential) -> AbstractPotential:
         """The potential as this method spreads it over the steps."""

@@ -94,6 +94,7 @@ def run_sweep(
 
     def step(state: PyTree, population: Population, t: Array) -> tuple[PyTree, Population, Record]:
         is_conditional = reference is not None
+        population = population._replace(features=selection.describe(state))
         begun = begin_step(key_steps, selection, population, t, generator.max_steps, is_conditional)
         population, ancestors, is_resampled, key_move = begun
         # whether or not any row moves: through a conditional all of a cache would be copied

@@ -134,3 +134,37 @@ def test_what_cannot_be_selected_is_said():
         kmeans(0, jnp.array([[1.0], [jnp.nan]]), 1)
     with pytest.raises(ValueError, match="tokens must have 3 axes"):
         first_component(jnp.ones((3, 2)))
+
+
+class TestDiverse:
+    """Clusters choose at their steps, weights at the others."""
+
+    CHAIN = DiscreteChain([0.05, 0.05, 0.9], [[1, 0, 0], [0, 1, 0], [0, 0, 1]], max_steps=3)
+    LETTERS = staticmethod(lambda state: 1.0 * (state.last[:, None] == jnp.arange(3)))
+    LIKES_A = Potential(lambda state: jnp.array([0.9, 0.1, 0.1])[state.last])
+
+    def run(self, potential=LIKES_A, **options):
+        method = Diverse(self.LETTERS, Resample(1.0), num_survivors=3, **options)
+        return infer(0, self.CHAIN, potential, method=method, num_particles=90)
+
+    def test_clusters_choose_at_their_steps_alone(self):
+        by_clusters = self.run(cluster_steps=(1, 2))
+        assert [by_clusters.texts.count(letter * 3) for letter in "abc"] == [30, 30, 30]
+        mixed = self.run(cluster_steps=(1,))
+        assert mixed.texts.count("aaa") > 60  # after thirds, by weights of 9 : 1 : 1
+        assert np.isnan(mixed.log_evidence)
+        by_weights = self.run(cluster_steps=(5,))
+        np.testing.assert_array_equal(by_weights.is_resampled, mixed.is_resampled)
+        assert by_weights.texts.count("aaa") < mixed.texts.count("aaa")
+
+    def test_bad_arguments_are_named(self):
+        with pytest.raises(ValueError, match="cluster_steps must be at least 1, got 0"):
+            Diverse(self.LETTERS, cluster_steps=(0,))
+        with pytest.raises(ValueError, match="features must be a function"):
+            Diverse(3.0)
+        with pytest.raises(ValueError, match="num_particles must be at least 4, got 2"):
+            infer(0, self.CHAIN, self.LIKES_A, method=Diverse(self.LETTERS), num_particles=2)
+        with pytest.raises(ValueError, match=r"shape \(N, F\), got \(8,\)"):
+            infer(0, self.CHAIN, self.LIKES_A, method=Diverse(lambda state: 1.0 * state.last), num_particles=8)
+        with pytest.raises(ValueError, match="runs in process"):
+            infer(0, as_text_generator(self.CHAIN), self.LIKES_A, method=Diverse(self.LETTERS), num_particles=8)
