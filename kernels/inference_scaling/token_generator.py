@@ -313,14 +313,16 @@ class TokenGenerator(StepGenerator):
         log_p = log_model if self.correct else log_sampled
         log_q, is_lost = log_sampled, jnp.zeros(rows.shape, bool)
         if self.twist is not None:
-            log_psi = self.twist(state, log_sampled)
+            log_psi = self.twist(state, log_sampled).astype(log_sampled.dtype)
             twisted = jnp.where(log_sampled == -jnp.inf, -jnp.inf, log_sampled + log_psi)
             is_lost = jnp.max(twisted, axis=1) == -jnp.inf  # then any token will do: its weight is zero
             log_q = jax.nn.log_softmax(jnp.where(is_lost[:, None], log_sampled, twisted))
 
         token = _draw(key, log_q)
         log_prob = log_p[rows, token]
-        log_ratio = jnp.where(is_lost, -jnp.inf, log_prob - log_q[rows, token])
+        # one number where p is q, as two copies of it may be rounded differently; NaN stays NaN
+        log_proposal = log_prob if log_q is log_p else log_q[rows, token]
+        log_ratio = jnp.where(is_lost, -jnp.inf, log_prob - log_proposal)
         place = jnp.where(is_writing, state.lengths, size)  # out of bounds, which is dropped
         state = state._replace(
             tokens=state.tokens.at[rows, place].set(token, mode="drop"),

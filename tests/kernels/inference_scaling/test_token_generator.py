@@ -314,7 +314,7 @@ def test_weights_and_settings_are_arguments():
 
 def test_the_nucleus_is_that_of_sorting():
     logits = 3.0 * jax.random.normal(jax.random.key(0), (50, 101))
-    probs = jax.nn.softmax(logits)
+    probs = jax.nn.softmax(logits).astype(jnp.float32)
     for top_p in (1e-6, 0.3, 0.9, 0.999):
         least = token_generator._least_kept(probs, jnp.asarray(top_p))
         for row, c in zip(np.asarray(probs), np.asarray(least), strict=True):
