@@ -31,7 +31,7 @@ class Diverse(Selection):
     """At some steps representatives of clusters go on, at the others who is drawn by weight.
 
     Attributes:
-        features: a function of the generator's state to features of shape (N, F), such as `first_component` of patches.
+        features: a function of the generator's state to an array (N, F), such as `first_component` of its patches.
         resample: the choice at the other steps.
         num_survivors: k, how many different particles clusters leave. Static.
         cluster_steps: before which steps, counted from 0, clusters choose. Static.
@@ -44,7 +44,7 @@ class Diverse(Selection):
         >>> import bayesinf as bi
         >>> from bayesinf.kernels.inference_scaling import DiscreteChain, Diverse, Potential
         >>> rows = [[0.9, 0.1, 0], [0.1, 0.9, 0], [0, 0, 1]]
-        >>> walk = DiscreteChain([0.1, 0.1, 0.8], rows, max_steps=4)                    # most begin, and go on, with "c"
+        >>> walk = DiscreteChain([0.1, 0.1, 0.8], rows, max_steps=4)                   # most begin, and go on, with "c"
         >>> even = Potential(lambda state: jnp.ones(state.last.shape))
         >>> letters = lambda state: 1.0 * (state.last[:, None] == jnp.arange(3))
         >>> method = Diverse(letters, num_survivors=3, cluster_steps=(1,))

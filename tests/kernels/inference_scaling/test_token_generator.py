@@ -12,7 +12,8 @@ from scipy import stats
 
 from bayesinf import resampling
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels.inference_scaling import TokenGenerator, token_generator
+from bayesinf.kernels.inference_scaling import Potential, Resample, TokenGenerator, token_generator
+from bayesinf.kernels.inference_scaling.sweep import draw_reference, run_sweep
 from bayesinf.models.language import CharTokenizer, Transformer
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -373,3 +374,22 @@ def test_what_cannot_be_is_said():
         make(model=3)
     with pytest.raises(ValueError, match="decode needs a tokenizer"):
         make().decode(None)
+
+
+def test_a_reference_is_put_in_its_place_with_its_cache():
+    """Of a conditional run slot 0 is the reference, and what others write after its prefixes has the model's law."""
+    generator = make(max_steps=4, max_tokens_per_step=2)
+    potential = Potential(lambda state: jnp.exp(-0.3 * jnp.maximum(state.tokens[:, 0], 0)), "step")
+    prompt = generator.encode(PROMPT)
+    limit = jnp.asarray(10**6)
+    plain = run_sweep(jax.random.key(0), generator, potential, Resample(), prompt, 6, limit)
+    reference, _ = draw_reference(jax.random.key(1), generator, potential, plain)
+    sweep = run_sweep(jax.random.key(2), generator, potential, Resample(1.0), prompt, 6, limit, reference)
+    ancestors = np.asarray(sweep.records.ancestors[: int(sweep.num_steps)])
+    assert np.any(ancestors[1:, 1:] == 0)  # others did go on from it
+    np.testing.assert_array_equal(sweep.state.tokens[0], reference.state.tokens[0])
+    for row, length, log_probs in zip(sweep.state.tokens, sweep.state.lengths, sweep.state.log_probs, strict=True):
+        text = jnp.concatenate([jnp.asarray(PROMPT), row[: int(length)]])
+        expected = jax.nn.log_softmax(generator.model(text[:-1]))[len(PROMPT) - 1 :]
+        expected = jnp.take_along_axis(expected, text[len(PROMPT) :, None], axis=1)[:, 0]
+        np.testing.assert_allclose(log_probs[: int(length)], expected, atol=ROUNDING)
