@@ -103,22 +103,24 @@ class BlockedSMC(PathKernel):
         # a block as long as the series leaves nothing to a second pass
         shifts = [0, (self.block_size + 1) // 2] if self.block_size < num_steps else [0]
         layout = _lay_out(num_steps, self.block_size, shifts)
-        keys = jax.random.split(key, (len(shifts), layout.times.shape[1] + 1))
+        key_initial, key_blocks = jax.random.split(key)
+        keys_initial = jax.random.split(key_initial, len(shifts))
+        keys_blocks = jax.random.split(key_blocks, layout.starts.shape)
 
         def sweep(carry, row):
             """A pass; both are one program, which is compiled once."""
             path, is_updated = carry
-            keys, blocks = row
+            key_start, keys, blocks = row
             x, y = gather((path, self.ys), jnp.zeros((), jnp.int32))
             # the cloud at time 0, of which one block alone has need
-            initial = clouds.start(keys[0], self.model, y, self.num_particles, self.proposal, x)
-            refreshed = jax.vmap(self._refresh_block, (0, 0, None))(keys[1:], _cut(path, self.ys, blocks), initial)
+            initial = clouds.start(key_start, self.model, y, self.num_particles, self.proposal, x)
+            refreshed = jax.vmap(self._refresh_block, (0, 0, None))(keys, _cut(path, self.ys, blocks), initial)
             path = jax.tree.map(lambda leaf, new: leaf.at[blocks.times].set(new, mode="drop"), path, refreshed.path)
             is_updated = is_updated.at[blocks.times].max(refreshed.is_updated, mode="drop")
             return (path, is_updated), (refreshed.is_ok, refreshed.num_invalid)
 
         start = (state.position, jnp.zeros(num_steps, bool))
-        (path, is_updated), (is_ok, num_invalid) = jax.lax.scan(sweep, start, (keys, layout))
+        (path, is_updated), (is_ok, num_invalid) = jax.lax.scan(sweep, start, (keys_initial, keys_blocks, layout))
         info = BlockedInfo(
             acceptance_rate=jnp.mean(is_updated, dtype=float),
             is_accepted=jnp.any(is_updated),
@@ -132,8 +134,8 @@ class BlockedSMC(PathKernel):
     def _refresh_block(self, key: Key[Array, ""], block: "_Block", initial: clouds.Cloud) -> "_Refreshed":
         """One sweep of conditional SMC over a block, given what is on either side."""
         model, num_rows = self.model, jax.tree.leaves(block.path)[0].shape[0]
-        keys = jax.random.split(key, 2 + 3 * num_rows)  # at once: every call of the generator is a large program
-        key_last, key_back, key_moves = keys[0], keys[1], keys[2:].reshape(num_rows, 3)
+        key_move, key_last, key_back = jax.random.split(key, 3)
+        key_moves = jax.random.split(key_move, (num_rows, 3))  # at once: each call of the generator is a large program
         copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (self.num_particles, *leaf.shape)), block.before)
         before = clouds.Cloud(copies, jnp.zeros_like(initial.log_weights))
         rows = jnp.arange(num_rows)

@@ -51,7 +51,7 @@ class DiscreteChain(StepGenerator):
         end: the letters after which nothing follows. Static.
 
     Raises:
-        ValueError: probabilities do not sum to one, or shapes or letters do not fit.
+        ValueError: probabilities do not sum to one, shapes or letters do not fit, or the proposal misses a transition.
 
     Example:
         >>> import jax
@@ -87,6 +87,14 @@ class DiscreteChain(StepGenerator):
                 rows = np.asarray(table)
                 if np.any(rows < 0) or not np.allclose(rows.sum(-1), 1.0, atol=1e-5):
                     raise ValueError(f"{name} must hold probabilities that sum to one, got sums {rows.sum(-1)}")
+        if self.proposal is not None and errors.is_concrete((self.transition, self.proposal)):
+            is_missed = (np.asarray(self.transition) > 0) & (np.asarray(self.proposal) == 0)
+            if np.any(is_missed):
+                row, column = np.argwhere(is_missed)[0]
+                raise ValueError(
+                    "proposal must be positive where transition is, or what it misses is missing from every estimate; "
+                    f"got 0 at [{row}, {column}]"
+                )
         if len(self.alphabet) < num:
             raise ValueError(f"alphabet must have at least {num} letters, got {len(self.alphabet)}")
         if set(self.end) - set(self.alphabet[:num]):

@@ -127,14 +127,13 @@ def infer(
         )
     generator, potential = prepare_potential(name, method, generator, potential)
     num_particles = population_size(generator, method, num_particles, budget)
+    selection = method if isinstance(method, Selection) else method.selection
     tokens = jnp.asarray(NO_BUDGET if budget is None else budget, jnp.int32)
-
     prompt = generator.encode(prompt)
     if isinstance(method, Selection):
         runs = run_single(key, generator, potential, method, prompt, num_particles, tokens)
-        selection = method
     else:
-        runs, selection = method.run(key, generator, potential, prompt, num_particles, tokens), method.selection
+        runs = method.run(key, generator, potential, prompt, num_particles, tokens)
     result = collect(name, selection, runs, generator, prompt, answer, began)
     return judge(result, num_particles, budget, throw)
 
@@ -184,9 +183,7 @@ def infer_batch(
     num_prompts = errors.check_count("len(prompts)", len(prompts))
     potentials = [potential] * num_prompts if isinstance(potential, AbstractPotential) else list(potential)
     if len(potentials) != num_prompts:
-        raise ValueError(
-            f"potential must be one, or a list of {num_prompts} for as many prompts, got {len(potentials)}"
-        )
+        raise ValueError(f"potential must be one, or a list of {num_prompts}, one a prompt, got {len(potentials)}")
     prepared = [prepare_potential(name, method, generator, one) for one in potentials]
     generator = prepared[0][0]
     num_particles = population_size(generator, method, num_particles, budget)
@@ -223,7 +220,8 @@ def prepare_potential(name: str, method: Any, generator: Any, potential: Any) ->
     _check(generator, potential)
     if name == "twisted_smc" and not any(factor.kind == "value" for factor in potential.factors):
         raise ValueError("twisted_smc needs a potential with a part of kind='value', the twist; got none")
-    return generator, method.prepare(potential) if isinstance(method, Selection) else potential
+    selection = method if isinstance(method, Selection) else method.selection
+    return generator, selection.prepare(potential)
 
 
 def named_method(method: Any) -> tuple[str, Any]:
@@ -251,10 +249,11 @@ def population_size(generator: Any, method: Any, num: int | None, budget: int | 
     per_answer = generator.max_steps * generator.max_tokens_per_step * getattr(method, "num_populations", 1)
     if budget is not None:
         errors.check_count("budget", budget)
-        if budget < generator.max_tokens_per_step * (num or 1):
+        num_at_once = (num or 1) * getattr(method, "num_at_once", 1)
+        if budget < generator.max_tokens_per_step * num_at_once:
             raise ValueError(
-                f"budget must allow one step of {num or 1} particles, of up to {generator.max_tokens_per_step} tokens "
-                f"each, got {budget}; raise it, or take fewer particles"
+                f"budget must allow one step of {num_at_once} particles, of up to {generator.max_tokens_per_step} "
+                f"tokens each, got {budget}; raise it, or take fewer particles"
             )
     if num is None:
         num = DEFAULT_PARTICLES if budget is None else max(budget // per_answer, 1)

@@ -21,7 +21,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bayesinf import errors, weights
 from bayesinf.kernels.inference_scaling.generator import StepGenerator
@@ -30,9 +30,19 @@ from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.selection import Resample, Selection
 from bayesinf.kernels.inference_scaling.sweep import Reference, Sweep, draw_reference, run_sweep
 
-__all__ = ["Gibbs", "Islands", "ParallelTempering", "Runs", "as_runs", "evidence_of", "pool", "run_single", "swap"]
-
-_draw_references = jax.jit(jax.vmap(draw_reference, in_axes=(0, None, None, 0)))
+__all__ = [
+    "Gibbs",
+    "Islands",
+    "ParallelTempering",
+    "Runs",
+    "as_runs",
+    "evidence_of",
+    "exchange",
+    "pool",
+    "run_single",
+    "run_tempered",
+    "swap",
+]
 
 
 class Runs(NamedTuple):
@@ -75,6 +85,8 @@ class Islands(eqx.Module):
     @property
     def num_populations(self) -> int:
         return self.num_islands
+
+    num_at_once = num_populations
 
     def run(self, key: Key[Array, ""], generator, potential, prompt: PyTree, num_particles: int, budget: Array) -> Runs:
         keys = jax.random.split(key, self.num_islands)
@@ -161,24 +173,34 @@ class ParallelTempering(eqx.Module):
         return self.num_sweeps * self.betas.shape[0]
 
     @property
+    def num_at_once(self) -> int:
+        return self.betas.shape[0]
+
+    @property
     def selection(self) -> Selection:
         return Resample(self.ess_threshold)
 
     def run(self, key: Key[Array, ""], generator, potential, prompt: PyTree, num_particles: int, budget: Array) -> Runs:
         errors.check_count("num_particles", num_particles, minimum=2)
         num = self.betas.shape[0]
-        powers = jax.vmap(lambda beta: potential**beta)(self.betas)
         kept: list[Sweep] = []
         others: list[Sweep] = []
         references = None
         for j, key_sweep in enumerate(jax.random.split(key, self.num_sweeps)):
-            key_run, key_draw, key_swap = jax.random.split(key_sweep, 3)
+            key_run, key_exchange = jax.random.split(key_sweep)
             left = budget - sum(int(jnp.sum(s.records.num_tokens)) for s in kept + others)
             if left <= 0:
                 break
-            keys = jax.random.split(key_run, num)
-            stacked = _run_tempered(
-                keys, generator, powers, self.selection, prompt, num_particles, left // num, references
+            stacked = run_tempered(
+                key_run,
+                generator,
+                potential,
+                self.selection,
+                prompt,
+                num_particles,
+                left // num,
+                self.betas,
+                references,
             )
             chains = _unstack(stacked, num)
             kept.append(chains[0])
@@ -186,9 +208,7 @@ class ParallelTempering(eqx.Module):
             finished = stacked.population.is_done & jnp.isfinite(stacked.population.log_weights)
             if not bool(jnp.all(jnp.any(finished, axis=1))):
                 break
-            references, log_g = _draw_references(jax.random.split(key_draw, num), generator, powers, stacked)
-            order = swap(key_swap, self.betas, log_g, j % 2)
-            references = jax.tree.map(lambda leaf, order=order: leaf[order], references)
+            references = exchange(key_exchange, generator, potential, stacked, self.betas, j % 2)
         return pool(kept, kept[0], self.burn_in, others)
 
 
@@ -216,32 +236,54 @@ _run_islands = jax.jit(
 )
 
 
-@partial(jax.jit, static_argnames=("num_particles",))
-def _run_tempered(
-    keys: Array,
-    generator: Any,
-    powers: Any,
+@partial(jax.jit, static_argnames="num_particles")
+def run_tempered(
+    key: Key[Array, ""],
+    generator: StepGenerator,
+    potential: AbstractPotential,
     selection: Selection,
     prompt: PyTree,
     num_particles: int,
-    budget: Array,
-    references: Reference | None,
+    budget: Int[Array, ""],
+    betas: Float[Array, " m"],
+    references: Reference | None = None,
 ) -> Sweep:
-    def run(key: Array, power: Any, reference: Reference | None) -> Sweep:
-        return run_sweep(key, generator, power, selection, prompt, num_particles, budget, reference)
+    """One sweep of every chain, stacked: conditional on its reference, if there are any."""
 
-    return jax.vmap(run)(keys, powers, references)
+    def run(key: Array, beta: Array, reference: Reference | None) -> Sweep:
+        return run_sweep(key, generator, potential**beta, selection, prompt, num_particles, budget, reference)
+
+    return jax.vmap(run)(jax.random.split(key, betas.shape[0]), betas, references)
 
 
-def swap(key: Key[Array, ""], betas: Array, log_g: Array, parity: int) -> Array:
-    """Who has whose reference after neighbours from `parity` on were offered an exchange."""
-    order = np.arange(betas.shape[0])
-    log_ratio = np.asarray((betas[:-1] - betas[1:]) * (log_g[1:] - log_g[:-1]))
-    log_u = np.asarray(jnp.log(jax.random.uniform(key, log_ratio.shape)))
-    for m in range(parity, len(order) - 1, 2):
-        if log_u[m] < log_ratio[m]:
-            order[[m, m + 1]] = order[[m + 1, m]]
-    return jnp.asarray(order)
+@jax.jit
+def exchange(
+    key: Key[Array, ""],
+    generator: StepGenerator,
+    potential: AbstractPotential,
+    sweeps: Sweep,
+    betas: Float[Array, " m"],
+    parity: Int[Array, ""] | int,
+) -> Reference:
+    """A reference of every chain, after the neighbours m, m + 1 with m = parity mod 2 were offered an exchange."""
+    key_draw, key_swap = jax.random.split(key)
+    keys = jax.random.split(key_draw, betas.shape[0])
+    references, log_g = jax.vmap(draw_reference, in_axes=(0, None, None, 0))(keys, generator, potential, sweeps)
+    order = swap(key_swap, betas, log_g, parity)
+    return jax.tree.map(lambda leaf: leaf[order], references)
+
+
+def swap(
+    key: Key[Array, ""], betas: Float[Array, " m"], log_g: Float[Array, " m"], parity: Int[Array, ""] | int
+) -> Int[Array, " m"]:
+    """Whose reference each chain has afterwards."""
+    log_ratio = (betas[:-1] - betas[1:]) * (log_g[1:] - log_g[:-1])
+    is_offered = jnp.arange(log_ratio.shape[0]) % 2 == parity
+    # an answer that is impossible in both chains has no ratio, and stays
+    is_swapped = is_offered & (jnp.log(jax.random.uniform(key, log_ratio.shape)) < log_ratio)
+    edge = jnp.zeros(1, bool)
+    moves = jnp.concatenate([is_swapped, edge]).astype(int) - jnp.concatenate([edge, is_swapped]).astype(int)
+    return jnp.arange(betas.shape[0]) + moves
 
 
 def pool(sweeps: list[Sweep], first: Sweep, burn_in: int, others: list[Sweep]) -> Runs:

@@ -91,8 +91,9 @@ def judge(result: Inference, num_particles: int, budget: int | None, throw: bool
 
 def failure_of(result: Inference, num_particles: int) -> tuple[type[errors.BayesinfError], str] | None:
     """What was wrong, and the error that says so."""
-    last = result.log_weights[np.arange(len(result.num_steps)), result.num_steps - 1]
-    if not np.any(np.isfinite(last)):
+    # populations end at different steps, and rows after the last are no weights
+    ends = result.log_weights[np.arange(len(result.num_steps)), result.num_steps - 1]
+    if not np.any(np.isfinite(ends)):
         return errors.DegenerateWeightsError, (
             f"All {num_particles} particles died at step {int(result.num_steps.max())}: every score of a step was zero "
             "or none. Take more particles, a softer potential (potential ** 0.5), or look at the scores of result.texts"

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from bayesinf import errors, resampling, weights
 from bayesinf.kernels.filter_steps import check_threshold, choose_ancestors
 from bayesinf.kernels.inference_scaling.population import Population, keep_places
-from bayesinf.kernels.inference_scaling.potential import AbstractPotential, with_spread
+from bayesinf.kernels.inference_scaling.potential import SPREADS, AbstractPotential, with_spread
 
 __all__ = [
     "DVTS",
@@ -141,6 +141,11 @@ class FKSteering(Selection):
     spread: str = eqx.field(static=True, default="max")
     every: int = eqx.field(static=True, default=1)
     has_evidence = True
+
+    def __check_init__(self):
+        check_threshold(self.ess_threshold)
+        errors.check_choice("spread", self.spread, SPREADS)
+        errors.check_count("every", self.every)
 
     def choose(self, key: Key[Array, ""], population: Population, t: Int[Array, ""], max_steps: int) -> Choice:
         return Resample(self.ess_threshold, self.every).choose(key, population, t, max_steps)

@@ -127,7 +127,10 @@ def run_sweep(
 def draw_reference(
     key: Key[Array, ""], generator: StepGenerator, potential: AbstractPotential, sweep: Sweep
 ) -> tuple[Reference, Float[Array, ""]]:
-    """A finished answer drawn by the final weights, and the sum of its log G, at exponents of 1."""
+    """A finished answer drawn by the final weights, and the log of its G under this potential.
+
+    The potential may have other exponents than that of the run, not other scores.
+    """
     population, records = sweep.population, sweep.records
     log_weights = jnp.where(population.is_done, population.log_weights, -jnp.inf)
     last = resampling.iid(key, log_weights, 1)[0]
@@ -144,7 +147,9 @@ def draw_reference(
     _, (log_ratio, is_open) = jax.lax.scan(back, last, rows, reverse=True)
     # it was unfinished after all its steps but the last one
     reference = Reference(generator.gather(sweep.state, last[None]), log_ratio, jnp.sum(is_open) + 1)
-    return reference, sum((state.log_spent[last] for state in population.potentials), jnp.zeros(()))
+    parts = zip(potential.factors, population.potentials, strict=True)
+    log_g = (jnp.where(f.exponent == 0.0, 0.0, f.exponent * state.log_spent[last]) for f, state in parts)
+    return reference, sum(log_g, jnp.zeros(()))
 
 
 def _choose_with_reference(

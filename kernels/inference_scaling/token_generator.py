@@ -63,6 +63,10 @@ class LanguageModel(Protocol):
         """The cache of m particles, the i-th of which is a copy of particle ancestors[i]."""
         ...
 
+    def place(self, cache: PyTree, other: PyTree) -> PyTree:
+        """The cache with the first particle of `other`, of the same prompt, in its first place."""
+        ...
+
     def truncate(self, cache: PyTree, lengths: Int[Array, " n"]) -> PyTree:
         """The cache as it was when the particles had read these many tokens of their own."""
         ...
@@ -171,7 +175,11 @@ class TokenGenerator(StepGenerator):
     pad_prompt_to: int = eqx.field(static=True, default=32, kw_only=True)
 
     def __check_init__(self):
-        missing = [name for name in ("vocab_size", "prefill", "extend", "gather", "truncate") if not hasattr(self.model, name)]
+        missing = [
+            name
+            for name in ("vocab_size", "prefill", "extend", "gather", "place", "truncate")
+            if not hasattr(self.model, name)
+        ]
         if missing:
             raise ValueError(f"model must have {missing[0]}, which {type(self.model).__name__} has not")
         for name in ("max_steps", "max_tokens_per_step", "pad_prompt_to"):
@@ -251,6 +259,12 @@ class TokenGenerator(StepGenerator):
         own = resampling.gather(state._replace(prompt_end=None, cache=None), ancestors)
         return own._replace(prompt_end=state.prompt_end, cache=cache)
 
+    def place(self, state: TokenState, other: TokenState) -> TokenState:
+        """The state with the first particle of `other`, of the same prompt, in its first place."""
+        cache = self.model.place(state.cache, other.cache)
+        own, new = (part._replace(prompt_end=None, cache=None) for part in (state, other))
+        return super().place(own, new)._replace(prompt_end=state.prompt_end, cache=cache)
+
     def prefix(self, state: TokenState, num_steps: Int[Array, ""]) -> TokenState:
         """The state that these particles were in after their first `num_steps` steps; the state itself, if longer."""
         kept = jnp.clip(num_steps, 0, state.num_steps)
@@ -268,6 +282,10 @@ class TokenGenerator(StepGenerator):
             # of what has been written, the last token has not been read, but the prompt's last has
             cache=self.model.truncate(state.cache, lengths),
         )
+
+    def num_prompt_tokens(self, prompt: Int[Array, " p"]) -> int:
+        """How many tokens an encoded prompt has, on the host."""
+        return int(np.sum(np.asarray(prompt) >= 0))
 
     def decode(self, state: TokenState) -> list[str]:
         """What the particles have written, without end tokens, on the host."""

@@ -137,12 +137,8 @@ def hsmm_smoother(
     """The state at every time given the whole series, where stays begin, and how long they last; in O(T K D) memory.
 
     Args:
-        log_init: log P(x_0), shape (K,); a stay begins at time 0.
-        log_trans: log probabilities of the next state where a stay ends, shape (K, K).
-        log_duration: log probabilities of the durations 1, ..., D, shape (K, D).
-        log_lik: log p(y_t | x_t), shape (T, K), or (..., T, K) of several series.
-        mask: True where y_t is observed, shape (..., T) or (T,).
-        lengths: of the series where they differ, shape (...).
+        log_init, log_trans, log_duration, log_lik: as of `hsmm_filter`.
+        mask, lengths: as of `hsmm_filter`.
 
     Returns:
         The smoothed laws, and the expected transitions and durations.

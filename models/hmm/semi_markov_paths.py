@@ -65,12 +65,8 @@ def hsmm_viterbi(
     """The stays that are the most probable given the series; of several as probable, one.
 
     Args:
-        log_init: log P(x_0), shape (K,); a stay begins at time 0.
-        log_trans: log probabilities of the next state where a stay ends, shape (K, K).
-        log_duration: log probabilities of the durations 1, ..., D, shape (K, D).
-        log_lik: log p(y_t | x_t), shape (T, K), or (..., T, K) of several series.
-        mask: True where y_t is observed, shape (..., T) or (T,).
-        lengths: of the series where they differ, shape (...).
+        log_init, log_trans, log_duration, log_lik: as of `hsmm_filter`.
+        mask, lengths: as of `hsmm_filter`.
 
     Returns:
         The path, where its stays begin, and its joint log density with the data.
@@ -108,13 +104,9 @@ def hsmm_sample(
 
     Args:
         key: a PRNG key or an integer seed.
-        log_init: log P(x_0), shape (K,); a stay begins at time 0.
-        log_trans: log probabilities of the next state where a stay ends, shape (K, K).
-        log_duration: log probabilities of the durations 1, ..., D, shape (K, D).
-        log_lik: log p(y_t | x_t), shape (T, K), or (..., T, K) of several series.
+        log_init, log_trans, log_duration, log_lik: as of `hsmm_filter`.
         num_samples: how many paths of every series.
-        mask: True where y_t is observed, shape (..., T) or (T,).
-        lengths: of the series where they differ, shape (...).
+        mask, lengths: as of `hsmm_filter`.
 
     Returns:
         Paths and where their stays begin, of shape (..., num_samples, T).

@@ -47,6 +47,11 @@ class LanguageCache(NamedTuple):
         suffix = copy_rows(self.suffix, ancestors)
         return self._replace(suffix=suffix, lengths=resampling.gather(self.lengths, ancestors))
 
+    def place(self, other: "LanguageCache") -> "LanguageCache":
+        """The cache with the first particle of `other`, of the same prompt, in its first place."""
+        suffix = jax.tree.map(lambda leaf, new: leaf.at[0].set(new[0]), self.suffix, other.suffix)
+        return self._replace(suffix=suffix, lengths=self.lengths.at[0].set(other.lengths[0]))
+
     def truncate(self, lengths: Int[Array, " n"]) -> "LanguageCache":
         """The cache as it was when the particles had these many tokens of their own, or fewer."""
         return self._replace(lengths=jnp.minimum(self.lengths, lengths))
@@ -94,7 +99,9 @@ def copy_rows(tree: PyTree, ancestors: Int[Array, " m"]) -> PyTree:
     return jax.lax.fori_loop(0, jnp.where(is_in_place, 0, 1), lambda _, tree: resampling.gather(tree, ancestors), tree)
 
 
-def write(own: KeysValues, key: Array, value: Array, lengths: Int[Array, " n"], is_active: Bool[Array, " n"]) -> KeysValues:
+def write(
+    own: KeysValues, key: Array, value: Array, lengths: Int[Array, " n"], is_active: Bool[Array, " n"]
+) -> KeysValues:
     """The keys and values (n, k, e) of one more token, written where each active particle ends."""
     num, size = own.values.shape[0], own.values.shape[2]
     where = jnp.where(is_active, lengths, size)  # out of bounds, which is dropped

@@ -176,7 +176,7 @@ class Tokenizer:
 def smollm2_prompt(
     user: str, system: str = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 ) -> str:
-    """A question to SmolLM2-Instruct as it was trained to read it, ending where its answer begins.
+    r"""A question to SmolLM2-Instruct as it was trained to read it, ending where its answer begins.
 
     Args:
         user: the question.
@@ -197,7 +197,9 @@ def smollm2_prompt(
     for role, text in turns.items():
         if any(marker in text for marker in MARKERS):
             raise ValueError(f"{role} must not contain {MARKERS[0]} or {MARKERS[1]}, got {text!r}")
-    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns.items()) + "<|im_start|>assistant\n"
+    return (
+        "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns.items()) + "<|im_start|>assistant\n"
+    )
 
 
 def _pre_tokenizer(library: Any, path: str | Path, kind: str) -> Any:

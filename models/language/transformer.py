@@ -288,6 +288,10 @@ class Transformer(eqx.Module):
         """The cache of m particles, the i-th of which is a copy of particle ancestors[i]."""
         return cache.gather(ancestors)
 
+    def place(self, cache: LanguageCache, other: LanguageCache) -> LanguageCache:
+        """The cache with the first particle of `other`, of the same prompt, in its first place."""
+        return cache.place(other)
+
     def truncate(self, cache: LanguageCache, lengths: Int[Array, " n"]) -> LanguageCache:
         """The cache as it was when the particles had read these many tokens of their own."""
         return cache.truncate(lengths)
@@ -343,9 +347,7 @@ def _attend_both(
     size = shared.keys.shape[-1]
     is_prompt = jnp.arange(size) < prompt_length
     is_own = jnp.arange(own.keys.shape[-1]) <= lengths[:, None, None, None]
-    scores = jnp.concatenate(
-        [jnp.where(is_prompt, to_prompt, -jnp.inf), jnp.where(is_own, to_own, -jnp.inf)], axis=-1
-    )
+    scores = jnp.concatenate([jnp.where(is_prompt, to_prompt, -jnp.inf), jnp.where(is_own, to_own, -jnp.inf)], axis=-1)
     probs = jax.nn.softmax(scores).astype(q.dtype)
     from_prompt = jnp.einsum("nkgp,kpe->nkge", probs[..., :size], shared.values)
     return from_prompt + jnp.einsum("nkgs,nkse->nkge", probs[..., size:], own.values)

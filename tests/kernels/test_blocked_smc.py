@@ -15,7 +15,8 @@ from two_states import CHAIN_YS, INITIAL, LIKELIHOOD, TRANSITION, Chain
 
 from bayesinf.conformance import FALSE_ALARM, exact_start_invariance
 from bayesinf.kernels import BlockedSMC, ConditionalSMC
-from bayesinf.kernels.blocked_smc import _bounds
+from bayesinf.kernels.blocked_smc import _bounds, _cut, _lay_out
+from bayesinf.kernels.cloud import Cloud
 
 
 @eqx.filter_jit
@@ -181,9 +182,11 @@ def test_keys_of_a_block_are_used_once():
     model, ys, _ = problem("PPG1d", 9)
     for refresh in ("backward", "ancestor", "none"):
         kernel = BlockedSMC(model, ys, 4, 3, refresh)
-        state = kernel.init(jnp.zeros(10))
+        layout = jax.tree.map(lambda leaf: leaf[1], _lay_out(10, 3, [0, 2]))
+        block = jax.tree.map(lambda leaf: leaf[1], _cut(jnp.zeros(10), ys, layout))
+        initial = Cloud(jnp.zeros(4), jnp.zeros(4))
         with jax.debug_key_reuse(True):
-            jax.jit(lambda key, state: kernel.step(key, state)).lower(jax.random.key(0), state)  # noqa: B023
+            jax.jit(lambda *args: kernel._refresh_block(*args)).lower(jax.random.key(0), block, initial)  # noqa: B023
 
 
 def test_vanished_weights_keep_their_block_alone_and_are_counted():

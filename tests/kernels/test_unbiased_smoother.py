@@ -61,6 +61,7 @@ def replicates(num_replicates, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:half of the pairs met after")  # of a single sweep, on purpose
 @pytest.mark.parametrize("options", [{"burn_in": 1, "num_sweeps": 1}, {}])  # the first has the largest correction
 def test_there_is_no_bias_where_paris_has_one(options):
     found, smoothed = replicates(1_000, **options)

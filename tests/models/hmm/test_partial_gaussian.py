@@ -189,11 +189,11 @@ def test_gibbs_sampling_leaves_the_joint_law_alone(name):
 
     def simulate(key, values):
         ys = hmm.with_parameters(model, values).simulate(key, len(IS_MISSING))[1]
-        return jnp.where(IS_MISSING, jnp.nan, ys)
+        return jnp.where(IS_MISSING, 0.0, ys)
 
     def transition(key, values, ys):
-        kernel = hmm.HMMGibbs(model, ys)
+        kernel = hmm.HMMGibbs(model, jnp.where(IS_MISSING, jnp.nan, ys))
         return kernel.step(key, kernel.init(values))[0].position
 
-    report = geweke_joint(0, prior, simulate, transition, num_chains=10_000, num_rounds=3)
+    report = geweke_joint(0, prior, simulate, transition, num_chains=4_000, num_rounds=3)
     assert report.p_value > FALSE_ALARM, report

@@ -1,5 +1,7 @@
 """A small model, and what a transformer computes, written down a second time: in float64, head by head."""
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,9 +12,6 @@ SIZES = {"vocab_size": 11, "width": 24, "num_layers": 2, "num_heads": 6, "num_kv
 
 def small_model(seed=0, **changes):
     """Random, with norms that are not ones, so that one left out is seen."""
-    import equinox as eqx
-    import jax
-
     model = Transformer.random(seed, **(SIZES | changes))
     keys = iter(jax.random.split(jax.random.key(seed + 100), 2 * len(model.blocks) + 1))
 

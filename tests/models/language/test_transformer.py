@@ -51,7 +51,9 @@ def test_scores_depend_on_differences_of_positions():
 def test_probabilities_of_all_texts_sum_to_one():
     model = small_model(vocab_size=4)
     texts = jnp.array([[2, *text] for text in itertools.product(range(4), repeat=3)])
-    np.testing.assert_allclose(jax.nn.logsumexp(jax.jit(jax.vmap(lambda text: model.log_prob(text)))(texts)), 0.0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        jax.nn.logsumexp(jax.jit(jax.vmap(lambda text: model.log_prob(text)))(texts)), 0.0, atol=ROUNDING
+    )
 
 
 def test_log_prob_counts_the_tokens_in_the_mask():
