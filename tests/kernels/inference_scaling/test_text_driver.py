@@ -205,7 +205,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path, method, ba
 
     def stop(event):
         count.append(event)
-        if len(count) == 3:
+        if len(count) == 2:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
