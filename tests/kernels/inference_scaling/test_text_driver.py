@@ -371,7 +371,7 @@ def test_cancelling_ends_the_requests():
 
 
 def test_interrupting_returns_what_there_is():
-    generator = ChainTexts()
+    generator = ChainTexts(end="")
 
     def interrupt(event):
         if event.num_steps == 2:
