@@ -134,7 +134,7 @@ class OpenAIGenerator(TextGenerator):
         loop = asyncio.get_running_loop()
         if loop not in self._open:
             headers = {} if self.api_key is None else {"Authorization": f"Bearer {self.api_key}"}
-            limits = httpx.Limits(max_connections=self.max_concurrency)
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=self.max_concurrency)
             client = httpx.AsyncClient(headers=headers, limits=limits, timeout=None)
             self._open[loop] = (client, asyncio.Semaphore(self.max_concurrency), 0)
         client, semaphore, users = self._open[loop]

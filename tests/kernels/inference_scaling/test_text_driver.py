@@ -199,28 +199,28 @@ def test_a_scorer_of_whole_answers_sees_one_step():
 @pytest.mark.parametrize("method", [RESAMPLE, Gibbs(3), Islands(RESAMPLE, 2), ParallelTempering(num_sweeps=2)])
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path, method, barrier):
     options = {"method": method, "num_particles": 6, "barrier": barrier}
-    whole = kernels.infer(5, ChainTexts(), POTENTIAL, "go", **options)
+    whole = kernels.infer(5, ChainTexts(end=""), POTENTIAL, "go", **options)
     path = tmp_path / "run.json"
     count = []
 
     def stop(event):
         count.append(event)
-        if len(count) == 3:
+        if len(count) == 2:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        kernels.infer(5, ChainTexts(), POTENTIAL, "go", **options, save=path, on_event=stop)
-    generator = ChainTexts()
+        kernels.infer(5, ChainTexts(end=""), POTENTIAL, "go", **options, save=path, on_event=stop)
+    generator = ChainTexts(end="")
     rest = kernels.infer(5, generator, POTENTIAL, "go", **options, resume=path)
     # what was drawn before the stop is not drawn again, and its requests are accounted for by the run that made them
     again = dataclasses.replace(rest, tokens=whole.tokens, num_calls=whole.num_calls)
     assert is_same(again, whole)
     assert sum(num for _, num in generator.calls) < whole.tokens.generated
     with pytest.raises(errors.CheckpointError, match="another key"):
-        kernels.infer(6, ChainTexts(), POTENTIAL, "go", **options, resume=path)
+        kernels.infer(6, ChainTexts(end=""), POTENTIAL, "go", **options, resume=path)
     path.write_text(path.read_text()[:-9])
     with pytest.raises(errors.CheckpointError, match="cannot be read"):
-        kernels.infer(5, ChainTexts(), POTENTIAL, "go", **options, resume=path)
+        kernels.infer(5, ChainTexts(end=""), POTENTIAL, "go", **options, resume=path)
 
 
 def test_a_run_in_process_goes_on_from_its_seeds(tmp_path):
@@ -371,7 +371,7 @@ def test_cancelling_ends_the_requests():
 
 
 def test_interrupting_returns_what_there_is():
-    generator = ChainTexts()
+    generator = ChainTexts(end="")
 
     def interrupt(event):
         if event.num_steps == 2:
