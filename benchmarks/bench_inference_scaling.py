@@ -1,7 +1,7 @@
 """The particle filter of a tiny language model: one compiled loop, the same loop in Python, and no filter at all.
 
-64 particles of 48 tokens, in steps of 4 or of 1; none stops early, so that all generate as many. In Python each of choosing,
-generating, scoring and weighing is compiled on its own, as far as the population's functions go.
+64 particles of 48 tokens, in steps of 4 or of 1; none stops early, so that all generate as many. In Python each of
+choosing, generating, scoring and weighing is compiled on its own, as far as the population's functions go.
 """
 
 import jax
