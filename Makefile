@@ -6,7 +6,7 @@
 # make bench-llm tokens a second of a real language model, SmolLM2-135M; downloads its 93 MB
 # make ppg       the experiments with Parisian particle Gibbs, with figures; writes benchmarks/ppg/results/
 # make conformal coverage and size of conformal prediction sets, with figures; writes benchmarks/conformal/results/
-# make scaling   methods of inference-time scaling at equal budgets, with a figure; writes benchmarks/inference_scaling/results/
+# make scaling   inference-time scaling at equal budgets, with figures; writes benchmarks/inference_scaling/results/
 # make docs      the documentation, with its notebooks executed: docs/_build/html
 # make package   build sdist and wheel, install the wheel where nothing else is, and use it
 #
@@ -60,6 +60,7 @@ conformal: $(VENV)/installed-plots
 
 scaling: $(VENV)/installed-plots
 	$(BIN)/python -m benchmarks.inference_scaling.budget $(ARGS)
+	$(BIN)/python -m benchmarks.inference_scaling.addition $(ARGS)
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

@@ -1,10 +1,8 @@
 """The particle filter of a tiny language model: one compiled loop, the same loop in Python, and no filter at all.
 
-64 particles of 12 steps of 4 tokens each; none stops early, so that all generate as many. In Python each of choosing,
-generating, scoring and weighing is compiled on its own, as far as the population's functions go.
+64 particles of 48 tokens, in steps of 4 or of 1; none stops early, so that all generate as many. In Python each of
+choosing, generating, scoring and weighing is compiled on its own, as far as the population's functions go.
 """
-
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +13,13 @@ from bayesinf.kernels.inference_scaling.population import found, inherit, weigh
 from bayesinf.kernels.inference_scaling.sweep import run_sweep
 from bayesinf.models.language import Transformer
 
-NUM_PARTICLES, NUM_STEPS, NUM_TOKENS = 64, 12, 4
+NUM_PARTICLES, LENGTH = 64, 48
 
 
-@pytest.fixture(scope="module")
-def generator():
+@pytest.fixture(params=[4, 1])
+def generator(request):
     model = Transformer.random(0, vocab_size=64, width=64, num_layers=2, num_heads=4)
-    return TokenGenerator(model, max_steps=NUM_STEPS, max_tokens_per_step=NUM_TOKENS, pad_prompt_to=16)
+    return TokenGenerator(model, max_steps=LENGTH // request.param, max_tokens_per_step=request.param, pad_prompt_to=16)
 
 
 def likes_even(state):
@@ -29,7 +27,6 @@ def likes_even(state):
     return (1.0 + jnp.sum(is_even, axis=1)) / (2.0 + jnp.sum(state.tokens >= 0, axis=1))
 
 
-POTENTIAL_KIND = "odds"
 PROMPT = tuple(range(16))
 
 
@@ -51,7 +48,7 @@ def move(generator, key, state):
 
 @jax.jit
 def choose(key, population, t):
-    return Resample().choose(key, population, t, NUM_STEPS)
+    return Resample().choose(key, population, t, LENGTH)
 
 
 @jax.jit
@@ -69,7 +66,7 @@ def step_by_step(generator, potential, key):
     state, population = begin(generator, key), found(potential, NUM_PARTICLES)
     ancestors, log_carried = jnp.arange(NUM_PARTICLES, dtype=jnp.int32), population.log_weights
     is_resampled = jnp.zeros((), bool)
-    for t in range(NUM_STEPS):
+    for t in range(generator.max_steps):
         key_choose, key_move = jax.random.split(jax.random.fold_in(key, t))
         if t > 0:
             ancestors, log_carried, is_resampled = choose(key_choose, population, jnp.asarray(t))
@@ -83,25 +80,25 @@ def step_by_step(generator, potential, key):
     return population.log_evidence
 
 
-@partial(jax.jit, static_argnames="num_steps")
-def only_sampling(generator, key, num_steps):
+@jax.jit
+def only_sampling(generator, key):
     state = generator.init(key, jnp.array(PROMPT), NUM_PARTICLES)
 
     def step(t, state):
         return generator.step(jax.random.fold_in(key, t), state)[0]
 
-    return jax.lax.fori_loop(0, num_steps, step, state).tokens
+    return jax.lax.fori_loop(0, generator.max_steps, step, state).tokens
 
 
 def test_fused_loop(compare, generator):
-    potential, keys = Potential(likes_even, kind=POTENTIAL_KIND), iter(jax.random.split(jax.random.key(0), 1000))
-    num_tokens = NUM_PARTICLES * NUM_STEPS * NUM_TOKENS
+    potential, keys = Potential(likes_even, kind="odds"), iter(jax.random.split(jax.random.key(0), 1000))
+    num_tokens = NUM_PARTICLES * LENGTH
     compare(
-        "A particle filter of a tiny language model, 64 particles, 12 steps of 4 tokens",
+        f"A filter of a tiny language model, 64 particles, 48 tokens in steps of {generator.max_tokens_per_step}",
         {
             "one compiled loop": lambda key: fused(generator, potential, key),
             "step by step in Python": lambda key: step_by_step(generator, potential, key),
-            "sampling, no filter": lambda key: only_sampling(generator, key, NUM_STEPS),
+            "sampling, no filter": lambda key: only_sampling(generator, key),
         },
         prepare=lambda: (next(keys),),
         note=lambda name, medians: (

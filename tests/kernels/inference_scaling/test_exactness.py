@@ -445,16 +445,6 @@ class TestFaultsOfPublishedCode:
         monkeypatch.setattr(sweep, "_retrace", lambda generator, reference, state, info, t: (state, info))
         assert posterior_p_value(after_one_sweep(chain(), potential(), 2, 1.0)) < FALSE_ALARM
 
-    def test_a_reference_whose_rewards_are_another_particles(self, monkeypatch):
-        def free(key, selection, population, t, max_steps):
-            return Resample(1.0, scheme="multinomial").choose(key, population, t, max_steps)
-
-        monkeypatch.setattr(sweep, "_choose_with_reference", free)
-        # a value is divided by the one before, so that who is inherited from counts
-        generator, target = chain(is_variable=False), potential("value")
-        references = after_one_sweep(generator, target, 2, 1.0, num=40_000)
-        assert posterior_p_value(references, generator, target) < FALSE_ALARM
-
     def test_a_reference_read_one_step_ahead(self, monkeypatch):
         retrace = sweep._retrace
 
