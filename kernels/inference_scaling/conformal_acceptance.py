@@ -13,7 +13,7 @@ References:
     Vovk, Gammerman, Shafer (2005), doi:10.1007/b106715 (the p-value).
 """
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from inspect import isawaitable
 from typing import Any
@@ -62,7 +62,7 @@ class ConformalAcceptance(TextGenerator):
         draft: TextGenerator,
         target: TextGenerator,
         score: Callable[[Any, list[str]], Any],
-        calibration_scores: Float[ArrayLike, " n"],
+        calibration_scores: Float[ArrayLike, " n"] | Sequence[float],
         alpha: float = 0.1,
         *,
         p_value: Callable[[Any, Any], Any] | None = None,

@@ -118,7 +118,8 @@ class Potential(AbstractPotential):
         score: a function of the generator's state to scores of shape (N,); of a generator of texts, a function of the
             prompt and a list of texts to as many numbers, which may be a coroutine.
         exponent: beta, to which the potential is raised.
-        kind: "step", "value", "terminal" or "odds". Static.
+        kind: "step", "value", "terminal" or "odds". Static. A value of 0 is the end of a particle, whatever the final
+            reward would have been.
         aggregate: how the scores of an answer become one reward: "prod", "min", "last", or "model", for which a scorer
             of texts is shown the whole answer as a single step. By default the product for steps, else the last one.
             Static.

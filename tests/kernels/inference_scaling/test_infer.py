@@ -47,10 +47,10 @@ def test_every_method_answers_and_counts_what_it_cost(name):
     assert all(is_answer(result.best(rule, key=1)) for rule in ("weighted_majority", "argmax", "sample"))
     # a particle costs a token a step until it has finished
     assert 0 <= result.tokens.wasted < result.tokens.generated
-    num_runs = result.ess.shape[0]
-    assert result.num_tokens.sum() <= NUM * 5 * num_runs
-    np.testing.assert_array_equal(result.num_ancestors[:, -1], NUM)
-    has_evidence = name not in ("particle_filter_published", "beam", "dvts", "svdd")
+    if name not in ("cascade", "a_star"):  # which have no populations of one size
+        assert result.num_tokens.sum() <= NUM * 5 * result.ess.shape[0]
+        np.testing.assert_array_equal(result.num_ancestors[:, -1], NUM)
+    has_evidence = name not in ("particle_filter_published", "beam", "dvts", "svdd", "a_star")
     assert np.isfinite(result.log_evidence) == has_evidence
 
 
@@ -186,7 +186,7 @@ def test_bad_arguments_are_named():
         run("bon")
     with pytest.raises(ValueError, match="method must be a name, a Selection"):
         run(3)
-    with pytest.raises(ValueError, match="generator must be a StepGenerator, got str"):
+    with pytest.raises(ValueError, match="generator must be a StepGenerator or TextGenerator, got str"):
         bi.kernels.infer(0, "gpt", LIKES_B)
     with pytest.raises(ValueError, match="wrap the score"):
         bi.kernels.infer(0, CHAIN, lambda state: 0.5)
