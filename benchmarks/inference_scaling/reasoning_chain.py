@@ -262,7 +262,7 @@ def exact_draw(key: Key[Array, ""], chain: ReasoningChain, potential: AbstractPo
         key_t, on, end, t = row
         prior = jnp.where(t == 0, chain.initial, chain.transition[last])
         weight = prior[:, None, None] * jnp.stack([on, end], axis=-1)
-        index = jax.random.categorical(key_t, jnp.log(weight).reshape(-1))
+        index = jax.random.categorical(key_t, jnp.log(weight).reshape(-1)).astype(jnp.int32)
         branch, form, ends = index // (2 * num_forms), (index // 2) % num_forms, index % 2 == 1
         drawn_from = prior if chain.proposal is None else jnp.where(t == 0, chain.initial, chain.proposal[last])
         log_ratio = jnp.where(is_done, 0.0, jnp.log(prior[branch]) - jnp.log(drawn_from[branch]))
