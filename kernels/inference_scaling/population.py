@@ -92,10 +92,14 @@ def found(potential: AbstractPotential, num_particles: int) -> Population:
 
 
 def inherit(
-    population: Population, ancestors: Int[Array, " N"], log_carried: Float[Array, " N"], is_resampled: Bool[Array, ""]
+    population: Population,
+    ancestors: Int[Array, " N"],
+    log_carried: Float[Array, " N"],
+    is_resampled: Bool[Array, ""],
+    scheme: str = "multinomial",
 ) -> Population:
-    """The population that continues these particles, with the log weights that they start from."""
-    descended = lineages.descend(population.lineage, ancestors, "multinomial")
+    """The population that continues these particles, which the scheme chose, with the log weights to start from."""
+    descended = lineages.descend(population.lineage, ancestors, scheme)
     return Population(
         log_carried,
         population.log_reward[ancestors],
@@ -170,5 +174,5 @@ def stack_records(record: Record, num_steps: int) -> Record:
 
 
 def relative_variance(population: Population) -> Any:
-    """An estimate of var(Zhat) / Z^2, exact on average for multinomial resampling, and too large for other schemes."""
+    """An estimate of var(Zhat) / Z^2, exact on average for multinomial resampling; NaN after any other."""
     return lineages.relative_variance(population.lineage, population.log_weights)

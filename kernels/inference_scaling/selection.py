@@ -110,12 +110,12 @@ class Resample(Selection):
     Attributes:
         ess_threshold: the share of N that the effective sample size must fall to.
         every: only before every so many steps. Static.
-        scheme: of resampling. Static.
+        scheme: of resampling; only of "multinomial" the variance of the evidence is known. Static.
     """
 
     ess_threshold: Float[Array, ""] = eqx.field(converter=errors.as_array("ess_threshold"), default=0.5)
     every: int = eqx.field(static=True, default=1)
-    scheme: str = eqx.field(static=True, default="systematic")
+    scheme: str = eqx.field(static=True, default="multinomial")
     has_evidence = True
 
     def __check_init__(self):
@@ -169,11 +169,11 @@ class Entropic(Selection):
 
     Attributes:
         ess_threshold: the share of N below which weights count as uneven.
-        scheme: of resampling. Static.
+        scheme: of resampling; only of "multinomial" the variance of the evidence is known. Static.
     """
 
     ess_threshold: Float[Array, ""] = eqx.field(converter=errors.as_array("ess_threshold"), default=0.5)
-    scheme: str = eqx.field(static=True, default="systematic")
+    scheme: str = eqx.field(static=True, default="multinomial")
     has_evidence = True
 
     def __check_init__(self):

@@ -73,7 +73,10 @@ def begin_step(
     ancestors = jnp.where(is_first, own, choice[0])
     log_carried = jnp.where(is_first, population.log_weights, choice[1])
     is_resampled = choice[2] & ~is_first
-    return inherit(population, ancestors, log_carried, is_resampled), ancestors, is_resampled, key_move
+    # the free ancestors of a conditional run are independent whatever the scheme
+    scheme = "multinomial" if is_conditional else getattr(selection, "scheme", "multinomial")
+    population = inherit(population, ancestors, log_carried, is_resampled, scheme)
+    return population, ancestors, is_resampled, key_move
 
 
 @partial(jax.jit, static_argnames="num_particles")

@@ -206,7 +206,37 @@ def after_one_sweep(generator, target, num_particles, ess_threshold, num=15_000,
     return move(keys, starts(generator, target, num), generator, target, jnp.asarray(ess_threshold))
 
 
+def variance_p_value(selection, kind="step", num_runs=8_000):
+    """Of E[Zhat^2 (1 - V)] = Z^2, V being the variance that each run estimates of itself; NaN where there is none."""
+
+    @jax.jit
+    def estimates(keys, generator, target, selection):
+        def one(key):
+            people = run(key, generator, target, selection, 32).population
+            ratio = jnp.exp(people.log_evidence - truth.log_evidence)
+            return ratio**2 * (1.0 - population.relative_variance(people))
+
+        truth = chains.exact(generator, target)
+        return jax.vmap(one)(keys)
+
+    samples = estimates(jax.random.split(jax.random.key(3), num_runs), chain(), potential(kind), selection)
+    return np.nan if np.isnan(samples).any() else mean_p_value(samples, 1.0)
+
+
 class TestEvidence:
+    @pytest.mark.parametrize("selection", [Resample(1.0), Resample(0.5), Entropic(1.0)])
+    def test_its_variance_is_estimated_without_bias(self, selection):
+        assert variance_p_value(selection) > FALSE_ALARM
+
+    def test_its_variance_is_not_known_for_other_schemes(self, monkeypatch):
+        assert np.isnan(variance_p_value(Resample(1.0, scheme="systematic")))
+        # planted: the estimate for multinomial resampling, which is even negative here
+        descend = population.lineages.descend
+        monkeypatch.setattr(
+            population.lineages, "descend", lambda lineage, parents, scheme: descend(lineage, parents, "multinomial")
+        )
+        assert variance_p_value(Resample(1.0, scheme="systematic")) < FALSE_ALARM
+
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_filter_is_unbiased(self, kind):
         for is_variable in (False, True):
@@ -226,7 +256,7 @@ class TestEvidence:
         [
             Resample(0.7, every=2),
             Entropic(0.5),
-            Entropic(1.0, scheme="multinomial"),
+            Entropic(1.0, scheme="systematic"),
             Independent(),
             *(FKSteering(1.0, spread) for spread in ("difference", "max", "sum")),
         ],
