@@ -109,8 +109,8 @@ def infer(
         >>> walk = DiscreteChain([0.5, 0.5], [[0.9, 0.1], [0.2, 0.8]], max_steps=6)         # six letters of "ab"
         >>> likes_b = Potential(lambda state: jnp.where(state.last == 1, 0.9, 0.1), kind="step")
         >>> result = bi.kernels.infer(0, walk, likes_b, num_particles=200)
-        >>> result.best(), round(result.log_evidence, 1)
-        ('bbbbbb', -2.3)
+        >>> result.best(), round(result.log_evidence)
+        ('bbbbbb', -2)
 
     References:
         Puri et al. (2025), https://arxiv.org/abs/2502.01618.
