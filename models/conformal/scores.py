@@ -21,6 +21,7 @@ References:
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from bayesinf import errors
@@ -224,4 +225,7 @@ def _of_label(scores: Array, label: ArrayLike | None) -> Array:
     label = jnp.asarray(label)
     if label.shape != scores.shape[:-1]:
         raise ValueError(f"label must have the shape {scores.shape[:-1]} of probs but its last, got {label.shape}")
+    num = scores.shape[-1]
+    if errors.is_concrete(label) and np.any((np.asarray(label) < 0) | (np.asarray(label) >= num)):
+        raise ValueError(f"label must be in [0, {num}), as probs has columns, got {np.asarray(label)}")
     return jnp.take_along_axis(scores, label[..., None], -1)[..., 0]

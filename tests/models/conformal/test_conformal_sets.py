@@ -335,6 +335,9 @@ def test_what_does_not_fit_is_said():
         conformal.calibrate(scores, groups=jnp.zeros(3, int))
     with pytest.raises(ValueError, match="label must have the shape"):
         conformal.lac(jnp.ones((3, 2)), jnp.zeros(2, int))
+    for wrong in (-1, 2):
+        with pytest.raises(ValueError, match=r"label must be in \[0, 2\)"):
+            conformal.aps(jnp.full((3, 2), 0.5), 0.5, jnp.array([0, 1, wrong]))
     with pytest.raises(ValueError, match="cdf_before and u"):
         conformal.pit_score(0.5, u=0.5)
     with pytest.raises(ValueError, match=r"predictions must have shape \(..., n\)"):
