@@ -117,23 +117,23 @@ def infer(
     """
     began = time.perf_counter()
     key = errors.as_key(key)
-    name, method = named_method(method)
-    if options or isinstance(generator, TextGenerator) or hasattr(method, "start"):
+    name, chosen = named_method(method)
+    if options or isinstance(generator, TextGenerator) or hasattr(chosen, "start"):
         # that driver makes use of what is below
         from bayesinf.kernels.inference_scaling.async_driver import infer_on_host
 
         return infer_on_host(
-            key, generator, potential, prompt, (name, method), num_particles, budget, answer, throw, **options
+            key, generator, potential, prompt, (name, chosen), num_particles, budget, answer, throw, **options
         )
-    generator, potential = prepare_potential(name, method, generator, potential)
-    num_particles = population_size(generator, method, num_particles, budget)
-    selection = method if isinstance(method, Selection) else method.selection
+    generator, potential = prepare_potential(name, chosen, generator, potential)
+    num_particles = population_size(generator, chosen, num_particles, budget)
+    selection = chosen if isinstance(chosen, Selection) else chosen.selection
     tokens = jnp.asarray(NO_BUDGET if budget is None else budget, jnp.int32)
     prompt = generator.encode(prompt)
-    if isinstance(method, Selection):
-        runs = run_single(key, generator, potential, method, prompt, num_particles, tokens)
+    if isinstance(chosen, Selection):
+        runs = run_single(key, generator, potential, chosen, prompt, num_particles, tokens)
     else:
-        runs = method.run(key, generator, potential, prompt, num_particles, tokens)
+        runs = chosen.run(key, generator, potential, prompt, num_particles, tokens)
     result = collect(name, selection, runs, generator, prompt, answer, began)
     return judge(result, num_particles, budget, throw)
 
@@ -255,10 +255,9 @@ def population_size(generator: Any, method: Any, num: int | None, budget: int | 
                 f"budget must allow one step of {num_at_once} particles, of up to {generator.max_tokens_per_step} "
                 f"tokens each, got {budget}; raise it, or take fewer particles"
             )
-    if num is None:
-        num = DEFAULT_PARTICLES if budget is None else max(budget // per_answer, 1)
-        width = getattr(method, "width", 1)
-        num = max(num // width, 1) * width
+    affordable = DEFAULT_PARTICLES if budget is None else max(budget // per_answer, 1)
+    width = getattr(method, "width", 1)
+    found = max(affordable // width, 1) * width if num is None else num
     if isinstance(method, Selection):
-        method.check(num)
-    return errors.check_count("num_particles", num)
+        method.check(found)
+    return errors.check_count("num_particles", found)

@@ -55,9 +55,9 @@ class RunFile:
         leaves, treedef = jax.tree.flatten(sweep.population)
         values = [jnp.asarray(new, old.dtype) for new, old in zip(saved["population"], leaves, strict=True)]
         sweep.population = jax.tree.unflatten(treedef, values)
-        sweep.records = [
-            Record(*(np.array(leaf, dtype) for leaf, dtype in zip(*pair, strict=True))) for pair in saved["records"]
-        ]
+        pairs: list[Any] = saved["records"]
+        fields: list[list[Any]] = [[np.array(leaf, dtype) for leaf, dtype in zip(*pair, strict=True)] for pair in pairs]
+        sweep.records = [Record(*row) for row in fields]
         return sweep
 
 

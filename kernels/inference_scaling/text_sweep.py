@@ -86,7 +86,7 @@ class TextSweep:
         for t, record in enumerate(self.records):
             for room, leaf in zip(rows, record, strict=True):
                 room[t] = leaf
-        return Sweep(list(self.prefixes), population, rows, np.asarray(self.t, np.int32))
+        return Sweep(list(self.prefixes), population, rows, jnp.asarray(self.t, jnp.int32))
 
     async def _step(self) -> None:
         begun = _begin(
@@ -266,4 +266,5 @@ def _blank_record(num: int) -> Record:
     many, one, dtype = np.zeros(num), np.zeros(()), jnp.zeros(()).dtype
     whole, truth = many.astype(np.int32), many.astype(bool)
     many, one = many.astype(dtype), one.astype(dtype)
-    return Record(whole, many, many, many, whole, truth, one, one, np.zeros((), bool), np.zeros((), np.int32))
+    fields: list[Any] = [whole, many, many, many, whole, truth, one, one, np.zeros((), bool), np.zeros((), np.int32)]
+    return Record(*fields)

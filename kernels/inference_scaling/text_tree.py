@@ -143,7 +143,7 @@ def _record(generation: list[Node], is_fresh: list[bool], ancestors: np.ndarray,
     weights = np.exp(log_weights)
     counted = [n.prefix[-1].num_tokens if fresh else 0 for n, fresh in zip(generation, is_fresh, strict=True)]
     ratios = [n.prefix[-1].log_ratio if fresh else 0.0 for n, fresh in zip(generation, is_fresh, strict=True)]
-    return Record(
+    fields: list[Any] = [
         ancestors,
         log_weights.astype(dtype),
         _fill([node.log_reward for node in generation], -np.inf, num, dtype),
@@ -154,7 +154,8 @@ def _record(generation: list[Node], is_fresh: list[bool], ancestors: np.ndarray,
         np.asarray(weights.sum() ** 2 / np.sum(weights**2) if weights.any() else 0.0, dtype),
         np.asarray(True),
         np.asarray(sum(n.is_invalid and fresh for n, fresh in zip(generation, is_fresh, strict=True)), np.int32),
-    )
+    ]
+    return Record(*fields)
 
 
 def _fill(values: list[Any], blank: Any, num: int, dtype: Any) -> np.ndarray:

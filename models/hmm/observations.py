@@ -79,8 +79,10 @@ def score(emission: Emission, data: Observations) -> Float[Array, "b t k"]:
     """Log p(y_t | x_t = k); 0 where y_t is missing."""
     shape = data.is_seen.shape
     # rows of all series at once: under `vmap` a branch for rows missing in part would always be taken
-    rows = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in (data.ys, data.features)]
-    return jnp.where(data.is_seen[..., None], emission.log_prob(*rows).reshape(*shape, -1), 0.0)
+    ys, features = data.ys, data.features
+    rows = ys.reshape(-1, *ys.shape[2:])
+    beside = None if features is None else features.reshape(-1, *features.shape[2:])
+    return jnp.where(data.is_seen[..., None], emission.log_prob(rows, beside).reshape(*shape, -1), 0.0)
 
 
 def evidence(model: Any, data: Observations, method: Method) -> Float[Array, ""]:
