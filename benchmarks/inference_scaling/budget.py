@@ -73,7 +73,7 @@ class Contender(NamedTuple):
 
 
 def contenders() -> dict[str, Contender]:
-    """All of `METHODS`, and a search that multiplies the scores."""
+    """All of `METHODS` that run in process, and a search that multiplies the scores."""
     last = {"kind": "odds"}
     values = {"kind": "value"}
     options = {
@@ -89,6 +89,8 @@ def contenders() -> dict[str, Contender]:
     }
     listed = {}
     for name, build in METHODS.items():
+        if name in ("cascade", "a_star"):  # of the host, one program for a step and not for all problems at once
+            continue
         method = build()
         rule = "argmax" if name == "best_of_n" else getattr(method, "selection", method).rule
         listed[name] = Contender(method, options.get(name), rule)

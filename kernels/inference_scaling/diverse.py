@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from bayesinf import errors, weights
+from bayesinf import errors
 from bayesinf.captured import as_pytree
 from bayesinf.kernels.inference_scaling.diversity import diverse_ancestors
 from bayesinf.kernels.inference_scaling.population import Population, keep_places
-from bayesinf.kernels.inference_scaling.selection import Choice, Resample, Selection
+from bayesinf.kernels.inference_scaling.selection import Choice, Resample, Selection, equal_weights
 
 __all__ = ["Diverse"]
 
@@ -85,8 +85,7 @@ class Diverse(Selection):
 
         def by_clusters() -> Choice:
             ancestors = keep_places(diverse_ancestors(key_clusters, features, self.num_survivors, num))
-            is_dead = weights.is_degenerate(population.log_weights)
-            return ancestors, jnp.where(is_dead, -jnp.inf, jnp.full(num, -jnp.log(num))), jnp.ones((), bool)
+            return ancestors, equal_weights(population, ancestors), jnp.ones((), bool)
 
         is_time = jnp.isin(t, jnp.asarray(self.cluster_steps, t.dtype))
         return jax.lax.cond(is_time, by_clusters, lambda: self.resample.choose(key_weights, population, t, max_steps))

@@ -233,7 +233,7 @@ def named_method(method: Any) -> tuple[str, Any]:
         return method, METHODS[method]()
     if not isinstance(method, Selection) and not hasattr(method, "selection"):
         raise ValueError(f"method must be a name, a Selection or one of methods, got {type(method).__name__}")
-    return type(method).__name__, method
+    return type(method).__name__, current(method)
 
 
 def _check(generator: Any, potential: Any) -> None:

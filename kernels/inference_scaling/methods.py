@@ -38,6 +38,7 @@ __all__ = [
     "as_runs",
     "evidence_of",
     "exchange",
+    "if_finished",
     "pool",
     "run_single",
     "run_tempered",
@@ -99,7 +100,8 @@ class Islands(eqx.Module):
         log_z = jnp.stack([s.population.log_evidence for s in sweeps])
         log_w, log_mean = weights.normalize(log_z)
         variances = jnp.stack([relative_variance(s.population) for s in sweeps])
-        return Runs(sweeps, np.asarray(log_w), float(log_mean), float(jnp.sum(jnp.exp(2 * log_w) * variances)), [])
+        variance = jnp.sum(jnp.exp(2 * log_w) * variances)
+        return Runs(sweeps, np.asarray(log_w), *if_finished(sweeps, float(log_mean), float(variance)), [])
 
 
 class Gibbs(eqx.Module):
@@ -295,7 +297,14 @@ def pool(sweeps: list[Sweep], first: Sweep, burn_in: int, others: list[Sweep]) -
 
 def evidence_of(sweep: Sweep) -> tuple[float, float]:
     """Log Zhat of a run, and its variance."""
-    return float(sweep.population.log_evidence), float(relative_variance(sweep.population))
+    return if_finished([sweep], float(sweep.population.log_evidence), float(relative_variance(sweep.population)))
+
+
+def if_finished(sweeps: list[Sweep], log_evidence: float, variance: float) -> tuple[float, float]:
+    """The two, or NaN where an answer of positive weight is unfinished: they would be those of the steps so far."""
+    populations = [sweep.population for sweep in sweeps]
+    is_open = any(np.any(~np.asarray(p.is_done) & np.isfinite(np.asarray(p.log_weights))) for p in populations)
+    return (float("nan"), float("nan")) if is_open else (log_evidence, variance)
 
 
 def _unstack(tree: PyTree, num: int) -> list[Any]:

@@ -45,6 +45,7 @@ __all__ = [
     "Resample",
     "Selection",
     "SoftValue",
+    "equal_weights",
 ]
 
 Choice = tuple[Int[Array, " N"], Float[Array, " N"], Bool[Array, ""]]
@@ -217,7 +218,8 @@ class Published(Selection):
     def choose(self, key: Key[Array, ""], population: Population, t: Int[Array, ""], max_steps: int) -> Choice:
         log_odds = self._log_odds(population)
         ancestors = resampling.resample(key, log_odds / self.temperature, log_odds.shape[0], "multinomial")
-        return keep_places(ancestors), _equal(population), jnp.ones((), bool)
+        ancestors = keep_places(ancestors)
+        return ancestors, equal_weights(population, ancestors), jnp.ones((), bool)
 
     def log_votes(self, population: Population) -> Float[Array, " N"]:
         return weights.normalize(self._log_odds(population) / self.temperature)[0]
@@ -251,7 +253,7 @@ class Beam(Selection):
         place = jnp.arange(num)
         turn = num_done + (place - num_done) % jnp.maximum(num_open, 1)
         index = jnp.where((place < num_done) | (num_open == 0), place % num_kept, turn)
-        return kept[index], _equal(population), jnp.ones((), bool)
+        return kept[index], equal_weights(population, kept[index]), jnp.ones((), bool)
 
     def log_votes(self, population: Population) -> Float[Array, " N"]:
         return weights.normalize(population.log_reward)[0]
@@ -272,7 +274,8 @@ class DVTS(Selection):
     def choose(self, key: Key[Array, ""], population: Population, t: Int[Array, ""], max_steps: int) -> Choice:
         reward = _alive_reward(population).reshape(-1, self.width)
         best = jnp.argmax(reward, axis=1)
-        return _whole_groups(best, self.width), _equal(population), jnp.ones((), bool)
+        ancestors = _whole_groups(best, self.width)
+        return ancestors, equal_weights(population, ancestors), jnp.ones((), bool)
 
     def log_votes(self, population: Population) -> Float[Array, " N"]:
         return weights.normalize(population.log_reward)[0]
@@ -301,7 +304,8 @@ class SoftValue(Selection):
         logits = self._logits(population)
         drawn = jax.random.categorical(key, logits, axis=1)
         best = jnp.where(self.alpha > 0, drawn, jnp.argmax(logits, axis=1))
-        return _whole_groups(best, self.width), _equal(population), jnp.ones((), bool)
+        ancestors = _whole_groups(best, self.width)
+        return ancestors, equal_weights(population, ancestors), jnp.ones((), bool)
 
     def log_votes(self, population: Population) -> Float[Array, " N"]:
         logits = self._logits(population)
@@ -321,10 +325,10 @@ def _alive_reward(population: Population) -> Array:
     return jnp.where(jnp.isnan(population.log_reward), -jnp.inf, population.log_reward)
 
 
-def _equal(population: Population) -> Array:
-    """Equal log weights, but for a population that is dead."""
-    num = population.log_weights.shape[0]
-    return jnp.where(weights.is_degenerate(population.log_weights), -jnp.inf, jnp.full(num, -jnp.log(num)))
+def equal_weights(population: Population, ancestors: Int[Array, " N"]) -> Array:
+    """Equal log weights of those that continue these ancestors; what was dead stays dead."""
+    is_dead = jnp.isneginf(population.log_weights[ancestors])
+    return jnp.where(is_dead, -jnp.inf, -jnp.log(ancestors.shape[0]))
 
 
 def _whole_groups(best: Int[Array, " g"], width: int) -> Int[Array, " N"]:

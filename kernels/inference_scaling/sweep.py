@@ -21,7 +21,7 @@ from bayesinf.kernels.inference_scaling.population import Population, Record, fo
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.selection import Selection
 
-__all__ = ["Reference", "Sweep", "begin_step", "draw_reference", "run_sweep"]
+__all__ = ["Reference", "Sweep", "begin_step", "draw_reference", "log_g_of", "run_sweep"]
 
 
 class Reference(NamedTuple):
@@ -151,9 +151,13 @@ def draw_reference(
     _, (log_ratio, is_open) = jax.lax.scan(back, last, rows, reverse=True)
     # it was unfinished after all its steps but the last one
     reference = Reference(generator.gather(sweep.state, last[None]), log_ratio, jnp.sum(is_open) + 1)
+    return reference, log_g_of(potential, population, last)
+
+
+def log_g_of(potential: AbstractPotential, population: Population, index: Int[Array, ""] | int) -> Float[Array, ""]:
+    """Log G of an answer, with the exponents of this potential, whatever those of the run were."""
     parts = zip(potential.factors, population.potentials, strict=True)
-    log_g = (jnp.where(f.exponent == 0.0, 0.0, f.exponent * state.log_spent[last]) for f, state in parts)
-    return reference, sum(log_g, jnp.zeros(()))
+    return sum((factor.raised(state.log_spent)[index] for factor, state in parts), jnp.zeros(()))
 
 
 def _choose_with_reference(

@@ -19,12 +19,14 @@ from bayesinf.kernels.inference_scaling.methods import (
     ParallelTempering,
     Runs,
     evidence_of,
+    if_finished,
     pool,
     swap,
 )
 from bayesinf.kernels.inference_scaling.population import relative_variance
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.selection import Selection
+from bayesinf.kernels.inference_scaling.sweep import log_g_of
 from bayesinf.kernels.inference_scaling.text_generator import Prefix
 from bayesinf.kernels.inference_scaling.text_sweep import TextSweep, run_all
 
@@ -78,7 +80,7 @@ async def _run_chains(
         ]
         await run_all([sweep.run() for sweep in sweeps])
         spent += sum(sweep.num_tokens for sweep in sweeps)
-        drawn = [_draw_reference(keys_draw[m], sweep) for m, sweep in enumerate(sweeps)]
+        drawn = [_draw_reference(keys_draw[m], sweep, powers[0]) for m, sweep in enumerate(sweeps)]
         found = [pair for pair in drawn if pair is not None]
         if len(found) < num:
             break
@@ -90,14 +92,14 @@ async def _run_chains(
         references = [found[m][0] for m in order]
 
 
-def _draw_reference(key: Key[Array, ""], sweep: TextSweep) -> tuple[Prefix, float] | None:
-    """A finished answer drawn by the final weights, if there is one, and the sum of its log G, at exponents of 1."""
+def _draw_reference(key: Key[Array, ""], sweep: TextSweep, potential: AbstractPotential) -> tuple[Prefix, float] | None:
+    """A finished answer drawn by the final weights, if there is one, and the log of its G under this potential."""
     population = sweep.population
     log_weights = jnp.where(jnp.asarray(population.is_done & ~sweep.is_failed), population.log_weights, -jnp.inf)
     if bool(weights.is_degenerate(log_weights)):
         return None
     last = int(resampling.iid(key, log_weights, 1)[0])
-    return sweep.prefixes[last], float(sum(float(state.log_spent[last]) for state in population.potentials))
+    return sweep.prefixes[last], float(log_g_of(potential, population, last))
 
 
 def collect_runs(method: Any, sweeps: dict[str, TextSweep]) -> Runs:
@@ -107,7 +109,8 @@ def collect_runs(method: Any, sweeps: dict[str, TextSweep]) -> Runs:
     if isinstance(method, Islands):
         log_w, log_mean = weights.normalize(jnp.stack([s.population.log_evidence for s in results]))
         variances = jnp.stack([relative_variance(s.population) for s in results])
-        return Runs(results, np.asarray(log_w), float(log_mean), float(jnp.sum(jnp.exp(2 * log_w) * variances)), [])
+        variance = float(jnp.sum(jnp.exp(2 * log_w) * variances))
+        return Runs(results, np.asarray(log_w), *if_finished(results, float(log_mean), variance), [])
     if isinstance(method, Gibbs | ParallelTempering):
         kept = [sweep for name, sweep in done.items() if name.endswith("chain 0")]
         others = [sweep for name, sweep in done.items() if not name.endswith("chain 0")]

@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors, resampling
+from bayesinf.captured import as_pytree
 from bayesinf.kernels.inference_scaling.generator import StepGenerator, StepInfo
 
 __all__ = ["LanguageModel", "TokenGenerator", "TokenState"]
@@ -103,11 +104,6 @@ def _as_tokens(tokens: Any) -> Int[Array, " k"]:
     return jnp.atleast_1d(jnp.asarray(tokens, jnp.int32)) if np.size(tokens) else jnp.zeros(0, jnp.int32)
 
 
-def _as_pytree(function: Any) -> Any:
-    is_plain = callable(function) and not isinstance(function, eqx.Module | jax.tree_util.Partial)
-    return jax.tree_util.Partial(function) if is_plain else function
-
-
 class TokenGenerator(StepGenerator):
     """Steps of a language model.
 
@@ -170,7 +166,7 @@ class TokenGenerator(StepGenerator):
         converter=errors.as_array("min_p", is_optional=True, is_floating=True), default=None, kw_only=True
     )
     correct: bool = eqx.field(static=True, default=False, kw_only=True)
-    twist: Twist | None = eqx.field(converter=_as_pytree, default=None, kw_only=True)
+    twist: Twist | None = eqx.field(converter=as_pytree, default=None, kw_only=True)
     tokenizer: Any = eqx.field(static=True, default=None, kw_only=True)
     pad_prompt_to: int = eqx.field(static=True, default=32, kw_only=True)
 

@@ -27,7 +27,7 @@ def test_the_stationary_law_is_left_as_it_is(num_states):
 def test_the_stationary_law_of_a_chain_that_hardly_moves_keeps_its_digits():
     """1 - P_ii of such a chain is nothing in float32; ways out, not what stays, decide."""
     for tiny in (1e-6, 1e-12, 1e-30):
-        chain = jnp.array([[1.0, tiny, 0.0], [tiny / 2, 1.0, tiny / 2], [0.0, 2 * tiny, 1.0]])
+        chain = jnp.array([[1.0 - tiny, tiny, 0.0], [tiny / 2, 1.0 - tiny, tiny / 2], [0.0, 2 * tiny, 1.0 - 2 * tiny]])
         np.testing.assert_allclose(models.stationary_law(chain), np.array([2, 4, 1]) / 7, rtol=1e-5)
 
 

@@ -135,6 +135,7 @@ def test_a_budget_is_kept_and_shared():
     with pytest.warns(errors.SamplingWarning, match="budget of 70 tokens was spent with .* answers unfinished"):
         cut = run(budget=70)
     assert NUM < cut.tokens.generated < 70 + NUM  # no step begins once it is spent
+    assert np.isnan(cut.log_evidence)  # that of the steps so far would be another number
     assert np.isneginf(cut.log_votes[~cut.is_done]).all()
     assert all((answer is None) == (not done) for answer, done in zip(cut.answers, cut.is_done, strict=True))
 

@@ -141,6 +141,14 @@ def test_a_dead_population_stays_dead():
         assert np.isneginf(np.asarray(log_carried)).all(), selection
 
 
+def test_who_is_dead_is_not_brought_back():
+    """Where fewer are alive than go on, the offspring of the others weigh nothing."""
+    state = population(np.zeros(4))._replace(log_weights=jnp.array([0.0, -jnp.inf, -jnp.inf, -jnp.inf]))
+    for selection in (Beam(2), DVTS(2), SoftValue(width=2)):
+        ancestors, log_carried, _ = choose(selection, state)
+        np.testing.assert_array_equal(np.isneginf(np.asarray(log_carried)), np.asarray(ancestors) != 0)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="num_particles must be a multiple of width=4, got 6"):
         Beam(4).check(6)
