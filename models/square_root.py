@@ -20,7 +20,16 @@ from jaxtyping import Array, Bool, Float
 
 SMALL = 4  # rows up to which operations are written out
 
-__all__ = ["Conditional", "condition", "drop_missing", "gaussian_log_prob", "triangularize", "update"]
+__all__ = [
+    "Conditional",
+    "cholesky",
+    "condition",
+    "drop_missing",
+    "gaussian_log_prob",
+    "solve_lower",
+    "triangularize",
+    "update",
+]
 
 
 class Conditional(NamedTuple):
@@ -45,7 +54,7 @@ def condition(tril: Float[Array, "d d"], matrix: Float[Array, "k d"], noise_tril
     zeros = jnp.zeros((tril.shape[0], k), tril.dtype)
     joint = triangularize(jnp.block([[matrix @ tril, noise_tril], [tril, zeros]]))
     marginal_tril = joint[:k, :k]
-    gain = _solve(marginal_tril, joint[k:, :k].T, trans=True).T
+    gain = solve_lower(marginal_tril, joint[k:, :k].T, trans=True).T
     return Conditional(marginal_tril, gain, joint[k:, k:])
 
 
@@ -66,7 +75,7 @@ def gaussian_log_prob(
     residual: Float[Array, " k"], tril: Float[Array, "k k"], is_missing: Bool[Array, " k"] | None = None
 ) -> Float[Array, ""]:
     """Log N(residual; 0, tril tril^T); components dropped by `drop_missing` have residual 0 and do not count."""
-    whitened = _solve(tril, residual[:, None])[:, 0]
+    whitened = solve_lower(tril, residual[:, None])[:, 0]
     num = residual.shape[0] if is_missing is None else jnp.sum(~is_missing)
     log_scale = jnp.sum(jnp.log(jnp.diagonal(tril)))
     return -0.5 * jnp.sum(whitened**2) - log_scale - 0.5 * num * math.log(2 * math.pi)
@@ -109,7 +118,7 @@ def _reflect(matrix: Array) -> Array:
     return jnp.stack(columns, axis=1)
 
 
-def _solve(tril: Array, b: Array, trans: bool = False) -> Array:
+def solve_lower(tril: Array, b: Array, trans: bool = False) -> Array:
     """L^{-1} b, or L^{-T} b, of columns b."""
     n = tril.shape[0]
     if n > SMALL:
@@ -120,3 +129,20 @@ def _solve(tril: Array, b: Array, trans: bool = False) -> Array:
         known = sum((matrix[i, j] * solved[j] for j in solved), start=jnp.zeros_like(b[i]))
         solved[i] = (b[i] - known) / matrix[i, i]
     return jnp.stack([solved[i] for i in range(n)])
+
+
+def cholesky(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """The lower triangular L with L L^T = matrix; NaN where it is not positive definite."""
+    n = matrix.shape[0]
+    if n > SMALL:
+        return jnp.linalg.cholesky(matrix)
+    zero = jnp.zeros((), matrix.dtype)
+    rows: list[list[Array]] = []
+    for i in range(n):
+        row: list[Array] = []
+        for j in range(i + 1):
+            above = row if i == j else rows[j]
+            rest = matrix[i, j] - sum((row[k] * above[k] for k in range(j)), start=zero)
+            row.append(jnp.sqrt(rest) if i == j else rest / above[j])
+        rows.append(row)
+    return jnp.stack([jnp.stack(row + [zero] * (n - len(row))) for row in rows])

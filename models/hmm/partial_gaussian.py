@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
+from bayesinf.models.square_root import cholesky, solve_lower
+
 __all__ = ["complete_rows", "draw_missing", "is_partial", "partial_log_prob"]
 
 
@@ -36,8 +38,8 @@ def partial_log_prob(
 
     def one(y: Array) -> Array:
         is_seen = ~jnp.isnan(y)
-        root = jnp.linalg.cholesky(_seen(covariance, is_seen))
-        z = jax.scipy.linalg.solve_triangular(root, _residual(y, mean), lower=True)
+        root = cholesky(_seen(covariance, is_seen))
+        z = solve_lower(root, _residual(y, mean))
         log_det = jnp.sum(jnp.log(jnp.diag(root)))
         return -0.5 * (jnp.sum(z**2) + jnp.sum(is_seen) * math.log(2 * math.pi)) - log_det
 
@@ -65,7 +67,7 @@ def draw_missing(
     def one(y: Array, mean: Array, tril: Array, noise: Array) -> Array:
         row, covariance = _given_seen(y, mean, tril @ tril.T)
         is_missing = jnp.isnan(y)
-        root = jnp.linalg.cholesky(_seen(covariance, is_missing))
+        root = cholesky(_seen(covariance, is_missing))
         return jnp.where(is_missing, row + root @ noise, row)
 
     return jax.vmap(one)(ys, mean, tril, jax.random.normal(key, ys.shape, mean.dtype))
@@ -74,9 +76,9 @@ def draw_missing(
 def _given_seen(y: Array, mean: Array, covariance: Array) -> tuple[Array, Array]:
     """The row with the means of what is missing, and the covariance of that: zero where one of the two is seen."""
     is_seen = ~jnp.isnan(y)
-    root = jnp.linalg.cholesky(_seen(covariance, is_seen))
+    root = cholesky(_seen(covariance, is_seen))
     across = jnp.where(is_seen, covariance, 0.0)  # C with the columns of what is seen
-    gain = jax.scipy.linalg.cho_solve((root, True), across.T).T
+    gain = solve_lower(root, solve_lower(root, across.T), trans=True).T
     row = jnp.where(is_seen, jnp.where(is_seen, y, 0.0), mean + gain @ _residual(y, mean))
     is_both_missing = ~is_seen[:, None] & ~is_seen
     return row, jnp.where(is_both_missing, covariance - gain @ across.T, 0.0)

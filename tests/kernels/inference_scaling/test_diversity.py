@@ -155,7 +155,7 @@ class TestDiverse:
     LIKES_A = Potential(lambda state: jnp.array([0.9, 0.1, 0.1])[state.last])
 
     def run(self, potential=LIKES_A, **options):
-        method = Diverse(self.LETTERS, Resample(1.0), num_survivors=3, **options)
+        method = Diverse(self.LETTERS, Resample(1.0, scheme="systematic"), num_survivors=3, **options)
         return infer(0, self.CHAIN, potential, method=method, num_particles=90)
 
     def test_clusters_choose_at_their_steps_alone(self):
@@ -165,7 +165,7 @@ class TestDiverse:
         assert abs(mixed.texts.count("aaa") - 90 * 9 / 11) <= 1  # after thirds, by weights of 9 : 1 : 1
         assert np.isnan(mixed.log_evidence)
         # without a step for clusters it is the filter by weights
-        by_weights = infer(0, self.CHAIN, self.LIKES_A, method=Resample(1.0), num_particles=90)
+        by_weights = infer(0, self.CHAIN, self.LIKES_A, method=Resample(1.0, scheme="systematic"), num_particles=90)
         never = self.run(cluster_steps=(5,))
         assert abs(never.texts.count("aaa") - by_weights.texts.count("aaa")) <= 3
 

@@ -82,7 +82,7 @@ def test_particles_are_resampled_when_few_hold_the_weight():
 def test_annealing_ends_half_way():
     """Late choices are by W itself, and all offspring start from equal weights."""
     uneven = population(np.log([0.9] + [0.1 / 7] * 7))
-    early, late = choose(Entropic(), uneven, t=1), choose(Entropic(), uneven, t=5)
+    early, late = (choose(Entropic(scheme="systematic"), uneven, t=t) for t in (1, 5))
     assert np.ptp(np.asarray(early[1])) > 0.1
     np.testing.assert_allclose(late[1], -np.log(8), rtol=1e-5)
     assert len(set(np.asarray(early[0]).tolist())) > len(set(np.asarray(late[0]).tolist()))
