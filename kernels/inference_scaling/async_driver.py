@@ -12,6 +12,7 @@ makes the evidence too small by it, and leaves the posterior of the answers as i
 """
 
 import asyncio
+import contextlib
 import dataclasses
 import threading
 import time
@@ -134,9 +135,11 @@ def infer_on_host(*args: Any, **options: Any) -> Inference:
     run = _HostRun(*args, **options)
     loop_of: list[Any] = []
     failed: list[BaseException] = []
+    has_loop, has_ended = threading.Event(), threading.Event()
 
     async def body() -> None:
         loop_of.append((asyncio.get_running_loop(), asyncio.current_task()))
+        has_loop.set()
         await run.run()
 
     def work() -> None:
@@ -144,17 +147,24 @@ def infer_on_host(*args: Any, **options: Any) -> Inference:
             asyncio.run(body())
         except BaseException as error:
             failed.append(error)
+        finally:
+            has_loop.set()
+            has_ended.set()
 
     thread = threading.Thread(target=work, name="bayesinf-infer", daemon=True)
     thread.start()
     try:
-        while thread.is_alive():
-            thread.join(0.05)
+        while not has_ended.wait(0.05):  # not Thread.join: a signal in it makes Python 3.11 take the thread for ended
+            pass
     except KeyboardInterrupt:
-        if loop_of:
-            loop, task = loop_of[0]
+        has_loop.wait()
+        loop, task = loop_of[0]
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the run has ended
             loop.call_soon_threadsafe(task.cancel)
+        has_ended.wait()
         thread.join()
+        if not run.has_begun:
+            raise
         message = "interrupted"
         warnings.warn(f"{message}; the result is what there was", errors.SamplingWarning, stacklevel=3)
         return run.partial(message)
@@ -223,6 +233,11 @@ class _HostRun:
             self.outcome = (errors.GenerationError, f"no step could be had: {error}")
         except ScoreError as error:
             self.outcome = (errors.PotentialError, str(error))
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything to return."""
+        return bool(self.sweeps) or self.tree is not None
 
     def partial(self, status: str = "unfinished") -> Inference:
         """What there is."""
@@ -307,6 +322,6 @@ class _HostRun:
             "barrier": self.barrier,
             "max_steps": self.generator.max_steps,
         }
-        saved = {} if resume is None else read_run(Path(resume), identity)
+        saved = None if resume is None else read_run(Path(resume), identity)
         path = save if save is not None else resume
-        return RunFile(None if path is None else Path(path), identity, saved)
+        return RunFile(None if path is None else Path(path), identity, self.exchange, saved)

@@ -17,6 +17,9 @@ from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextGenera
 __all__ = ["Exchange", "OutageError", "ScoreError"]
 
 
+COUNTS = ("num_prompt_tokens", "num_cached_tokens", "num_unused_tokens", "num_unused_calls")
+
+
 class OutageError(Exception):
     """Every request of a step failed, and nobody is left."""
 
@@ -50,16 +53,28 @@ class Exchange:
                 raise ValueError(f"asked for {num_samples} steps, got {len(steps)}")
         except Exception as error:  # whatever a generator raises costs the particles, not the run
             steps = [failed_step(f"{type(error).__name__}: {error}")] * num_samples
-        self.failures += [step.failure for step in steps if step.failure is not None]
         self.num_prompt_tokens += sum(step.num_prompt_tokens for step in steps)
         self.num_cached_tokens += sum(step.num_cached_tokens for step in steps)
         return steps
+
+    def lose(self, steps: Sequence[TextStep]) -> None:
+        """Notes which of these, that particles were to take, could not be had."""
+        self.failures += [step.failure for step in steps if step.failure is not None]
 
     def waste(self, steps: Sequence[TextStep]) -> None:
         """Counts steps that no particle took."""
         drawn = [step for step in steps if step.failure is None]
         self.num_unused_tokens += sum(step.num_tokens for step in drawn)
         self.num_unused_calls += len(drawn)
+
+    def accounts(self) -> dict[str, Any]:
+        """What has been counted, for a run that goes on from a file."""
+        return {name: getattr(self, name) for name in ("failures", *COUNTS)}
+
+    def restore(self, accounts: dict[str, Any]) -> None:
+        """Goes on counting from there."""
+        for name, value in accounts.items():
+            setattr(self, name, value)
 
     async def scores(self, prefixes: Sequence[Prefix]) -> Float[np.ndarray, "f n"]:
         """The scores of these answers, a row for every factor of the potential."""

@@ -233,6 +233,15 @@ class OpenAIGenerator(TextGenerator):
             jitter=random.random,
         )
 
+    def check(self, prompt: Any) -> None:
+        super().check(prompt)
+        if self.mode == "completions" and not isinstance(prompt, str):
+            raise ValueError(f"prompt must be a text for mode='completions', got {type(prompt).__name__}")
+        if self.mode == "chat" and not (isinstance(prompt, str) or (isinstance(prompt, list) and prompt)):
+            raise ValueError(
+                f"prompt must be a text or a list of messages, at least one, for mode='chat', got {prompt!r}"
+            )
+
     def _body(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int | None) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.model,
@@ -248,7 +257,7 @@ class OpenAIGenerator(TextGenerator):
             body["seed"] = seed
         written = self.text(prefix)
         if self.mode == "completions":
-            body["prompt"] = str(prompt) + written
+            body["prompt"] = prompt + written
             body |= {"logprobs": 1} if self.has_log_probs else {}
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

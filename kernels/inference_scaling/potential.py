@@ -31,7 +31,15 @@ from jaxtyping import Array, Bool, Float, PyTree
 from bayesinf import errors
 from bayesinf.captured import as_pytree
 
-__all__ = ["AbstractPotential", "Potential", "PotentialProduct", "PotentialState", "with_spread", "without_scores"]
+__all__ = [
+    "AbstractPotential",
+    "Potential",
+    "PotentialProduct",
+    "PotentialState",
+    "log_odds",
+    "with_spread",
+    "without_scores",
+]
 
 # what G_t is made of by default: the aggregate A_t of the scores up to t
 AGGREGATES = {"step": "prod", "value": "last", "terminal": "last", "odds": "last"}
@@ -200,8 +208,7 @@ class Potential(AbstractPotential):
         spread = state.log_spread
 
         if self.kind == "odds":
-            log_score = jnp.clip(log_score, jnp.log(SMALLEST_DOUBT), jnp.log1p(-SMALLEST_DOUBT))
-            log_g = log_score - jnp.log(-jnp.expm1(log_score))
+            log_g = log_odds(log_score)
         elif self.kind == "terminal":
             log_g = jnp.where(is_done, after, 0.0)
         elif self.spread == "difference":
@@ -239,6 +246,12 @@ class PotentialProduct(AbstractPotential):
 
     def __pow__(self, exponent: Float[Array, ""] | float) -> "PotentialProduct":
         return PotentialProduct(tuple(part**exponent for part in self.parts))
+
+
+def log_odds(log_score: Float[Array, " N"]) -> Float[Array, " N"]:
+    """Log r / (1 - r) of scores that are clipped, as published, away from 0 and 1."""
+    log_score = jnp.clip(log_score, jnp.log(SMALLEST_DOUBT), jnp.log1p(-SMALLEST_DOUBT))
+    return log_score - jnp.log(-jnp.expm1(log_score))
 
 
 def with_spread(potential: AbstractPotential, spread: str) -> AbstractPotential:

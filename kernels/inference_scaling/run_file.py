@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bayesinf import errors
+from bayesinf.kernels.inference_scaling.exchange import Exchange
 from bayesinf.kernels.inference_scaling.population import Record
 from bayesinf.kernels.inference_scaling.text_generator import TextStep
 from bayesinf.kernels.inference_scaling.text_sweep import TextSweep
@@ -29,17 +30,22 @@ class RunFile:
     Attributes:
         path: of the file; None saves nothing.
         identity: what the run was asked for; only the same run may continue it.
+        exchange: whose accounts are kept with it.
     """
 
-    def __init__(self, path: Path | None, identity: dict[str, Any], saved: dict[str, Any]):
-        self.path, self.identity, self.sweeps = path, identity, saved
+    def __init__(self, path: Path | None, identity: dict[str, Any], exchange: Exchange, saved: dict[str, Any] | None):
+        self.path, self.identity, self.exchange = path, identity, exchange
+        self.sweeps = {} if saved is None else saved["sweeps"]
+        if saved is not None:
+            exchange.restore(saved["accounts"])
 
     def write(self, sweeps: dict[str, TextSweep], names: set[str]) -> None:
         """Writes the sweeps, of which those in `names` have changed; the file is whole at every moment."""
         if self.path is None:
             return
         self.sweeps |= {name: _as_json(sweeps[name]) for name in names}
-        text = json.dumps({"format": FORMAT, "identity": self.identity, "sweeps": self.sweeps})
+        accounts = self.exchange.accounts()
+        text = json.dumps({"format": FORMAT, "identity": self.identity, "accounts": accounts, "sweeps": self.sweeps})
         beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(text)
         os.replace(beside, self.path)
@@ -62,14 +68,14 @@ class RunFile:
 
 
 def read_run(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The sweeps in a file.
+    """What is in a file.
 
     Raises:
         CheckpointError: it is damaged, or of another run.
     """
     try:
         content = json.loads(path.read_text())
-        found, sweeps = content["identity"], content["sweeps"]
+        found, _, _ = content["identity"], content["sweeps"], content["accounts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise errors.CheckpointError(f"resume={str(path)!r} cannot be read as a saved run: {error}") from error
     differing = [name for name in identity if found.get(name) != identity[name]]
@@ -78,7 +84,7 @@ def read_run(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
             f"resume={str(path)!r} is of a run with another {', '.join(differing) or 'format'}; pass what that run was "
             "given, or leave resume out to begin anew"
         )
-    return sweeps
+    return content
 
 
 def _as_json(sweep: TextSweep) -> dict[str, Any]:

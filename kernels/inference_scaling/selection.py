@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from bayesinf import errors, resampling, weights
 from bayesinf.kernels.filter_steps import check_threshold, choose_ancestors
 from bayesinf.kernels.inference_scaling.population import Population, keep_places
-from bayesinf.kernels.inference_scaling.potential import SPREADS, AbstractPotential, with_spread
+from bayesinf.kernels.inference_scaling.potential import SPREADS, AbstractPotential, log_odds, with_spread
 
 __all__ = [
     "DVTS",
@@ -216,8 +216,8 @@ class Published(Selection):
         errors.check_positive_scalar("temperature", self.temperature)
 
     def choose(self, key: Key[Array, ""], population: Population, t: Int[Array, ""], max_steps: int) -> Choice:
-        log_odds = self._log_odds(population)
-        ancestors = resampling.resample(key, log_odds / self.temperature, log_odds.shape[0], "multinomial")
+        logits = self._log_odds(population) / self.temperature
+        ancestors = resampling.resample(key, logits, logits.shape[0], "multinomial")
         ancestors = keep_places(ancestors)
         return ancestors, equal_weights(population, ancestors), jnp.ones((), bool)
 
@@ -225,9 +225,7 @@ class Published(Selection):
         return weights.normalize(self._log_odds(population) / self.temperature)[0]
 
     def _log_odds(self, population: Population) -> Array:
-        log_reward = jnp.clip(population.log_reward, jnp.log(1e-6), jnp.log1p(-1e-6))
-        log_odds = log_reward - jnp.log(-jnp.expm1(log_reward))
-        return jnp.where(jnp.isnan(population.log_reward), -jnp.inf, log_odds)
+        return jnp.where(jnp.isnan(population.log_reward), -jnp.inf, log_odds(population.log_reward))
 
 
 class Beam(Selection):

@@ -109,6 +109,7 @@ class TextSweep:
         raw = np.zeros((len(self.potential.factors), num))
 
         async def take(some: list[int], drawn: list[TextStep]) -> None:
+            self.exchange.lose(drawn)
             for i, step in zip(some, drawn, strict=True):
                 steps[i] = step
                 if step.failure is None:

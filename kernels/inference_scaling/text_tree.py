@@ -66,6 +66,7 @@ class Tree:
     async def grow(self, parent: Node | None, step: TextStep, eve: int, log_weight: float) -> Node:
         """The node of a step, scored; its log weight is `log_weight` plus log G and the log ratio."""
         is_failed = step.failure is not None
+        self.exchange.lose([step])
         before = () if parent is None else parent.prefix
         prefix = before if is_failed else (*before, step)
         depth = 1 if parent is None else parent.depth + 1
