@@ -22,9 +22,9 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from bayesinf import errors
-from bayesinf.kernels.inference_scaling.exchange import Exchange, OutageError
 from bayesinf.kernels.inference_scaling.methods import Runs
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential
+from bayesinf.kernels.inference_scaling.run_requests import OutageError, RunRequests
 from bayesinf.kernels.inference_scaling.selection import Independent, Selection
 from bayesinf.kernels.inference_scaling.text_tree import Node, Tree
 
@@ -59,19 +59,19 @@ class AStar(eqx.Module):
         return AStarVotes()
 
     def start(
-        self, key: Key[Array, ""], exchange: Exchange, potential: AbstractPotential, num_particles: int, budget: int
+        self, key: Key[Array, ""], requests: RunRequests, potential: AbstractPotential, num_particles: int, budget: int
     ) -> "AStarRun":
-        return AStarRun(self, key, exchange, potential, num_particles, budget)
+        return AStarRun(self, key, requests, potential, num_particles, budget)
 
 
 class AStarRun:
     """A search."""
 
     def __init__(
-        self, method: AStar, key: Any, exchange: Exchange, potential: AbstractPotential, num_first: int, budget: int
+        self, method: AStar, key: Any, requests: RunRequests, potential: AbstractPotential, num_first: int, budget: int
     ):
-        self.method, self.exchange, self.num_first, self.budget = method, exchange, num_first, budget
-        self.tree = Tree(exchange, potential)
+        self.method, self.requests, self.num_first, self.budget = method, requests, num_first, budget
+        self.tree = Tree(requests, potential)
         self.rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         self.goals: list[Node] = []
 
@@ -84,17 +84,17 @@ class AStarRun:
         async def expand(parent: Node | None, cost: float, num: int) -> None:
             prefix = () if parent is None else parent.prefix
             height = 0.0 if parent is None else math.exp(parent.log_reward)
-            for i, step in enumerate(await self.exchange.draw(prefix, num, int(self.rng.integers(2**31)))):
+            for i, step in enumerate(await self.requests.draw(prefix, num, int(self.rng.integers(2**31)))):
                 node = await self.tree.grow(parent, step, i if parent is None else parent.eve, 0.0)
                 if not node.is_failed and np.isfinite(node.log_reward):
                     h = math.exp(node.log_reward)
                     g = cost + max(0.0, h - height)
                     heapq.heappush(queue, (-(g + h), next(count), g, node))
-            self.exchange.on_step(self)
+            self.requests.on_step(self)
 
         await expand(None, 0.0, self.num_first)
         if all(node.is_failed for node in self.tree.nodes):
-            raise OutageError(self.exchange.failures[-1])
+            raise OutageError(self.requests.failures[-1])
         while queue and len(self.goals) < self.method.num_goals:
             _, _, cost, node = heapq.heappop(queue)
             if node.is_done:

@@ -27,13 +27,13 @@ import numpy as np
 from bayesinf import errors
 from bayesinf.kernels.inference_scaling.a_star import AStar
 from bayesinf.kernels.inference_scaling.cascade import Cascade
-from bayesinf.kernels.inference_scaling.exchange import Exchange, OutageError, ScoreError
 from bayesinf.kernels.inference_scaling.generator import StepGenerator
 from bayesinf.kernels.inference_scaling.infer import NO_BUDGET, named_method, population_size, prepare_potential
 from bayesinf.kernels.inference_scaling.inference import Inference, TokenCount, last_line
 from bayesinf.kernels.inference_scaling.outcome import collect, judge
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.run_file import RunFile, read_run
+from bayesinf.kernels.inference_scaling.run_requests import OutageError, RunRequests, ScoreError
 from bayesinf.kernels.inference_scaling.selection import Resample, Selection
 from bayesinf.kernels.inference_scaling.text_generator import TextGenerator, as_text_generator
 from bayesinf.kernels.inference_scaling.text_methods import check_method, collect_runs, run_text_method
@@ -211,8 +211,8 @@ class _HostRun:
         check_method(self.method, self.num)
         self.generator, self.potential, self.prompt = generator, potential, prompt
         self.budget, self.answer, self.throw, self.barrier = budget, answer, throw, barrier
-        self.exchange = Exchange(generator, potential, prompt)
-        self.exchange.on_step = self._after_step
+        self.requests = RunRequests(generator, potential, prompt)
+        self.requests.on_step = self._after_step
         self.on_event = on_event
         self.sweeps: dict[str, TextSweep] = {}
         self.tree: Any = None
@@ -225,7 +225,7 @@ class _HostRun:
         try:
             async with self.generator.session():
                 if hasattr(self.method, "start"):
-                    self.tree = self.method.start(self.key, self.exchange, self.potential, self.num, tokens)
+                    self.tree = self.method.start(self.key, self.requests, self.potential, self.num, tokens)
                     await self.tree.run()
                 else:
                     await run_text_method(self.key, self.method, self._make_sweep, self.potential, tokens)
@@ -247,7 +247,7 @@ class _HostRun:
             kept = slice(self.tree.tree.num_answers)
             names = ("texts", "answers", "log_votes", "log_rewards", "is_done")
             result = dataclasses.replace(result, **{name: getattr(result, name)[kept] for name in names})
-        ex, counted = self.exchange, result.tokens
+        ex, counted = self.requests, result.tokens
         tokens = TokenCount(
             counted.generated + ex.num_unused_tokens,
             counted.wasted + ex.num_unused_tokens,
@@ -284,7 +284,7 @@ class _HostRun:
         is_speculative = self.barrier == "speculative"
         sweep = TextSweep(
             key,
-            self.exchange,
+            self.requests,
             potential,
             selection,
             self.num,
@@ -306,7 +306,7 @@ class _HostRun:
         else:
             nodes, name, num_tokens = population.tree.nodes, self.name, population.tree.num_tokens
             steps, done = len(nodes), sum(node.is_done and not node.is_failed for node in nodes)
-        self.on_event(Event(name, steps, done, num_tokens, len(self.exchange.failures), self.partial))
+        self.on_event(Event(name, steps, done, num_tokens, len(self.requests.failures), self.partial))
 
     def _open_file(self, save: Any, resume: Any) -> RunFile:
         if (save or resume) and hasattr(self.method, "start"):
@@ -324,4 +324,4 @@ class _HostRun:
         }
         saved = None if resume is None else read_run(Path(resume), identity)
         path = save if save is not None else resume
-        return RunFile(None if path is None else Path(path), identity, self.exchange, saved)
+        return RunFile(None if path is None else Path(path), identity, self.requests, saved)

@@ -27,9 +27,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
-from bayesinf.kernels.inference_scaling.exchange import Exchange, OutageError
 from bayesinf.kernels.inference_scaling.methods import Runs
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential
+from bayesinf.kernels.inference_scaling.run_requests import OutageError, RunRequests
 from bayesinf.kernels.inference_scaling.selection import Resample, Selection
 from bayesinf.kernels.inference_scaling.text_sweep import run_all
 from bayesinf.kernels.inference_scaling.text_tree import Node, Tree
@@ -47,17 +47,17 @@ class Cascade(eqx.Module):
         return Resample()
 
     def start(
-        self, key: Key[Array, ""], exchange: Exchange, potential: AbstractPotential, num_particles: int, budget: int
+        self, key: Key[Array, ""], requests: RunRequests, potential: AbstractPotential, num_particles: int, budget: int
     ) -> "CascadeRun":
-        return CascadeRun(key, exchange, potential, num_particles, budget)
+        return CascadeRun(key, requests, potential, num_particles, budget)
 
 
 class CascadeRun:
     """A run of the cascade."""
 
-    def __init__(self, key: Any, exchange: Exchange, potential: AbstractPotential, num_particles: int, budget: int):
-        self.exchange, self.num_particles, self.budget = exchange, num_particles, budget
-        self.tree = Tree(exchange, potential)
+    def __init__(self, key: Any, requests: RunRequests, potential: AbstractPotential, num_particles: int, budget: int):
+        self.requests, self.num_particles, self.budget = requests, num_particles, budget
+        self.tree = Tree(requests, potential)
         self.rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         # of every step: arrivals, the log of the sum of their weights, and their children
         self.arrivals: dict[int, list[float]] = {}
@@ -67,8 +67,8 @@ class CascadeRun:
         """Until all have finished, or the budget is spent."""
         await self._continue(None, self.num_particles, 0.0)
         alive = any(node.is_done and np.isfinite(node.log_weight) for node in self.tree.nodes)
-        if self.exchange.failures and not alive and all(n.is_failed for n in self.tree.nodes if n.is_done):
-            raise OutageError(self.exchange.failures[-1])
+        if self.requests.failures and not alive and all(n.is_failed for n in self.tree.nodes if n.is_done):
+            raise OutageError(self.requests.failures[-1])
 
     async def _continue(self, parent: Node | None, num: int, log_weight: float) -> None:
         """`num` children, and theirs, each from the weight exp(log_weight)."""
@@ -78,11 +78,11 @@ class CascadeRun:
                 parent.is_cut = True
             return
         prefix = () if parent is None else parent.prefix
-        steps = await self.exchange.draw(prefix, num, int(self.rng.integers(2**31)))
+        steps = await self.requests.draw(prefix, num, int(self.rng.integers(2**31)))
 
         async def arrive(step: Any, eve: int) -> None:
             node = await self.tree.grow(parent, step, eve, log_weight)
-            self.exchange.on_step(self)
+            self.requests.on_step(self)
             if not node.is_done:
                 children, log_child = self._branch(node)
                 if children:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bayesinf import errors
-from bayesinf.kernels.inference_scaling.exchange import Exchange
 from bayesinf.kernels.inference_scaling.population import Record
+from bayesinf.kernels.inference_scaling.run_requests import RunRequests
 from bayesinf.kernels.inference_scaling.text_generator import TextStep
 from bayesinf.kernels.inference_scaling.text_sweep import TextSweep
 
@@ -30,21 +30,23 @@ class RunFile:
     Attributes:
         path: of the file; None saves nothing.
         identity: what the run was asked for; only the same run may continue it.
-        exchange: whose accounts are kept with it.
+        requests: whose accounts are kept with it.
     """
 
-    def __init__(self, path: Path | None, identity: dict[str, Any], exchange: Exchange, saved: dict[str, Any] | None):
-        self.path, self.identity, self.exchange = path, identity, exchange
+    def __init__(
+        self, path: Path | None, identity: dict[str, Any], requests: RunRequests, saved: dict[str, Any] | None
+    ):
+        self.path, self.identity, self.requests = path, identity, requests
         self.sweeps = {} if saved is None else saved["sweeps"]
         if saved is not None:
-            exchange.restore(saved["accounts"])
+            requests.restore(saved["accounts"])
 
     def write(self, sweeps: dict[str, TextSweep], names: set[str]) -> None:
         """Writes the sweeps, of which those in `names` have changed; the file is whole at every moment."""
         if self.path is None:
             return
         self.sweeps |= {name: _as_json(sweeps[name]) for name in names}
-        accounts = self.exchange.accounts()
+        accounts = self.requests.accounts()
         text = json.dumps({"format": FORMAT, "identity": self.identity, "accounts": accounts, "sweeps": self.sweeps})
         beside = self.path.with_name(self.path.name + ".part")
         beside.write_text(text)

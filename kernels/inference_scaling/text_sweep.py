@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from bayesinf.kernels.inference_scaling.exchange import Exchange, OutageError
 from bayesinf.kernels.inference_scaling.generator import StepInfo
 from bayesinf.kernels.inference_scaling.population import Population, Record, found, weigh
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential, without_scores
+from bayesinf.kernels.inference_scaling.run_requests import OutageError, RunRequests
 from bayesinf.kernels.inference_scaling.selection import Independent, Selection
 from bayesinf.kernels.inference_scaling.sweep import Sweep, begin_step
 from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextStep
@@ -41,7 +41,7 @@ class TextSweep:
     def __init__(
         self,
         key: Key[Array, ""],
-        exchange: Exchange,
+        requests: RunRequests,
         potential: AbstractPotential,
         selection: Selection,
         num_particles: int,
@@ -50,7 +50,7 @@ class TextSweep:
         is_speculative: bool = False,
         reference: Prefix | None = None,
     ):
-        self.exchange, self.selection, self.budget = exchange, selection, budget
+        self.requests, self.selection, self.budget = requests, selection, budget
         self.is_speculative, self.reference = is_speculative, reference
         self.key_steps = jax.random.split(key)[1]
         self.potential = without_scores(potential)
@@ -59,7 +59,7 @@ class TextSweep:
         self.is_failed = np.zeros(num_particles, bool)
         self.population = _found(self.potential, num_particles)
         self.records: list[Record] = []
-        self.max_steps = exchange.generator.max_steps
+        self.max_steps = requests.generator.max_steps
         self._ahead: dict[int, asyncio.Task[list[TextStep]]] = {}
 
     @property
@@ -73,7 +73,7 @@ class TextSweep:
         try:
             while not self.is_over:
                 await self._step()
-                self.exchange.on_step(self)
+                self.requests.on_step(self)
         finally:
             await self._forget_ahead()
 
@@ -109,7 +109,7 @@ class TextSweep:
         raw = np.zeros((len(self.potential.factors), num))
 
         async def take(some: list[int], drawn: list[TextStep]) -> None:
-            self.exchange.lose(drawn)
+            self.requests.lose(drawn)
             for i, step in zip(some, drawn, strict=True):
                 steps[i] = step
                 if step.failure is None:
@@ -119,7 +119,7 @@ class TextSweep:
 
         async def score(some: list[int]) -> None:
             alive = [i for i in some if steps[i].failure is None]
-            raw[:, alive] = await self.exchange.scores([prefixes[i] for i in alive])
+            raw[:, alive] = await self.requests.scores([prefixes[i] for i in alive])
 
         def is_hopeful(i: int) -> bool:
             pairs = zip(self.potential.factors, raw[:, i], strict=True)
@@ -127,14 +127,14 @@ class TextSweep:
 
         if self.reference is not None:
             prefixes[0] = self.reference[: self.t + 1]
-            raw[:, :1] = await self.exchange.scores(prefixes[:1])
+            raw[:, :1] = await self.requests.scores(prefixes[:1])
         await self._draw_all(slots, prefixes, host_ancestors, np.asarray(seeds), take, is_hopeful)
         if not self.is_speculative:
             await score(slots)
 
         died = np.array([i in steps and steps[i].failure is not None for i in range(num)])
         if slots and died[slots].all() and not np.any(was_done & np.isfinite(log_carried)):
-            raise OutageError(self.exchange.failures[-1])
+            raise OutageError(self.requests.failures[-1])
         log_ratio = np.array([steps[i].log_ratio if i in steps else 0.0 for i in range(num)])
         num_tokens = np.array([steps[i].num_tokens if i in steps else 0 for i in range(num)], np.int32)
         is_done = np.array([i in steps and steps[i].is_done for i in range(num)]) | (self.t + 1 >= self.max_steps)
@@ -163,7 +163,7 @@ class TextSweep:
         if not self.is_speculative:
             groups: dict[Any, list[int]] = {}
             for i in slots:
-                groups.setdefault(self.exchange.generator.identity(prefixes[i]), []).append(i)
+                groups.setdefault(self.requests.generator.identity(prefixes[i]), []).append(i)
             for group in groups.values():
                 requests.append((group, self._draw(prefixes[group[0]], len(group), seeds[0, group[0]])))
         else:
@@ -194,12 +194,12 @@ class TextSweep:
         await run_all([serve(group, request) for group, request in requests])
 
     async def _draw(self, prefix: Prefix, num_samples: int, seed: Any) -> list[TextStep]:
-        return await self.exchange.draw(prefix, num_samples, int(seed))
+        return await self.requests.draw(prefix, num_samples, int(seed))
 
     def _drop(self, task: asyncio.Task[list[TextStep]]) -> None:
         if task.done() and not task.cancelled():
             self.num_tokens += sum(step.num_tokens for step in task.result())
-            self.exchange.waste(task.result())
+            self.requests.waste(task.result())
         task.cancel()
 
     async def _forget_ahead(self) -> None:

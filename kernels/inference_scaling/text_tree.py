@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bayesinf.kernels.inference_scaling.exchange import Exchange
 from bayesinf.kernels.inference_scaling.population import Record, found
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential, without_scores
+from bayesinf.kernels.inference_scaling.run_requests import RunRequests
 from bayesinf.kernels.inference_scaling.sweep import Sweep
 from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextStep
 
@@ -57,8 +57,8 @@ class Node:
 class Tree:
     """The nodes so far, in the order of their arrival."""
 
-    def __init__(self, exchange: Exchange, potential: AbstractPotential):
-        self.exchange, self.potential = exchange, without_scores(potential)
+    def __init__(self, requests: RunRequests, potential: AbstractPotential):
+        self.requests, self.potential = requests, without_scores(potential)
         self.nodes: list[Node] = []
         self.num_tokens = 0
         self._root = self.potential.start(1)
@@ -66,14 +66,14 @@ class Tree:
     async def grow(self, parent: Node | None, step: TextStep, eve: int, log_weight: float) -> Node:
         """The node of a step, scored; its log weight is `log_weight` plus log G and the log ratio."""
         is_failed = step.failure is not None
-        self.exchange.lose([step])
+        self.requests.lose([step])
         before = () if parent is None else parent.prefix
         prefix = before if is_failed else (*before, step)
         depth = 1 if parent is None else parent.depth + 1
-        is_done = is_failed or step.is_done or depth >= self.exchange.generator.max_steps
+        is_done = is_failed or step.is_done or depth >= self.requests.generator.max_steps
         potentials, log_g, log_reward = (self._root if parent is None else parent.potentials), -np.inf, -np.inf
         if not is_failed:
-            scores = (await self.exchange.scores([prefix]))[:, 0]
+            scores = (await self.requests.scores([prefix]))[:, 0]
             weighed = _weigh_one(self.potential, potentials, jnp.asarray(scores, float), jnp.asarray(is_done))
             potentials, log_g, log_reward = weighed[0], float(weighed[1]), float(weighed[2])
         is_invalid = bool(np.isnan(log_g) or log_g == np.inf)

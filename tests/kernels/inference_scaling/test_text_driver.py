@@ -40,7 +40,7 @@ from bayesinf.kernels.inference_scaling import (
     as_text_generator,
     infer_async,
 )
-from bayesinf.kernels.inference_scaling.exchange import Exchange
+from bayesinf.kernels.inference_scaling.run_requests import RunRequests
 from bayesinf.kernels.inference_scaling.text_methods import _draw_reference
 from bayesinf.kernels.inference_scaling.text_sweep import TextSweep
 
@@ -94,10 +94,10 @@ def test_a_conditional_sweep_leaves_the_posterior_invariant():
     async def sweep_once(seed):
         text = answers[rng.choice(len(answers), p=probs)]
         reference = tuple(TextStep(c, 1, is_done=c == END or t == LENGTH - 1) for t, c in enumerate(text))
-        exchange = Exchange(ChainTexts(), POTENTIAL, "go")
+        requests = RunRequests(ChainTexts(), POTENTIAL, "go")
         key_run, key_draw = jax.random.split(jax.random.key(seed))
         sweep = TextSweep(
-            key_run, exchange, POTENTIAL, Gibbs(ess_threshold=1.0).selection, 2, 10**6, reference=reference
+            key_run, requests, POTENTIAL, Gibbs(ess_threshold=1.0).selection, 2, 10**6, reference=reference
         )
         await sweep.run()
         drawn, log_g = _draw_reference(key_draw, sweep, POTENTIAL)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextGenerator, TextStep, failed_step
 
-__all__ = ["Exchange", "OutageError", "ScoreError"]
+__all__ = ["OutageError", "RunRequests", "ScoreError"]
 
 
 COUNTS = ("num_prompt_tokens", "num_cached_tokens", "num_unused_tokens", "num_unused_calls")
@@ -28,7 +28,7 @@ class ScoreError(Exception):
     """A scorer raised, or did not give a number for every text."""
 
 
-class Exchange:
+class RunRequests:
     """The requests of one run, and their accounts.
 
     Attributes:
