@@ -24,7 +24,7 @@ from jaxtyping import Array, Key
 from bayesinf import errors
 from bayesinf.kernels.inference_scaling.methods import Runs
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential
-from bayesinf.kernels.inference_scaling.run_requests import OutageError, RunRequests
+from bayesinf.kernels.inference_scaling.run_requests import OutageError, RunRequests, ScoreError
 from bayesinf.kernels.inference_scaling.selection import Independent, Selection
 from bayesinf.kernels.inference_scaling.text_tree import Node, Tree
 
@@ -84,10 +84,11 @@ class AStarRun:
         async def expand(parent: Node | None, cost: float, num: int) -> None:
             prefix = () if parent is None else parent.prefix
             height = 0.0 if parent is None else math.exp(parent.log_reward)
-            for i, step in enumerate(await self.requests.draw(prefix, num, int(self.rng.integers(2**31)))):
-                node = await self.tree.grow(parent, step, i if parent is None else parent.eve, 0.0)
+            steps = await self.requests.draw(prefix, num, int(self.rng.integers(2**31)))
+            eves = [i if parent is None else parent.eve for i in range(num)]
+            for node in await self.tree.grow(parent, steps, eves, 0.0):
                 if not node.is_failed and np.isfinite(node.log_reward):
-                    h = math.exp(node.log_reward)
+                    h = _exp(node.log_reward)
                     g = cost + max(0.0, h - height)
                     heapq.heappush(queue, (-(g + h), next(count), g, node))
             self.requests.on_step(self)
@@ -105,3 +106,13 @@ class AStarRun:
     def runs(self) -> Runs:
         """What has been found."""
         return Runs([self.tree.result()], np.zeros(1), np.nan, np.nan, [])
+
+
+def _exp(log_reward: float) -> float:
+    try:
+        return math.exp(log_reward)
+    except OverflowError:
+        raise ScoreError(
+            f"A* adds rewards, and a log reward of {log_reward:.4g} is too large for that; subtract a constant from "
+            "the scores, or take a smaller exponent"
+        ) from None

@@ -233,6 +233,8 @@ class _HostRun:
             self.outcome = (errors.GenerationError, f"no step could be had: {error}")
         except ScoreError as error:
             self.outcome = (errors.PotentialError, str(error))
+        finally:
+            await self.requests.close()
 
     @property
     def has_begun(self) -> bool:

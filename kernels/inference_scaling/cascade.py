@@ -80,15 +80,14 @@ class CascadeRun:
         prefix = () if parent is None else parent.prefix
         steps = await self.requests.draw(prefix, num, int(self.rng.integers(2**31)))
 
-        async def arrive(step: Any, eve: int) -> None:
-            node = await self.tree.grow(parent, step, eve, log_weight)
+        eves = [i if parent is None else parent.eve for i in range(num)]
+        nodes = await self.tree.grow(parent, steps, eves, log_weight)
+        families: list[tuple[Node, int, float]] = []
+        for node in nodes:
             self.requests.on_step(self)
             if not node.is_done:
-                children, log_child = self._branch(node)
-                if children:
-                    await self._continue(node, children, log_child)
-
-        await run_all([arrive(step, i if parent is None else parent.eve) for i, step in enumerate(steps)])
+                families.append((node, *self._branch(node)))
+        await run_all([self._continue(*family) for family in families if family[1]])
 
     def _branch(self, node: Node) -> tuple[int, float]:
         before = self.arrivals.setdefault(node.depth, [0, -np.inf, 0])

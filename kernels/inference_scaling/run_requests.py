@@ -1,7 +1,8 @@
 """What a run on the host says to its generator and its scorer: what it asked for, what failed, and what it cost.
 
 A request that fails leaves particles without a step; they get weight zero, and the run goes on. Scores are asked for
-once for every unfinished answer, however many particles share it.
+once for every unfinished answer, however many particles share it; answers that are ready for their scores at one
+moment, of whatever request, are one call of the scorer.
 """
 
 import asyncio
@@ -43,6 +44,9 @@ class RunRequests:
         self.failures: list[str] = []
         self.num_prompt_tokens = self.num_cached_tokens = self.num_unused_tokens = self.num_unused_calls = 0
         self._scores: dict[Hashable, asyncio.Future[tuple[float, ...]]] = {}
+        # what waits for the next call of the scorer, and the calls under way
+        self._unscored: dict[Hashable, Prefix] = {}
+        self._calls: set[asyncio.Task[None]] = set()
         self.on_step: Callable[[Any], None] = lambda sweep: None
 
     async def draw(self, prefix: Prefix, num_samples: int, seed: int) -> list[TextStep]:
@@ -78,21 +82,47 @@ class RunRequests:
 
     async def scores(self, prefixes: Sequence[Prefix]) -> Float[np.ndarray, "f n"]:
         """The scores of these answers, a row for every factor of the potential."""
+        loop = asyncio.get_running_loop()
         names = [self.generator.identity(prefix) for prefix in prefixes]
-        fresh = {name: prefix for name, prefix in zip(names, prefixes, strict=True) if name not in self._scores}
-        if fresh:
-            loop = asyncio.get_running_loop()
-            self._scores |= {name: loop.create_future() for name in fresh}
-            try:
-                rows = [await self._ask(factor, list(fresh.values())) for factor in self.potential.factors]
-            except BaseException:
-                for name in fresh:
-                    self._scores.pop(name).cancel()
-                raise
-            for name, scores in zip(fresh, zip(*rows, strict=True), strict=True):
-                self._scores[name].set_result(scores)
-        found = [await self._scores[name] for name in names]
+        for name, prefix in zip(names, prefixes, strict=True):
+            if name not in self._scores:
+                self._scores[name] = loop.create_future()
+                if not self._unscored:
+                    # it begins in the next turn of the event loop: by then all that are ready in this one have come
+                    call = loop.create_task(self._score_waiting())
+                    self._calls.add(call)
+                    call.add_done_callback(self._calls.discard)
+                self._unscored[name] = prefix
+        futures = [self._scores[name] for name in names]
+        # others wait for them too: who is cancelled must not cancel them
+        found = [await asyncio.shield(future) for future in futures]
         return np.array(found, float).reshape(len(prefixes), len(self.potential.factors)).T
+
+    async def close(self) -> None:
+        """Ends the calls of the scorer that are under way."""
+        calls = list(self._calls)
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    async def _score_waiting(self) -> None:
+        waiting, self._unscored = self._unscored, {}
+        futures = {name: self._scores[name] for name in waiting}
+        try:
+            rows = [await self._ask(factor, list(waiting.values())) for factor in self.potential.factors]
+        except BaseException as error:
+            for name, future in futures.items():
+                del self._scores[name]
+                if isinstance(error, ScoreError):
+                    future.set_exception(error)
+                    future.exception()  # those who waited may be gone
+                else:
+                    future.cancel()
+            if not isinstance(error, ScoreError):
+                raise
+            return
+        for future, scores in zip(futures.values(), zip(*rows, strict=True), strict=True):
+            future.set_result(scores)
 
     async def _ask(self, factor: Any, prefixes: list[Prefix]) -> list[float]:
         try:

@@ -26,7 +26,7 @@ from bayesinf.captured import original
 from bayesinf.kernels.inference_scaling.generator import StepGenerator
 from bayesinf.kernels.inference_scaling.potential import Potential
 
-__all__ = ["Prefix", "TextGenerator", "TextStep", "as_text_generator", "failed_step"]
+__all__ = ["Prefix", "TextGenerator", "TextStep", "as_text_generator", "failed_step", "next_power"]
 
 
 class TextStep(NamedTuple):
@@ -175,7 +175,7 @@ class _InProcess(TextGenerator):
     async def step(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int) -> list[TextStep]:
         # programs for a power of two of samples; the first of them do not depend on how many others are drawn
         is_first = not prefix
-        num = _next_power(num_samples)
+        num = next_power(num_samples)
         parent, row = self._row(prefix)
         before = self.texts[self.identity(prefix)]
         state, info = _step(jax.random.key(seed), self.generator, parent, row, num)
@@ -212,7 +212,7 @@ class _InProcess(TextGenerator):
                 raise ValueError("a step without a seed was not drawn by this generator, and cannot be drawn again")
             # of a run that was saved: drawn again
             seed, i = prefix[-1].seed
-            state, _ = _step(jax.random.key(seed), self.generator, *self._row(prefix[:-1]), _next_power(i + 1))
+            state, _ = _step(jax.random.key(seed), self.generator, *self._row(prefix[:-1]), next_power(i + 1))
             self.rows[name], self.texts[name] = (state, i), self.generator.decode(state)[i]
         return self.rows[name]
 
@@ -223,7 +223,8 @@ def _score(factor: Potential, state: PyTree, row: Any) -> Any:
     return jnp.asarray(factor.score(state))[row]
 
 
-def _next_power(num: int) -> int:
+def next_power(num: int) -> int:
+    """The least power of two that is not below."""
     return 1 << (num - 1).bit_length()
 
 

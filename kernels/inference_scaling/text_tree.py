@@ -6,17 +6,20 @@ their first node, of weight zero.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
+from bayesinf import weights
 from bayesinf.kernels.inference_scaling.population import Record, found
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential, without_scores
 from bayesinf.kernels.inference_scaling.run_requests import RunRequests
 from bayesinf.kernels.inference_scaling.sweep import Sweep
-from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextStep
+from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextStep, next_power
 
 __all__ = ["Node", "Tree"]
 
@@ -63,30 +66,42 @@ class Tree:
         self.num_tokens = 0
         self._root = self.potential.start(1)
 
-    async def grow(self, parent: Node | None, step: TextStep, eve: int, log_weight: float) -> Node:
-        """The node of a step, scored; its log weight is `log_weight` plus log G and the log ratio."""
-        is_failed = step.failure is not None
-        self.requests.lose([step])
+    async def grow(
+        self, parent: Node | None, steps: Sequence[TextStep], eves: Sequence[int], log_weight: float
+    ) -> list[Node]:
+        """The nodes of steps that arrived together, scored; their log weights are `log_weight` + log G + log p/q."""
+        self.requests.lose(steps)
         before = () if parent is None else parent.prefix
-        prefix = before if is_failed else (*before, step)
+        drawn = [step for step in steps if step.failure is None]
+        scored = iter((await self.requests.scores([(*before, step) for step in drawn])).T)
+        nodes = [
+            self._node(parent, step, eve, log_weight, None if step.failure is not None else next(scored))
+            for step, eve in zip(steps, eves, strict=True)
+        ]
+        self.nodes += nodes
+        self.num_tokens += sum(step.num_tokens for step in steps)
+        return nodes
+
+    def _node(self, parent: Node | None, step: TextStep, eve: int, log_weight: float, scores: Any) -> Node:
+        is_failed = scores is None
+        before = () if parent is None else parent.prefix
         depth = 1 if parent is None else parent.depth + 1
         is_done = is_failed or step.is_done or depth >= self.requests.generator.max_steps
-        potentials, log_g, log_reward = (self._root if parent is None else parent.potentials), -np.inf, -np.inf
-        if not is_failed:
-            scores = (await self.requests.scores([prefix]))[:, 0]
-            weighed = _weigh_one(self.potential, potentials, jnp.asarray(scores, float), jnp.asarray(is_done))
-            potentials, log_g, log_reward = weighed[0], float(weighed[1]), float(weighed[2])
+        potentials = self._root if parent is None else parent.potentials
+        if is_failed:
+            return Node(parent, before, eve, potentials, -np.inf, -np.inf, is_done, is_failed, False)
+        weighed = _weigh_one(self.potential, potentials, jnp.asarray(scores, float), jnp.asarray(is_done))
+        potentials, log_g, log_reward = weighed[0], float(weighed[1]), float(weighed[2])
         is_invalid = bool(np.isnan(log_g) or log_g == np.inf)
-        log_weight = -np.inf if is_invalid or is_failed else log_weight + log_g + step.log_ratio
-        node = Node(parent, prefix, eve, potentials, log_weight, log_reward, is_done, is_failed, is_invalid)
-        self.nodes.append(node)
-        self.num_tokens += step.num_tokens
-        return node
+        log_weight = -np.inf if is_invalid else log_weight + log_g + step.log_ratio
+        return Node(parent, (*before, step), eve, potentials, log_weight, log_reward, is_done, is_failed, is_invalid)
 
     def result(self) -> Sweep:
         """The generations."""
         generations = self._generations() or [[]]
         num = max(2, *(len(generation) for generation in generations))
+        log_weights, ess, log_sums = _normalize([[node.log_weight for node in g] for g in generations], num)
+        log_evidence = (log_sums - np.log(max(len(generations[0]), 1))).astype(ess.dtype)
         rows: list[Record] = []
         before: dict[int, int] = {}
         for t, generation in enumerate(generations):
@@ -96,7 +111,7 @@ class Tree:
                 found_at = [before[id(n)] if id(n) in before else before[id(n.parent)] for n in generation]
                 own = np.array((found_at + [found_at[0] if found_at else 0] * num)[:num], np.int32)
             fresh = [n.depth == t + 1 and not n.is_failed for n in generation]
-            rows.append(_record(generation, fresh, own, num))
+            rows.append(_record(generation, fresh, own, log_weights[t], (log_evidence[t], ess[t])))
             before = place
         population = found(self.potential, num)
         last = rows[-1]
@@ -136,23 +151,41 @@ def _weigh_one(potential: AbstractPotential, states: Any, scores: Any, is_done: 
     return states, log_g[0], potential.log_reward(states)[0]
 
 
-def _record(generation: list[Node], is_fresh: list[bool], ancestors: np.ndarray, num: int) -> Record:
-    dtype = jnp.zeros(()).dtype
-    raw = np.array(_fill([node.log_weight for node in generation], -np.inf, num, float))
-    total = np.logaddexp.reduce(raw)
-    log_weights = raw - total if np.isfinite(total) else raw
-    weights = np.exp(log_weights)
+def _normalize(rows: list[list[float]], num: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of log weights in rows, filled up to `num`: normalised, their effective sample sizes, the logs of their sums."""
+    # programs for powers of two: trees have any shape
+    room = np.full((next_power(len(rows)), next_power(num)), -np.inf)
+    for row, values in zip(room, rows, strict=False):
+        row[: len(values)] = values
+    log_weights, ess, log_sums = jax.device_get(_normalize_rows(jnp.asarray(room, float)))
+    return log_weights[: len(rows), :num], ess[: len(rows)], log_sums[: len(rows)]
+
+
+@jax.jit
+def _normalize_rows(
+    log_weights: Float[Array, "t n"],
+) -> tuple[Float[Array, "t n"], Float[Array, " t"], Float[Array, " t"]]:
+    return weights.normalize(log_weights)[0], weights.ess(log_weights), weights.log_sum_exp(log_weights)
+
+
+def _record(
+    generation: list[Node],
+    is_fresh: list[bool],
+    ancestors: np.ndarray,
+    log_weights: np.ndarray,
+    sums: tuple[Any, Any],
+) -> Record:
+    num, dtype = len(ancestors), log_weights.dtype
     counted = [n.prefix[-1].num_tokens if fresh else 0 for n, fresh in zip(generation, is_fresh, strict=True)]
     ratios = [n.prefix[-1].log_ratio if fresh else 0.0 for n, fresh in zip(generation, is_fresh, strict=True)]
     fields: list[Any] = [
         ancestors,
-        log_weights.astype(dtype),
+        log_weights,
         _fill([node.log_reward for node in generation], -np.inf, num, dtype),
         _fill(ratios, 0.0, num, dtype),
         _fill(counted, 0, num, np.int32),
         _fill([node.is_done for node in generation], False, num, bool),
-        np.asarray(total, dtype),
-        np.asarray(weights.sum() ** 2 / np.sum(weights**2) if weights.any() else 0.0, dtype),
+        *map(np.asarray, sums),
         np.asarray(True),
         np.asarray(sum(n.is_invalid and fresh for n, fresh in zip(generation, is_fresh, strict=True)), np.int32),
     ]
