@@ -14,6 +14,7 @@ makes the evidence too small by it, and leaves the posterior of the answers as i
 import asyncio
 import contextlib
 import dataclasses
+import re
 import threading
 import time
 import warnings
@@ -31,7 +32,7 @@ from bayesinf.kernels.inference_scaling.generator import StepGenerator
 from bayesinf.kernels.inference_scaling.infer import NO_BUDGET, named_method, population_size, prepare_potential
 from bayesinf.kernels.inference_scaling.inference import Inference, TokenCount, last_line
 from bayesinf.kernels.inference_scaling.outcome import collect, judge
-from bayesinf.kernels.inference_scaling.potential import AbstractPotential
+from bayesinf.kernels.inference_scaling.potential import AbstractPotential, Potential
 from bayesinf.kernels.inference_scaling.run_file import RunFile, read_run
 from bayesinf.kernels.inference_scaling.run_requests import OutageError, RunRequests, ScoreError
 from bayesinf.kernels.inference_scaling.selection import Resample, Selection
@@ -95,7 +96,8 @@ async def infer_async(
         answer: of a text, the answer in it.
         throw: raise where scores are none, all particles died, or nobody answers; else warn.
         save: a file that is written after every step, as JSON.
-        resume: such a file, from which the run goes on; it is saved there too unless `save` says otherwise.
+        resume: such a file, from which the run goes on; it is saved there too unless `save` says otherwise. The other
+            arguments are those of the run that was saved; of the potential, the scores may be others.
         on_event: called after every step.
 
     Returns:
@@ -130,7 +132,8 @@ async def infer_async(
 def infer_on_host(*args: Any, **options: Any) -> Inference:
     """`infer_async` from code that is not asynchronous, in an event loop of its own: it runs in notebooks too.
 
-    Ctrl-C ends the requests and returns what there is.
+    Ctrl-C ends the requests and returns what there is; in a coroutine, so does its cancellation, which the coroutine
+    then meets where it next waits.
     """
     run = _HostRun(*args, **options)
     loop_of: list[Any] = []
@@ -151,16 +154,20 @@ def infer_on_host(*args: Any, **options: Any) -> Inference:
             has_loop.set()
             has_ended.set()
 
+    # in a running loop asyncio may take Ctrl-C for itself, and only ask the task for its end that waits here
+    caller = _running_task()
+    num_cancelled = 0 if caller is None else caller.cancelling()
     thread = threading.Thread(target=work, name="bayesinf-infer", daemon=True)
     thread.start()
     try:
         while not has_ended.wait(0.05):  # not Thread.join: a signal in it makes Python 3.11 take the thread for ended
-            pass
+            if caller is not None and caller.cancelling() > num_cancelled:
+                raise KeyboardInterrupt
     except KeyboardInterrupt:
         has_loop.wait()
-        loop, task = loop_of[0]
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the run has ended
-            loop.call_soon_threadsafe(task.cancel)
+        for loop, task in loop_of:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the run has ended
+                loop.call_soon_threadsafe(task.cancel)
         has_ended.wait()
         thread.join()
         if not run.has_begun:
@@ -171,6 +178,13 @@ def infer_on_host(*args: Any, **options: Any) -> Inference:
     if failed:
         raise failed[0]
     return run.judged()
+
+
+def _running_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop runs here
+        return None
 
 
 class _HostRun:
@@ -317,13 +331,28 @@ class _HostRun:
             )
         leaves, structure = jax.tree.flatten(self.method)
         identity = {
-            "method": [self.name, str(structure), [np.asarray(leaf).tolist() for leaf in leaves]],
+            "method": [self.name, _nameless(str(structure)), [np.asarray(leaf).tolist() for leaf in leaves]],
             "num_particles": self.num,
+            "budget": self.budget,
             "key": np.asarray(jax.random.key_data(self.key)).tolist(),
-            "prompt": repr(self.prompt),
+            "prompt": _nameless(repr(self.prompt)),
             "barrier": self.barrier,
-            "max_steps": self.generator.max_steps,
+            "generator": self.generator.fingerprint(),
+            "potential": [_described(factor) for factor in self.potential.factors],
         }
         saved = None if resume is None else read_run(Path(resume), identity)
         path = save if save is not None else resume
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"save must lie in a folder that exists, got {str(path)!r}; make its folder first")
         return RunFile(None if path is None else Path(path), identity, self.requests, saved)
+
+
+def _nameless(text: str) -> str:
+    """Without the addresses of objects, which are others in another process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _described(factor: Potential) -> dict[str, Any]:
+    """What a score means; the score itself, which may be anything, has no name that outlives the process."""
+    static = {name: getattr(factor, name) for name in ("kind", "aggregate", "spread", "is_log")}
+    return static | {"exponent": float(factor.exponent)}

@@ -13,6 +13,7 @@ References:
     Vovk, Gammerman, Shafer (2005), doi:10.1007/b106715 (the p-value).
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from inspect import isawaitable
@@ -22,7 +23,13 @@ import numpy as np
 from jaxtyping import ArrayLike, Float
 
 from bayesinf import errors
-from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextGenerator, TextStep
+from bayesinf.kernels.inference_scaling.text_generator import (
+    Prefix,
+    TextGenerator,
+    TextStep,
+    digest,
+    failed_step,
+)
 
 __all__ = ["ConformalAcceptance"]
 
@@ -95,34 +102,42 @@ class ConformalAcceptance(TextGenerator):
         self.draft.check(prompt)
         self.target.check(prompt)
 
+    def fingerprint(self) -> dict[str, Any]:
+        return super().fingerprint() | {
+            "draft": self.draft.fingerprint(),
+            "target": self.target.fingerprint(),
+            "alpha": self.alpha,
+            "calibration_scores": digest([self.calibration_scores]),
+        }
+
     async def step(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int) -> list[TextStep]:
-        drafts = await self.draft.step(prompt, prefix, num_samples, seed)
-        scores = self.score(prompt, [self.text((*prefix, step)) for step in drafts])
-        scores = await scores if isawaitable(scores) else scores
-        return [
-            await self._mend(prompt, prefix, draft, float(score), (seed + 1 + i) % 2**31)
-            for i, (draft, score) in enumerate(zip(drafts, scores, strict=True))
-        ]
+        drafts = list(await self.draft.step(prompt, prefix, num_samples, seed))
+        drawn = [i for i, draft in enumerate(drafts) if draft.failure is None]
+        if drawn:
+            scores = self.score(prompt, [self.text((*prefix, drafts[i])) for i in drawn])
+            scores = await scores if isawaitable(scores) else scores
+            if len(scores) != len(drawn):
+                raise ValueError(f"score must return as many numbers as texts, {len(drawn)}, got {len(scores)}")
+            mended = [
+                self._mend(prompt, prefix, drafts[i], float(score), (seed + 1 + i) % 2**31)
+                for i, score in zip(drawn, scores, strict=True)
+            ]
+            for i, step in zip(drawn, await asyncio.gather(*mended), strict=True):
+                drafts[i] = step
+        return drafts
 
     async def _mend(self, prompt: Any, prefix: Prefix, draft: TextStep, score: float, seed: int) -> TextStep:
-        if draft.failure is not None:
-            return draft
         if np.isnan(score):
-            raise ValueError("the score of a draft is NaN")
+            return failed_step("the score of a draft is NaN")._replace(num_tokens=draft.num_tokens)
         if float(self.p_value(self.calibration_scores, score)) > self.alpha:
             self.num_accepted += 1
             return draft
         self.num_continued += 1
-        if draft.is_done:
-            # nothing follows; the target has its say by starting over
-            prefix_of_target, kept = prefix, ""
-        else:
-            prefix_of_target, kept = (*prefix, draft), draft.text
-        (more,) = await self.target.step(prompt, prefix_of_target, 1, seed)
-        if more.failure is not None:
-            return more
+        # after the end of an answer nothing follows: the target has its say by starting over
+        kept = "" if draft.is_done else draft.text
+        (more,) = await self.target.step(prompt, prefix if draft.is_done else (*prefix, draft), 1, seed)
         return more._replace(
-            text=kept + more.text,
+            text=kept + more.text if more.failure is None else "",
             num_tokens=draft.num_tokens + more.num_tokens,
             log_prob=None,
             log_ratio=0.0,

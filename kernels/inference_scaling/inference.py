@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +134,13 @@ class Inference:
         return list(posterior)[int(jax.random.categorical(errors.as_key(key), jnp.log(probs)))]
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The result as JSON, written to a file if one is named; `from_json` reads it."""
+        """The result as JSON, written to a file if one is named; `from_json` reads it.
+
+        JSON has no infinity and no NaN: numbers that are not finite are null. Read back, null is -inf in the logs of
+        votes, weights and rewards, which all mean no weight, and NaN elsewhere.
+        """
         fields = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        text = json.dumps(fields, allow_nan=True)
+        text = json.dumps(fields, allow_nan=False)
         if path is not None:
             Path(path).write_text(text)
         return text
@@ -147,6 +152,10 @@ class Inference:
         raw["tokens"] = TokenCount(**raw["tokens"])
         for name, dtype in _ARRAYS.items():
             raw[name] = np.array(raw[name], dtype)
+            if name.startswith("log_"):
+                raw[name] = np.where(np.isnan(raw[name]), -np.inf, raw[name])
+        for name in ("log_evidence", "log_evidence_variance"):
+            raw[name] = np.nan if raw[name] is None else raw[name]
         return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls)})
 
     def to_datatree(self) -> xr.DataTree:
@@ -248,5 +257,9 @@ _ARRAYS: dict[str, type] = {
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return value.tolist()
+        return _plain(value.tolist())
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 from bayesinf import errors
 from bayesinf.kernels.inference_scaling.http_request import RequestError, post
+from bayesinf.kernels.inference_scaling.openai_reply import content, count_tokens, log_probs, refused_field
 from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextGenerator, TextStep, failed_step
 
 __all__ = ["Capabilities", "OpenAIGenerator"]
@@ -34,7 +35,7 @@ class Capabilities(NamedTuple):
     Attributes:
         has_many: several samples in one request.
         has_log_probs: log probabilities of the tokens.
-        has_seed: the same seed gives the same text.
+        has_seed: a seed of a request.
         keeps_stop: the separator is left in the text if asked.
         tells_end: it can be told whether an answer has ended.
     """
@@ -44,6 +45,15 @@ class Capabilities(NamedTuple):
     has_seed: bool | None = None
     keeps_stop: bool | None = None
     tells_end: bool | None = None
+
+
+# fields of a request that a server may refuse, and what it cannot do then
+OPTIONAL = {
+    "n": "has_many",
+    "logprobs": "has_log_probs",
+    "seed": "has_seed",
+    "include_stop_str_in_output": "keeps_stop",
+}
 
 
 class OpenAIGenerator(TextGenerator):
@@ -65,6 +75,9 @@ class OpenAIGenerator(TextGenerator):
             grow exponentially with full jitter, and are at least what Retry-After says.
         backoff: seconds, the longest wait before the first retry.
         has_log_probs: ask for log probabilities, which also tell the end of an answer and count tokens.
+        has_many: ask for several samples in one request. Such a request has no seed: of one seed, some servers would
+            make the same text several times. Without, every sample is a request with a seed of its own, and a run can
+            be repeated where the server's seeds decide.
         extra: further fields of every request, such as {"top_k": 0, "min_p": 0.0} for llama.cpp.
 
     Raises:
@@ -97,6 +110,7 @@ class OpenAIGenerator(TextGenerator):
         max_retries: int = 4,
         backoff: float = 0.5,
         has_log_probs: bool = True,
+        has_many: bool = True,
         extra: Mapping[str, Any] | None = None,
     ):
         if not base_url.startswith(("http://", "https://")):
@@ -122,7 +136,8 @@ class OpenAIGenerator(TextGenerator):
         self.max_steps, self.max_tokens_per_step = max_steps, max_tokens_per_step
         self.temperature, self.top_p, self.extra = temperature, top_p, dict(extra or {})
         self.max_concurrency, self.timeout = max_concurrency, timeout
-        self.max_retries, self.backoff, self.has_log_probs = max_retries, backoff, has_log_probs
+        self.max_retries, self.backoff = max_retries, backoff
+        self.has_log_probs, self.has_many = has_log_probs, has_many
         self.capabilities = Capabilities()
         self._echoes = True  # until a reply shows the contrary
         # of every event loop: the client, what bounds its requests, and how many use it
@@ -149,27 +164,23 @@ class OpenAIGenerator(TextGenerator):
                 await client.aclose()
 
     async def step(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int) -> list[TextStep]:
-        many = num_samples > 1 and self.capabilities.has_many is not False
-        if many:
+        steps: list[TextStep] = []
+        has_asked = num_samples > 1 and self.has_many and self.capabilities.has_many is not False
+        if has_asked:
             try:
                 steps = await self._request(prompt, prefix, num_samples, None)
             except RequestError as error:
+                # of more samples than there is room for; or of something for which one is refused as well
                 if error.status not in (400, 422):
                     raise
-                # servers refuse more samples than they have room for; how many that is they do not say
-                steps = []
-            if len(steps) == num_samples:
-                return steps
-            if len(steps) <= 1:
-                self.capabilities = self.capabilities._replace(has_many=False)
-        else:
-            steps = []
         missing = range(len(steps), num_samples)
         more = await asyncio.gather(*[self._one(prompt, prefix, (seed + i) % 2**31) for i in missing])
+        if has_asked and len(steps) <= 1 and any(step.failure is None for step in more):
+            self._learn(has_many=False)
         return [*steps, *more]
 
     async def probe(self, prompt: Any = "1, 2, 3,") -> Capabilities:
-        """Asks the server what it can do, with a few short requests.
+        """Asks the server what it can do, with a few short requests; what it cannot is not asked for afterwards.
 
         Args:
             prompt: what to continue.
@@ -178,28 +189,32 @@ class OpenAIGenerator(TextGenerator):
             GenerationError: it does not answer.
         """
         async with self.session():
-            kept = self.capabilities, self.max_tokens_per_step
-            self.capabilities, self.max_tokens_per_step = Capabilities(), 8
+            found, self.capabilities = self.capabilities, Capabilities()
             try:
-                first = (await self._request(prompt, (), 1, 7))[0]
-                again = (await self._request(prompt, (), 1, 7))[0]
+                (first,) = await self._request(prompt, (), 1, 7, max_tokens=8)
+                has_seed = self.capabilities.has_seed is not False
+                reply = await self._reply(prompt, (), 1, 7, stop=[","], max_tokens=4)
+                choice = reply["choices"][0]
+                keeps_stop = content(choice).endswith(",")
+                has_log_probs = first.log_prob is not None
+                tells_end = keeps_stop or "stop_reason" in choice or has_log_probs
                 try:
-                    has_many = len(await self._request(prompt, (), 2, None)) == 2
+                    has_many = len(await self._request(prompt, (), 2, None, max_tokens=8)) == 2
                 except RequestError:
                     has_many = False
-                raw = await self._ask(self._body(prompt, (), 1, 7) | {"stop": [","], "max_tokens": 4})
-                choice = raw["choices"][0]
-                keeps_stop = _content(choice).endswith(",")
-                tells_end = keeps_stop or "stop_reason" in choice or first.log_prob is not None
-                found = Capabilities(
-                    has_many, first.log_prob is not None, first.text == again.text, keeps_stop, tells_end
-                )
-                kept = found, kept[1]
+                found = Capabilities(has_many, has_log_probs, has_seed, keeps_stop, tells_end)
             except RequestError as error:
                 raise errors.GenerationError(str(error)) from error
             finally:
-                self.capabilities, self.max_tokens_per_step = kept
+                self.capabilities = found
         return found
+
+    def fingerprint(self) -> dict[str, Any]:
+        law = ("model", "mode", "stop", "end_markers", "temperature", "top_p", "extra")
+        return super().fingerprint() | {name: getattr(self, name) for name in law}
+
+    def _learn(self, **found: bool) -> None:
+        self.capabilities = self.capabilities._replace(**found)
 
     async def _one(self, prompt: Any, prefix: Prefix, seed: int) -> TextStep:
         try:
@@ -207,13 +222,31 @@ class OpenAIGenerator(TextGenerator):
         except RequestError as error:
             return failed_step(str(error))
 
-    async def _request(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int | None) -> list[TextStep]:
-        reply = await self._ask(self._body(prompt, prefix, num_samples, seed))
+    async def _request(
+        self, prompt: Any, prefix: Prefix, num_samples: int, seed: int | None, **changes: Any
+    ) -> list[TextStep]:
+        reply = await self._reply(prompt, prefix, num_samples, seed, **changes)
         try:
             return self._read(reply, self.text(prefix))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             shown = json.dumps(reply)[:200]
             raise RequestError(f"{self.url} sent JSON that is no completion ({error!r}): {shown}") from error
+
+    async def _reply(
+        self, prompt: Any, prefix: Prefix, num_samples: int, seed: int | None, **changes: Any
+    ) -> dict[str, Any]:
+        """What the server answers; a field that it refuses by name is left out, in this request and all later ones."""
+        while True:
+            body = self._body(prompt, prefix, num_samples, seed) | changes
+            try:
+                return await self._ask(body)
+            except RequestError as error:
+                field = refused_field(error, [name for name in OPTIONAL if name in body and name not in self.extra])
+                if field is None:
+                    raise
+                self._learn(**{OPTIONAL[field]: False})
+                if field == "n":
+                    raise
 
     @property
     def url(self) -> str:
@@ -241,6 +274,10 @@ class OpenAIGenerator(TextGenerator):
             raise ValueError(
                 f"prompt must be a text or a list of messages, at least one, for mode='chat', got {prompt!r}"
             )
+        if self.capabilities.tells_end is False and not self.end_markers:
+            raise ValueError(
+                "end_markers must say what ends an answer, got none: this server does not tell an end from a separator"
+            )
 
     def _body(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int | None) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -249,23 +286,25 @@ class OpenAIGenerator(TextGenerator):
             "temperature": self.temperature,
             "top_p": self.top_p,
             "stop": [self.stop],
-            "include_stop_str_in_output": True,
         }
+        if self.capabilities.keeps_stop is not False:
+            body["include_stop_str_in_output"] = True
         if num_samples > 1:
             body["n"] = num_samples
-        if seed is not None:
+        if seed is not None and self.capabilities.has_seed is not False:
             body["seed"] = seed
+        has_log_probs = self.has_log_probs and self.capabilities.has_log_probs is not False
         written = self.text(prefix)
         if self.mode == "completions":
             body["prompt"] = prompt + written
-            body |= {"logprobs": 1} if self.has_log_probs else {}
+            body |= {"logprobs": 1} if has_log_probs else {}
         else:
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
             if written:
                 messages.append({"role": "assistant", "content": written})
                 body |= {"continue_final_message": True, "add_generation_prompt": False}
             body["messages"] = messages
-            body |= {"logprobs": True} if self.has_log_probs else {}
+            body |= {"logprobs": True} if has_log_probs else {}
         return body | self.extra
 
     def _read(self, reply: dict[str, Any], written: str) -> list[TextStep]:
@@ -275,15 +314,15 @@ class OpenAIGenerator(TextGenerator):
         usage = reply.get("usage") or {}
         num_prompt = int(usage.get("prompt_tokens") or 0)
         num_cached = int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
-        texts = [_content(choice) for choice in choices]
+        texts = [content(choice) for choice in choices]
         if self.mode == "chat" and written and self._echoes_back(choices, texts, written):
             texts = [text.removeprefix(written) for text in texts]
         if any(text.endswith(self.stop) for text in texts):
-            self.capabilities = self.capabilities._replace(keeps_stop=True)
-        counts = _count_tokens(choices, texts, usage.get("completion_tokens"))
+            self._learn(keeps_stop=True)
+        counts = count_tokens(choices, texts, usage.get("completion_tokens"))
         steps = []
         for i, (choice, text, num_tokens) in enumerate(zip(choices, texts, counts, strict=True)):
-            reason, tokens = choice.get("finish_reason") or "stop", _log_probs(choice)
+            reason, tokens = choice.get("finish_reason") or "stop", log_probs(choice)
             has_ended = reason == "stop" and self._is_end(choice, text, tokens)
             if reason == "stop" and not has_ended and not text.endswith(self.stop):
                 text += self.stop
@@ -321,41 +360,6 @@ class OpenAIGenerator(TextGenerator):
             # tokens of a separator are cut off, the token that ends an answer is there, and has no text of its own
             return tokens[-1][0] == "" or not text.endswith(tokens[-1][0])
         return self.capabilities.keeps_stop is True or not text
-
-
-def _content(choice: dict[str, Any]) -> str:
-    text = choice["text"] if "text" in choice else choice["message"]["content"]
-    if not isinstance(text, str):
-        raise TypeError(f"text is {type(text).__name__}")
-    return text
-
-
-def _log_probs(choice: dict[str, Any]) -> list[tuple[str, float]] | None:
-    """The tokens and their log probabilities, in either of the two forms; None if there are none."""
-    found = choice.get("logprobs") or {}
-    if found.get("content"):
-        return [(entry["token"], float(entry["logprob"])) for entry in found["content"]]
-    if found.get("tokens"):
-        pairs = zip(found["tokens"], found["token_logprobs"], strict=True)
-        return [(token, 0.0 if log_prob is None else float(log_prob)) for token, log_prob in pairs]
-    return None
-
-
-def _count_tokens(choices: list[dict[str, Any]], texts: list[str], total: int | None) -> list[int]:
-    """How many tokens each choice has: as the server says, or as its log probabilities, or about one in four letters.
-
-    Of several samples some servers count one alone, and others all of them.
-    """
-    if len(choices) == 1 and total is not None:
-        return [int(total)]
-    known = [_log_probs(choice) for choice in choices]
-    if all(tokens is not None for tokens in known):
-        return [len(tokens or []) for tokens in known]
-    if total is None:
-        return [max(1, round(len(text) / 4)) for text in texts]
-    letters = [max(len(text), 1) for text in texts]
-    ends = [round(total * sum(letters[: i + 1]) / sum(letters)) for i in range(len(letters))]
-    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
 
 
 def _import_httpx() -> Any:

@@ -1,7 +1,8 @@
 """A run on the host as a file, from which it goes on: every step that is complete, as JSON.
 
 What was drawn and how it was chosen depends on the key and on the steps so far alone, so that with a generator whose
-seeds decide, a resumed run is the run it continues.
+seeds decide, a resumed run is the run it continues. No step in the file is drawn again: its text is taken from it. A
+generator in process needs its state beside the text, and draws it again by its seeds; it compares the texts.
 """
 
 import json
@@ -60,6 +61,8 @@ class RunFile:
         sweep.t, sweep.num_tokens = saved["t"], saved["num_tokens"]
         sweep.is_failed = np.array(saved["is_failed"], bool)
         sweep.prefixes = [tuple(_as_step(fields) for fields in prefix) for prefix in saved["prefixes"]]
+        # a generator that draws them again does so here, where it can say that they are others
+        self.requests.generator.decode(sweep.prefixes)
         leaves, treedef = jax.tree.flatten(sweep.population)
         values = [jnp.asarray(new, old.dtype) for new, old in zip(saved["population"], leaves, strict=True)]
         sweep.population = jax.tree.unflatten(treedef, values)
@@ -80,10 +83,18 @@ def read_run(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
         found, _, _ = content["identity"], content["sweeps"], content["accounts"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise errors.CheckpointError(f"resume={str(path)!r} cannot be read as a saved run: {error}") from error
-    differing = [name for name in identity if found.get(name) != identity[name]]
-    if content.get("format") != FORMAT or differing:
+    if content.get("format") != FORMAT:
         raise errors.CheckpointError(
-            f"resume={str(path)!r} is of a run with another {', '.join(differing) or 'format'}; pass what that run was "
+            f"resume={str(path)!r} has format {content.get('format')!r}, and this version reads {FORMAT}; begin anew"
+        )
+    identity = json.loads(json.dumps(identity))
+    differing = [name for name in identity if found.get(name) != identity[name]]
+    if differing:
+        pairs = "; ".join(
+            f"{name}: {_shown(found.get(name))} there, {_shown(identity[name])} here" for name in differing
+        )
+        raise errors.CheckpointError(
+            f"resume={str(path)!r} is of a run with another {', '.join(differing)} ({pairs}); pass what that run was "
             "given, or leave resume out to begin anew"
         )
     return content
@@ -101,6 +112,11 @@ def _as_json(sweep: TextSweep) -> dict[str, Any]:
             for record in sweep.records
         ],
     }
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _as_step(fields: list[Any]) -> TextStep:

@@ -35,8 +35,8 @@ class RunRequests:
     Attributes:
         failures: why steps could not be had, one for each particle.
         num_prompt_tokens, num_cached_tokens: of all requests.
-        num_unused_tokens: generated for nobody: ahead of a choice that fell otherwise.
-        num_unused_calls: the steps in which they were.
+        num_unused_tokens: generated for nobody: ahead of a choice that fell otherwise, or for a step that failed.
+        num_unused_calls: the steps of the first kind.
     """
 
     def __init__(self, generator: TextGenerator, potential: AbstractPotential, prompt: Any):
@@ -63,13 +63,14 @@ class RunRequests:
 
     def lose(self, steps: Sequence[TextStep]) -> None:
         """Notes which of these, that particles were to take, could not be had."""
-        self.failures += [step.failure for step in steps if step.failure is not None]
+        failed = [step for step in steps if step.failure is not None]
+        self.failures += [str(step.failure) for step in failed]
+        self.num_unused_tokens += sum(step.num_tokens for step in failed)
 
     def waste(self, steps: Sequence[TextStep]) -> None:
         """Counts steps that no particle took."""
-        drawn = [step for step in steps if step.failure is None]
-        self.num_unused_tokens += sum(step.num_tokens for step in drawn)
-        self.num_unused_calls += len(drawn)
+        self.num_unused_tokens += sum(step.num_tokens for step in steps)
+        self.num_unused_calls += sum(step.failure is None for step in steps)
 
     def accounts(self) -> dict[str, Any]:
         """What has been counted, for a run that goes on from a file."""

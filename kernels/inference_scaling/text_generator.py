@@ -11,6 +11,7 @@ resampling many particles share one: it is asked for once, with as many samples 
 steps are drawn by seeds and can be drawn again, so that an answer is known by its seeds.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Hashable, Sequence
 from contextlib import asynccontextmanager
@@ -22,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from bayesinf import errors
 from bayesinf.captured import original
 from bayesinf.kernels.inference_scaling.generator import StepGenerator
 from bayesinf.kernels.inference_scaling.potential import Potential
 
-__all__ = ["Prefix", "TextGenerator", "TextStep", "as_text_generator", "failed_step", "next_power"]
+__all__ = ["Prefix", "TextGenerator", "TextStep", "as_text_generator", "digest", "failed_step", "next_power"]
 
 
 class TextStep(NamedTuple):
@@ -100,6 +102,17 @@ class TextGenerator(ABC):
         """What has been written so far."""
         return "".join(step.text for step in prefix)
 
+    def fingerprint(self) -> dict[str, Any]:
+        """What the law of the steps depends on, as JSON holds it; the runs of one generator are saved with it.
+
+        A run is continued by generators with the same fingerprint alone: put in what makes another model of yours.
+        """
+        return {
+            "type": type(self).__name__,
+            "max_steps": self.max_steps,
+            "max_tokens_per_step": self.max_tokens_per_step,
+        }
+
     def identity(self, prefix: Prefix) -> Hashable:
         """Equal for unfinished answers that have the same next step in law, and the same score."""
         return self.text(prefix)
@@ -165,6 +178,10 @@ class _InProcess(TextGenerator):
     def check(self, prompt: Any) -> None:
         pass
 
+    def fingerprint(self) -> dict[str, Any]:
+        arrays = digest(jax.tree.leaves((self.generator, self.prompt)))
+        return super().fingerprint() | {"type": type(self.generator).__name__, "arrays": arrays}
+
     def identity(self, prefix: Prefix) -> Hashable:
         return tuple(step.seed for step in prefix)
 
@@ -212,8 +229,15 @@ class _InProcess(TextGenerator):
                 raise ValueError("a step without a seed was not drawn by this generator, and cannot be drawn again")
             # of a run that was saved: drawn again
             seed, i = prefix[-1].seed
+            before = self.text(prefix[:-1])
             state, _ = _step(jax.random.key(seed), self.generator, *self._row(prefix[:-1]), next_power(i + 1))
-            self.rows[name], self.texts[name] = (state, i), self.generator.decode(state)[i]
+            text = self.generator.decode(state)[i]
+            if text[len(before) :] != prefix[-1].text:
+                raise errors.CheckpointError(
+                    f"step {len(prefix)} of a saved answer, {prefix[-1].text!r}, is {text[len(before) :]!r} when it is "
+                    "drawn again: another version of JAX, precision or device draws otherwise; begin the run anew"
+                )
+            self.rows[name], self.texts[name] = (state, i), text
         return self.rows[name]
 
 
@@ -221,6 +245,14 @@ class _InProcess(TextGenerator):
 def _score(factor: Potential, state: PyTree, row: Any) -> Any:
     # scores are functions of whole states, of which this row is one
     return jnp.asarray(factor.score(state))[row]
+
+
+def digest(arrays: Sequence[Any]) -> str:
+    """A name of these arrays, the same in every process."""
+    found = hashlib.sha256()
+    for array in map(np.asarray, arrays):
+        found.update(f"{array.dtype} {array.shape} ".encode() + array.tobytes())
+    return found.hexdigest()
 
 
 def next_power(num: int) -> int:

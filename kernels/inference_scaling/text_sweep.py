@@ -136,7 +136,8 @@ class TextSweep:
         if slots and died[slots].all() and not np.any(was_done & np.isfinite(log_carried)):
             raise OutageError(self.requests.failures[-1])
         log_ratio = np.array([steps[i].log_ratio if i in steps else 0.0 for i in range(num)])
-        num_tokens = np.array([steps[i].num_tokens if i in steps else 0 for i in range(num)], np.int32)
+        # what was generated for a step that failed is counted with what nobody has
+        num_tokens = np.array([steps[i].num_tokens if i in steps and not died[i] else 0 for i in range(num)], np.int32)
         is_done = np.array([i in steps and steps[i].is_done for i in range(num)]) | (self.t + 1 >= self.max_steps)
         info = StepInfo(jnp.asarray(log_ratio, float), jnp.asarray(num_tokens), jnp.asarray(is_done | died))
         is_failed = is_failed | died
@@ -146,7 +147,7 @@ class TextSweep:
         record = jax.device_get(record)
         self.records.append(record)
         self.prefixes, self.is_failed = prefixes, is_failed
-        self.num_tokens += int(record.num_tokens.sum())
+        self.num_tokens += int(record.num_tokens.sum()) + sum(steps[i].num_tokens for i in slots if died[i])
         self.t += 1
 
     async def _draw_all(
@@ -181,13 +182,19 @@ class TextSweep:
                     requests.append((rest, self._draw(prefix, len(rest), seeds[1, parent])))
         following = np.asarray(_seeds(self.key_steps, self.t + 1, len(prefixes))) if self.is_speculative else seeds
 
+        # what this step will have cost in all at most, as it is known so far
+        at_most = self.num_tokens + len(slots) * self.requests.generator.max_tokens_per_step
+
         async def serve(group: list[int], request: Any) -> None:
+            nonlocal at_most
             steps = await request
+            at_most += sum(step.num_tokens - self.requests.generator.max_tokens_per_step for step in steps)
             await take(group, steps)
             if not self.is_speculative or self.t + 1 >= self.max_steps:
                 return
             for i, step in zip(group, steps, strict=True):
-                if step.failure is None and is_hopeful(i):
+                # only where the next step is sure to begin within the budget
+                if step.failure is None and is_hopeful(i) and at_most < self.budget:
                     draw = self._draw(prefixes[i], 1, following[0, i])
                     self._ahead[i] = asyncio.get_running_loop().create_task(draw)
 

@@ -1,8 +1,9 @@
 """Answers that grow as a tree, each at its own pace, and that tree as the generations of a population.
 
 A node is one step of an answer. Methods without a barrier have no populations; for the result, generation t holds the
-nodes at depth t and the answers that had finished before. Generations of different sizes are filled up with copies of
-their first node, of weight zero.
+nodes at depth t and the answers that had finished before. Where nodes were left behind at the greatest depth, one more
+generation is of those alone that ended. Generations of different sizes are filled up with copies of their first node,
+of weight zero.
 """
 
 import dataclasses
@@ -139,8 +140,11 @@ class Tree:
         found = [
             [n for n in self.nodes if n.depth == t] + [n for n in ends if n.depth < t] for t in range(1, deepest + 1)
         ]
-        # the last is of those that end there, and not of what was left behind at the greatest depth
         last = [node for node in ends if not node.is_failed]
+        if found and (
+            set(map(id, last)) == set(map(id, found[-1])) or not any(np.isfinite(n.log_weight) for n in last)
+        ):
+            return found
         return [*found, last] if last else found
 
 

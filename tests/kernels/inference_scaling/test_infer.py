@@ -1,5 +1,7 @@
 """`infer`: every method by name, what the result tells, budgets, batches, and failures that keep what there is."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,7 @@ def test_it_is_the_same_under_the_same_key():
     assert bi.kernels.infer(1, CHAIN, LIKES_B, num_particles=NUM).texts != run().texts
 
 
+@pytest.mark.filterwarnings("ignore:the budget")
 def test_a_result_survives_json(tmp_path):
     result = run("islands")
     for read in (Inference.from_json(result.to_json()), None):
@@ -98,6 +101,19 @@ def test_a_result_survives_json(tmp_path):
         assert read.tokens == result.tokens
         np.testing.assert_array_equal(read.ancestors, result.ancestors)
         np.testing.assert_array_equal(read.num_ancestors, result.num_ancestors)
+    cut = run(potential=LIKES_B, budget=70, throw=False)
+    assert np.isnan(cut.log_evidence)
+    assert np.isneginf(cut.log_votes).any()
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is not JSON")
+
+    assert json.loads(cut.to_json(), parse_constant=refuse)["log_evidence"] is None
+    read = Inference.from_json(cut.to_json())
+    assert read.posterior == cut.posterior
+    for name in ("log_votes", "log_rewards", "log_weights"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(cut, name))
+    assert np.isnan(read.log_evidence)
     tree = result.to_datatree()
     assert tree["steps"]["ess"].shape == result.ess.shape
     assert tree["answers"]["text"].values.tolist() == result.texts
