@@ -38,6 +38,7 @@ from bayesinf.kernels.inference_scaling.potential import Potential as Potential
 from bayesinf.kernels.inference_scaling.potential import PotentialProduct as PotentialProduct
 from bayesinf.kernels.inference_scaling.selection import DVTS as DVTS
 from bayesinf.kernels.inference_scaling.selection import Beam as Beam
+from bayesinf.kernels.inference_scaling.selection import BestOfN as BestOfN
 from bayesinf.kernels.inference_scaling.selection import Entropic as Entropic
 from bayesinf.kernels.inference_scaling.selection import FKSteering as FKSteering
 from bayesinf.kernels.inference_scaling.selection import Independent as Independent
