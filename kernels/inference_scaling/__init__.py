@@ -14,6 +14,9 @@ from bayesinf.kernels.inference_scaling.diversity import Clusters as Clusters
 from bayesinf.kernels.inference_scaling.diversity import diverse_ancestors as diverse_ancestors
 from bayesinf.kernels.inference_scaling.diversity import first_component as first_component
 from bayesinf.kernels.inference_scaling.diversity import kmeans as kmeans
+from bayesinf.kernels.inference_scaling.draft_acceptance import accept_drafts as accept_drafts
+from bayesinf.kernels.inference_scaling.draft_acceptance import residual_log_probs as residual_log_probs
+from bayesinf.kernels.inference_scaling.draft_acceptance import spectr_ratio as spectr_ratio
 from bayesinf.kernels.inference_scaling.feynman_kac_corrector import CorrectorResult as CorrectorResult
 from bayesinf.kernels.inference_scaling.feynman_kac_corrector import feynman_kac_corrector as feynman_kac_corrector
 from bayesinf.kernels.inference_scaling.generator import StepGenerator as StepGenerator
@@ -35,6 +38,7 @@ from bayesinf.kernels.inference_scaling.potential import Potential as Potential
 from bayesinf.kernels.inference_scaling.potential import PotentialProduct as PotentialProduct
 from bayesinf.kernels.inference_scaling.selection import DVTS as DVTS
 from bayesinf.kernels.inference_scaling.selection import Beam as Beam
+from bayesinf.kernels.inference_scaling.selection import BestOfN as BestOfN
 from bayesinf.kernels.inference_scaling.selection import Entropic as Entropic
 from bayesinf.kernels.inference_scaling.selection import FKSteering as FKSteering
 from bayesinf.kernels.inference_scaling.selection import Independent as Independent
@@ -43,15 +47,12 @@ from bayesinf.kernels.inference_scaling.selection import Resample as Resample
 from bayesinf.kernels.inference_scaling.selection import Selection as Selection
 from bayesinf.kernels.inference_scaling.selection import SoftValue as SoftValue
 from bayesinf.kernels.inference_scaling.speculative import SpeculativeResult as SpeculativeResult
-from bayesinf.kernels.inference_scaling.speculative import TokenModel as TokenModel
-from bayesinf.kernels.inference_scaling.speculative import accept_drafts as accept_drafts
-from bayesinf.kernels.inference_scaling.speculative import residual_log_probs as residual_log_probs
-from bayesinf.kernels.inference_scaling.speculative import spectr_ratio as spectr_ratio
 from bayesinf.kernels.inference_scaling.speculative import speculative_sample as speculative_sample
 from bayesinf.kernels.inference_scaling.text_generator import TextGenerator as TextGenerator
 from bayesinf.kernels.inference_scaling.text_generator import TextStep as TextStep
 from bayesinf.kernels.inference_scaling.text_generator import as_text_generator as as_text_generator
 from bayesinf.kernels.inference_scaling.text_generator import failed_step as failed_step
-from bayesinf.kernels.inference_scaling.token_generator import LanguageModel as LanguageModel
 from bayesinf.kernels.inference_scaling.token_generator import TokenGenerator as TokenGenerator
 from bayesinf.kernels.inference_scaling.token_generator import TokenState as TokenState
+from bayesinf.kernels.inference_scaling.token_model import LanguageModel as LanguageModel
+from bayesinf.kernels.inference_scaling.token_model import TokenModel as TokenModel

@@ -31,6 +31,7 @@ from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.selection import (
     DVTS,
     Beam,
+    BestOfN,
     Entropic,
     FKSteering,
     Independent,
@@ -45,8 +46,8 @@ from bayesinf.kernels.inference_scaling.text_generator import TextGenerator
 __all__ = ["METHODS", "infer", "infer_batch", "named_method", "population_size", "prepare_potential"]
 
 METHODS: dict[str, Callable[[], Any]] = {
-    "best_of_n": lambda: Independent("reward"),
-    "weighted_best_of_n": lambda: Independent("reward"),
+    "best_of_n": BestOfN,
+    "weighted_best_of_n": Independent,
     "majority": lambda: Independent("equal"),
     "beam": Beam,
     "dvts": DVTS,

@@ -289,10 +289,17 @@ def swap(
 
 
 def pool(sweeps: list[Sweep], first: Sweep, burn_in: int, others: list[Sweep]) -> Runs:
-    """Equal weights of the sweeps after the burn-in, and the evidence of the first, which was unconditional."""
-    counted = sweeps[min(burn_in, len(sweeps) - 1) :]
-    log_w = np.full(len(counted), -np.log(len(counted)))
-    return Runs(counted, log_w, *evidence_of(first), [*sweeps[: len(sweeps) - len(counted)], *others])
+    """Equal weights of the sweeps after the burn-in, and the evidence of the first, which was unconditional.
+
+    A sweep that was cut short by the budget has finished answers, the short ones, and weighs nothing beside whole ones.
+    """
+    is_whole = np.array([not _is_open(sweep) for sweep in sweeps])
+    last_whole = int(np.max(np.flatnonzero(is_whole), initial=-1))
+    start = min(burn_in, last_whole if last_whole >= 0 else len(sweeps) - 1)
+    counted, is_whole = sweeps[start:], is_whole[start:]
+    votes = is_whole if is_whole.any() else np.ones(len(counted), bool)
+    log_w = np.where(votes, -np.log(votes.sum()), -np.inf)
+    return Runs(counted, log_w, *evidence_of(first), [*sweeps[:start], *others])
 
 
 def evidence_of(sweep: Sweep) -> tuple[float, float]:
@@ -302,9 +309,13 @@ def evidence_of(sweep: Sweep) -> tuple[float, float]:
 
 def if_finished(sweeps: list[Sweep], log_evidence: float, variance: float) -> tuple[float, float]:
     """The two, or NaN where an answer of positive weight is unfinished: they would be those of the steps so far."""
-    populations = [sweep.population for sweep in sweeps]
-    is_open = any(np.any(~np.asarray(p.is_done) & np.isfinite(np.asarray(p.log_weights))) for p in populations)
-    return (float("nan"), float("nan")) if is_open else (log_evidence, variance)
+    return (float("nan"), float("nan")) if any(map(_is_open, sweeps)) else (log_evidence, variance)
+
+
+def _is_open(sweep: Sweep) -> bool:
+    """Whether an answer of positive weight is unfinished."""
+    people = sweep.population
+    return bool(np.any(~np.asarray(people.is_done) & np.isfinite(np.asarray(people.log_weights))))
 
 
 def _unstack(tree: PyTree, num: int) -> list[Any]:

@@ -46,7 +46,7 @@ def collect(
     num = ancestors.shape[2]
     return Inference(
         method=name,
-        rule="argmax" if name == "best_of_n" else selection.rule,
+        rule=selection.rule,
         texts=texts,
         answers=[answer(text) if done else None for text, done in zip(texts, is_done, strict=True)],
         log_votes=log_votes,

@@ -34,6 +34,7 @@ class Population(NamedTuple):
     Attributes:
         log_weights: normalised.
         log_reward: of the scores so far, by which answers are ranked.
+        log_ratio: log p - log q of all steps so far; 0 where they came from the model.
         is_done: which have finished.
         potentials: what the potential remembers of each.
         log_evidence: log Zhat so far.
@@ -43,6 +44,7 @@ class Population(NamedTuple):
 
     log_weights: Float[Array, " N"]
     log_reward: Float[Array, " N"]
+    log_ratio: Float[Array, " N"]
     is_done: Bool[Array, " N"]
     potentials: tuple[PotentialState, ...]
     log_evidence: Float[Array, ""]
@@ -84,6 +86,7 @@ def found(potential: AbstractPotential, num_particles: int) -> Population:
     return Population(
         equal,
         jnp.zeros(num_particles),
+        jnp.zeros(num_particles),
         jnp.zeros(num_particles, bool),
         potential.start(num_particles),
         jnp.zeros(()),
@@ -103,6 +106,7 @@ def inherit(
     return Population(
         log_carried,
         population.log_reward[ancestors],
+        population.log_ratio[ancestors],
         population.is_done[ancestors],
         gather(population.potentials, ancestors),
         population.log_evidence,
@@ -149,7 +153,9 @@ def weigh(
         is_resampled,
         num_invalid,
     )
-    return Population(log_weights, log_reward, is_done, potentials, log_evidence, population.lineage), record
+    log_ratio = population.log_ratio + log_ratio
+    after = Population(log_weights, log_reward, log_ratio, is_done, potentials, log_evidence, population.lineage)
+    return after, record
 
 
 def keep_places(ancestors: Int[Array, " N"]) -> Int[Array, " N"]:

@@ -2,7 +2,8 @@
 
 Every method runs the same loop: choose who goes on, generate a step of each, score, weigh. They choose
 
-    Independent      everyone goes on                                        best of n, majority, and weighted
+    Independent      everyone goes on                                        majority, weighted best of n
+    BestOfN          everyone goes on                                        best of n, by the highest reward
     Resample         by W_t where few particles hold the weight              the particle filter, twisted or not
     FKSteering       the same, of values that are spread over the steps      FK steering
     Entropic         by W_t^{1/tau}, tau > 1 while early and uneven          entropic annealing, with weights corrected
@@ -11,8 +12,8 @@ Every method runs the same loop: choose who goes on, generate a step of each, sc
     DVTS             the best of each of N / M groups of M
     SoftValue        one of each group of M, by reward^{1/alpha}             SVDD
 
-Where ancestors are drawn by weights, and carry on what those leave, the evidence is unbiased and the weighted answers
-follow the posterior as N grows. The others are searches: they have no evidence.
+Where ancestors are drawn by weights, and carry on what those leave, or nobody is chosen at all, the evidence is
+unbiased and the weighted answers follow the posterior as N grows. The others are searches: they have no evidence.
 
 References:
     Puri et al. (2025), https://arxiv.org/abs/2502.01618.
@@ -38,6 +39,7 @@ from bayesinf.kernels.inference_scaling.potential import SPREADS, AbstractPotent
 __all__ = [
     "DVTS",
     "Beam",
+    "BestOfN",
     "Entropic",
     "FKSteering",
     "Independent",
@@ -86,6 +88,9 @@ class Selection(eqx.Module):
 class Independent(Selection):
     """Everyone goes on: N independent answers.
 
+    Votes are of answers of the model: where they were drawn from a proposal, each counts p / q times. The evidence is
+    that of importance sampling, the mean of p / q G.
+
     Attributes:
         votes: what the answers weigh: "reward" their scores, "equal" all the same. Static.
     """
@@ -101,8 +106,14 @@ class Independent(Selection):
         return own, population.log_weights, jnp.zeros((), bool)
 
     def log_votes(self, population: Population) -> Float[Array, " N"]:
-        log_votes = population.log_reward if self.votes == "reward" else jnp.zeros_like(population.log_reward)
+        log_votes = population.log_ratio + (population.log_reward if self.votes == "reward" else 0.0)
         return weights.normalize(log_votes)[0]
+
+
+class BestOfN(Independent):
+    """N independent answers, of which the one with the highest reward is the best."""
+
+    rule = "argmax"
 
 
 class Resample(Selection):
@@ -190,13 +201,16 @@ class Entropic(Selection):
         # W^{1/tau} as the weights W with a lookahead W^{1/tau - 1}
         log_lookahead = jnp.where(is_dead, 0.0, (1.0 / tau - 1.0) * jnp.where(is_dead, 0.0, population.log_weights))
         is_uneven = ess <= self.ess_threshold * num
-        return choose_ancestors(
+        ancestors, log_carried, is_resampled = choose_ancestors(
             key,
             population.log_weights,
             ess_threshold=jnp.where(is_uneven, 1.0, 0.0),
             resampling=self.scheme,
             log_lookahead=log_lookahead,
         )
+        # what an offspring starts from is its ancestor's alone, and goes with it to another place
+        kept = keep_places(ancestors)
+        return kept, log_carried.at[ancestors].set(log_carried)[kept], is_resampled
 
 
 class Published(Selection):
@@ -251,7 +265,8 @@ class Beam(Selection):
         place = jnp.arange(num)
         turn = num_done + (place - num_done) % jnp.maximum(num_open, 1)
         index = jnp.where((place < num_done) | (num_open == 0), place % num_kept, turn)
-        return kept[index], equal_weights(population, kept[index]), jnp.ones((), bool)
+        ancestors = keep_places(kept[index])
+        return ancestors, equal_weights(population, ancestors), jnp.ones((), bool)
 
     def log_votes(self, population: Population) -> Float[Array, " N"]:
         return weights.normalize(population.log_reward)[0]

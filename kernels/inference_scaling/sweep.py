@@ -17,7 +17,15 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import resampling, weights
 from bayesinf.kernels.inference_scaling.generator import StepGenerator, StepInfo
-from bayesinf.kernels.inference_scaling.population import Population, Record, found, inherit, stack_records, weigh
+from bayesinf.kernels.inference_scaling.population import (
+    Population,
+    Record,
+    found,
+    inherit,
+    keep_places,
+    stack_records,
+    weigh,
+)
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential
 from bayesinf.kernels.inference_scaling.selection import Selection
 
@@ -168,7 +176,8 @@ def _choose_with_reference(
 
     def choose() -> tuple[Array, Array]:
         free = resampling.iid(key, population.log_weights, num - 1)
-        return jnp.concatenate([jnp.zeros(1, jnp.int32), free]), jnp.full(num, -jnp.log(num))
+        # slot 0 keeps the reference, and the others, who are exchangeable, their places
+        return keep_places(jnp.concatenate([jnp.zeros(1, jnp.int32), free])), jnp.full(num, -jnp.log(num))
 
     own = jnp.arange(num, dtype=jnp.int32)
     ancestors, log_carried = jax.lax.cond(is_resampled, choose, lambda: (own, population.log_weights))

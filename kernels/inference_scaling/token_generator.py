@@ -19,7 +19,7 @@ References:
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,47 +30,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from bayesinf import errors, resampling
 from bayesinf.captured import as_pytree
 from bayesinf.kernels.inference_scaling.generator import StepGenerator, StepInfo
+from bayesinf.kernels.inference_scaling.next_token import PADDING, as_tokens, check_tokens, draw_tokens, is_in, truncate
+from bayesinf.kernels.inference_scaling.token_model import LanguageModel, missing_of
 
-__all__ = ["LanguageModel", "TokenGenerator", "TokenState"]
-
-PADDING = -1
-
-
-@runtime_checkable
-class LanguageModel(Protocol):
-    """What a TokenGenerator needs of a model; `models.language.Transformer` has it.
-
-    The cache is a pytree of what N particles have read: the prompt, and tokens of their own.
-    """
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of tokens, V."""
-        ...
-
-    def prefill(
-        self, tokens: Int[Array, " p"], num_tokens: Int[Array, ""], *, num_particles: int, max_tokens: int
-    ) -> PyTree:
-        """The cache of particles that have read the first `num_tokens` of a prompt, at least 0 of them, and no more."""
-        ...
-
-    def extend(
-        self, cache: PyTree, tokens: Int[Array, " n"], is_active: Bool[Array, " n"]
-    ) -> tuple[Float[Array, "n v"], PyTree]:
-        """Read one more token of each active particle: the logits of what follows, and the cache."""
-        ...
-
-    def gather(self, cache: PyTree, ancestors: Int[Array, " m"]) -> PyTree:
-        """The cache of m particles, the i-th of which is a copy of particle ancestors[i]."""
-        ...
-
-    def place(self, cache: PyTree, other: PyTree) -> PyTree:
-        """The cache with the first particle of `other`, of the same prompt, in its first place."""
-        ...
-
-    def truncate(self, cache: PyTree, lengths: Int[Array, " n"]) -> PyTree:
-        """The cache as it was when the particles had read these many tokens of their own."""
-        ...
+__all__ = ["TokenGenerator", "TokenState"]
 
 
 class TokenState(NamedTuple):
@@ -98,10 +61,6 @@ class TokenState(NamedTuple):
 
 
 Twist = Callable[[TokenState, Float[Array, "n v"]], Float[Array, "n v"]]
-
-
-def _as_tokens(tokens: Any) -> Int[Array, " k"]:
-    return jnp.atleast_1d(jnp.asarray(tokens, jnp.int32)) if np.size(tokens) else jnp.zeros(0, jnp.int32)
 
 
 class TokenGenerator(StepGenerator):
@@ -154,8 +113,8 @@ class TokenGenerator(StepGenerator):
     max_steps: int = eqx.field(static=True)
     max_tokens_per_step: int = eqx.field(static=True)
     max_tokens: int | None = eqx.field(static=True, default=None, kw_only=True)
-    stop_tokens: Int[Array, " k"] = eqx.field(converter=_as_tokens, default=(), kw_only=True)
-    end_tokens: Int[Array, " e"] = eqx.field(converter=_as_tokens, default=(), kw_only=True)
+    stop_tokens: Int[Array, " k"] = eqx.field(converter=as_tokens, default=(), kw_only=True)
+    end_tokens: Int[Array, " e"] = eqx.field(converter=as_tokens, default=(), kw_only=True)
     temperature: Float[Array, ""] = eqx.field(
         converter=errors.as_array("temperature", is_floating=True), default=1.0, kw_only=True
     )
@@ -171,12 +130,7 @@ class TokenGenerator(StepGenerator):
     pad_prompt_to: int = eqx.field(static=True, default=32, kw_only=True)
 
     def __check_init__(self):
-        missing = [
-            name
-            for name in ("vocab_size", "prefill", "extend", "gather", "place", "truncate")
-            if not hasattr(self.model, name)
-        ]
-        if missing:
+        if missing := missing_of(self.model):
             raise ValueError(f"model must have {missing[0]}, which {type(self.model).__name__} has not")
         for name in ("max_steps", "max_tokens_per_step", "pad_prompt_to"):
             errors.check_count(name, getattr(self, name))
@@ -187,7 +141,7 @@ class TokenGenerator(StepGenerator):
             if getattr(self, name) is not None:
                 errors.check_fraction(name, getattr(self, name))
         for name in ("stop_tokens", "end_tokens"):
-            _check_tokens(name, getattr(self, name), 0, self.model.vocab_size)
+            check_tokens(name, getattr(self, name), self.model.vocab_size)
         if self.twist is not None:
             errors.check_arguments("twist", self.twist, "state, log_probs")
 
@@ -207,12 +161,12 @@ class TokenGenerator(StepGenerator):
             if self.tokenizer is None:
                 raise ValueError("prompt is a text, which needs a tokenizer: TokenGenerator(..., tokenizer=...)")
             prompt = self.tokenizer.encode(prompt)
-        tokens = _as_tokens(prompt)
+        tokens = as_tokens(prompt)
         if tokens.ndim != 1:
             raise ValueError(f"prompt must be one sequence of tokens, got an array of shape {tokens.shape}")
         if errors.is_concrete(tokens) and not np.any(np.asarray(tokens) >= 0):
             raise ValueError("prompt must hold at least one token, got none; begin with one that begins texts")
-        _check_tokens("prompt", tokens, PADDING, self.model.vocab_size)
+        check_tokens("prompt", tokens, self.model.vocab_size, minimum=PADDING)
         return jnp.pad(tokens, (0, -tokens.size % self.pad_prompt_to), constant_values=PADDING)
 
     def init(self, key: Key[Array, ""], prompt: Any, num_particles: int) -> TokenState:
@@ -232,11 +186,11 @@ class TokenGenerator(StepGenerator):
         def write(carry: tuple) -> tuple:
             t, state, is_writing, log_ratio = carry
             state, token, ratio = self._write(jax.random.fold_in(key, t), state, is_writing)
-            is_end = _is_in(token, self.end_tokens)
+            is_end = is_in(token, self.end_tokens)
             state = state._replace(is_ended=jnp.where(is_writing, is_end, state.is_ended))
             log_ratio = log_ratio + jnp.where(is_writing, ratio, 0.0)
             is_full = state.lengths >= state.tokens.shape[1]
-            return t + 1, state, is_writing & ~(is_end | is_full | _is_in(token, self.stop_tokens)), log_ratio
+            return t + 1, state, is_writing & ~(is_end | is_full | is_in(token, self.stop_tokens)), log_ratio
 
         start = jnp.zeros((), jnp.int32), state, is_active, jnp.zeros(num_particles, state.log_probs.dtype)
         _, state, _, log_ratio = jax.lax.while_loop(is_unfinished, write, start)
@@ -305,7 +259,7 @@ class TokenGenerator(StepGenerator):
         state = state._replace(cache=cache)
 
         log_model = jax.nn.log_softmax(logits.astype(state.log_probs.dtype))
-        log_sampled = self._truncate(log_model)
+        log_sampled = truncate(log_model, self.temperature, self.top_p, self.min_p)
         log_p = log_model if self.correct else log_sampled
         log_q, is_lost = log_sampled, jnp.zeros(rows.shape, bool)
         if self.twist is not None:
@@ -314,7 +268,7 @@ class TokenGenerator(StepGenerator):
             is_lost = jnp.max(twisted, axis=1) == -jnp.inf  # then any token will do: its weight is zero
             log_q = jax.nn.log_softmax(jnp.where(is_lost[:, None], log_sampled, twisted))
 
-        token = _draw(key, log_q)
+        token = draw_tokens(key, log_q)
         log_prob = log_p[rows, token]
         # one number where p is q, as two copies of it may be rounded differently; NaN stays NaN
         log_proposal = log_prob if log_q is log_p else log_q[rows, token]
@@ -326,20 +280,6 @@ class TokenGenerator(StepGenerator):
             lengths=state.lengths + is_writing,
         )
         return state, token, log_ratio
-
-    def _truncate(self, log_model: Float[Array, "n v"]) -> Float[Array, "n v"]:
-        """Log probabilities of q0."""
-        log_probs = jax.nn.log_softmax(log_model / self.temperature.astype(log_model.dtype))
-        if self.min_p is None and self.top_p is None:
-            return log_probs
-        if self.min_p is not None:
-            least = jnp.max(log_probs, axis=1, keepdims=True) + jnp.log(self.min_p).astype(log_probs.dtype)
-            log_probs = jax.nn.log_softmax(jnp.where(log_probs >= least, log_probs, -jnp.inf))
-        if self.top_p is not None:
-            probs = jnp.exp(log_probs)
-            is_kept = probs >= _least_kept(probs, self.top_p)[:, None]
-            log_probs = jax.nn.log_softmax(jnp.where(is_kept, log_probs, -jnp.inf))
-        return log_probs
 
 
 @eqx.filter_jit
@@ -363,52 +303,3 @@ def _start(generator: TokenGenerator, tokens: Int[Array, " p"], num_particles: i
         prompt_end=tokens[length - 1],
         cache=cache,
     )
-
-
-def _check_tokens(name: str, tokens: Int[Array, " k"], minimum: int, vocab_size: int) -> None:
-    if errors.is_concrete(tokens) and tokens.size:
-        low, high = int(jnp.min(tokens)), int(jnp.max(tokens))
-        if low < minimum or high >= vocab_size:
-            wrong = low if low < minimum else high
-            raise ValueError(f"{name} must be tokens in [0, {vocab_size}), which the model has, got {wrong}")
-
-
-def _is_in(tokens: Int[Array, " n"], some: Int[Array, " k"]) -> Bool[Array, " n"]:
-    return jnp.any(tokens[:, None] == some, axis=1)
-
-
-def _draw(key: Key[Array, ""], log_probs: Float[Array, "n v"]) -> Int[Array, " n"]:
-    """A token of each row: first a group of tokens, then one of the group.
-
-    Exact, as drawing at once is, and of v tokens 2 sqrt(v) random numbers are needed instead of v; these would take
-    longer than a small model does.
-    """
-    vocab_size = log_probs.shape[1]
-    size = 1 << (vocab_size.bit_length() // 2)
-    padded = jnp.pad(log_probs, ((0, 0), (0, -vocab_size % size)), constant_values=-jnp.inf)
-    groups = padded.reshape(log_probs.shape[0], -1, size)
-    key_group, key_token = jax.random.split(key)
-    group = jax.random.categorical(key_group, jax.nn.logsumexp(groups, axis=2))
-    chosen = jnp.take_along_axis(groups, group[:, None, None], axis=1)[:, 0]
-    token = group * size + jax.random.categorical(key_token, chosen)
-    return jnp.minimum(token, vocab_size - 1).astype(jnp.int32)  # beyond only where all are NaN
-
-
-def _least_kept(probs: Float[Array, "n v"], top_p: Float[Array, ""]) -> Float[Array, " n"]:
-    """The largest c of each row for which the probabilities of at least c sum to at least top_p.
-
-    By bisection on the bits of c, which are in the order of the numbers: sorting 50,000 of them takes far longer than
-    31 sums.
-    """
-    probs = probs.astype(jnp.float32)
-
-    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = low + (high - low + 1) // 2
-        c = jax.lax.bitcast_convert_type(middle, jnp.float32)
-        is_enough = jnp.sum(jnp.where(probs >= c[:, None], probs, 0.0), axis=1) >= top_p
-        return jnp.where(is_enough, middle, low), jnp.where(is_enough, high, middle - 1)
-
-    high = jax.lax.bitcast_convert_type(jnp.max(probs, axis=1), jnp.int32)
-    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(high), high))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)

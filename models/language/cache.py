@@ -110,3 +110,13 @@ def write(
         own.keys.at[rows, :, :, where].set(key, mode="drop", unique_indices=True),
         own.values.at[rows, :, where].set(value, mode="drop", unique_indices=True),
     )
+
+
+def write_many(own: KeysValues, key: Array, value: Array, lengths: Int[Array, " n"]) -> KeysValues:
+    """The keys and values (n, m, k, e) of m more tokens, written where each particle ends."""
+    rows = jnp.arange(own.values.shape[0])[:, None]
+    where = lengths[:, None] + jnp.arange(key.shape[1])
+    return KeysValues(
+        own.keys.at[rows, :, :, where].set(key, mode="drop", unique_indices=True),
+        own.values.at[rows, :, where].set(value, mode="drop", unique_indices=True),
+    )

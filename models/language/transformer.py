@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from bayesinf import errors
-from bayesinf.models.language.cache import KeysValues, LanguageCache, write
+from bayesinf.models.language.cache import KeysValues, LanguageCache, write, write_many
 
 __all__ = ["Block", "Rotary", "Transformer"]
 
@@ -284,6 +284,34 @@ class Transformer(eqx.Module):
         lengths = cache.lengths + is_active
         return self._logits(h), cache._replace(suffix=tuple(suffix), lengths=lengths)
 
+    def extend_many(
+        self, cache: LanguageCache, tokens: Int[Array, "n m"]
+    ) -> tuple[Float[Array, "n m v"], LanguageCache]:
+        """Read m more tokens of every particle, in one pass.
+
+        Args:
+            cache: what they have read.
+            tokens: shape (N, m). No particle may have more than `max_tokens` with them.
+
+        Returns:
+            The logits (N, m, V) of what follows each of them, and the cache.
+        """
+        num, size = tokens.shape
+        places = cache.lengths[:, None] + jnp.arange(size)
+        h = self.embedding[tokens.reshape(-1)]
+        suffix = []
+        for block, shared, own in zip(self.blocks, cache.prompt, cache.suffix, strict=True):
+
+            def attend(q: Array, k: Array, v: Array, shared=shared, own=own) -> Array:
+                k, v = (x.reshape(num, size, *x.shape[1:]) for x in (k, v))
+                own = write_many(own, k, v, cache.lengths)
+                suffix.append(own)
+                return _attend_ahead(q.reshape(num, size, *q.shape[1:]), shared, own, cache.prompt_length, places)
+
+            h = self._layer(block, h, (cache.prompt_length + places).reshape(-1), attend)
+        logits = self._logits(h).reshape(num, size, -1)
+        return logits, cache._replace(suffix=tuple(suffix), lengths=cache.lengths + size)
+
     def gather(self, cache: LanguageCache, ancestors: Int[Array, " m"]) -> LanguageCache:
         """The cache of m particles, the i-th of which is a copy of particle ancestors[i]."""
         return cache.gather(ancestors)
@@ -342,12 +370,19 @@ def _attend_both(
     q: Float[Array, "n k g e"], shared: KeysValues, own: KeysValues, prompt_length: Array, lengths: Int[Array, " n"]
 ) -> Float[Array, "n k g e"]:
     """Attention of each particle's newest token, at `lengths`, to the prompt and to its own tokens."""
-    to_prompt = jnp.einsum("nkge,kep->nkgp", q, shared.keys).astype(jnp.float32)
-    to_own = jnp.einsum("nkge,nkes->nkgs", q, own.keys).astype(jnp.float32)
+    return _attend_ahead(q[:, None], shared, own, prompt_length, lengths[:, None])[:, 0]
+
+
+def _attend_ahead(
+    q: Float[Array, "n m k g e"], shared: KeysValues, own: KeysValues, prompt_length: Array, places: Int[Array, "n m"]
+) -> Float[Array, "n m k g e"]:
+    """Attention of tokens of each particle at these places to the prompt, and to its own tokens up to each of them."""
+    to_prompt = jnp.einsum("nmkge,kep->nmkgp", q, shared.keys).astype(jnp.float32)
+    to_own = jnp.einsum("nmkge,nkes->nmkgs", q, own.keys).astype(jnp.float32)
     size = shared.keys.shape[-1]
     is_prompt = jnp.arange(size) < prompt_length
-    is_own = jnp.arange(own.keys.shape[-1]) <= lengths[:, None, None, None]
+    is_own = jnp.arange(own.keys.shape[-1]) <= places[:, :, None, None, None]
     scores = jnp.concatenate([jnp.where(is_prompt, to_prompt, -jnp.inf), jnp.where(is_own, to_own, -jnp.inf)], axis=-1)
     probs = jax.nn.softmax(scores).astype(q.dtype)
-    from_prompt = jnp.einsum("nkgp,kpe->nkge", probs[..., :size], shared.values)
-    return from_prompt + jnp.einsum("nkgs,nkse->nkge", probs[..., size:], own.values)
+    from_prompt = jnp.einsum("nmkgp,kpe->nmkge", probs[..., :size], shared.values)
+    return from_prompt + jnp.einsum("nmkgs,nkse->nmkge", probs[..., size:], own.values)

@@ -269,6 +269,22 @@ class TestEvidence:
     def test_without_a_proposal(self):
         assert evidence_p_value(chain(is_guided=False), potential(), Resample()) > FALSE_ALARM
 
+    @pytest.mark.parametrize("votes", ["reward", "equal"])
+    def test_votes_are_of_answers_of_the_model(self, votes):
+        """Though they were drawn from a proposal: E[vote (f - E f)] = 0 under p, with or without the reward."""
+        target, selection = potential("terminal"), Independent(votes)
+        result = jax.jit(lambda key: run(key, chain(), target, selection, 20_000))(jax.random.key(0))
+        truth = chains.exact(chain(), target ** (1.0 if votes == "reward" else 0.0))
+        apart = jax.nn.one_hot(answers(result.state), 3) - truth.answers
+
+        def p_value(population):
+            return mean_p_value(20_000 * jnp.exp(selection.log_votes(population))[:, None] * apart, np.zeros(3))
+
+        assert p_value(result.population) > FALSE_ALARM
+        # planted: votes that take draws of the proposal for the model's
+        blind = jnp.zeros_like(result.population.log_ratio)
+        assert p_value(result.population._replace(log_ratio=blind)) < FALSE_ALARM
+
     def test_islands_and_their_variance(self):
         """The mean over islands, within the variance that it states; and answers by the islands' weights."""
         generator, target, num = chain(), potential("odds"), 400
@@ -597,6 +613,29 @@ class TestWhatIsCounted:
         result = infer(0, chain(), potential(), method=method, budget=200)
         assert result.tokens.generated <= 200
         assert result.status == "complete"
+
+    @pytest.mark.parametrize("method", [Gibbs(4, 1), ParallelTempering((1.0, 0.5), 4, 1)], ids=["gibbs", "tempering"])
+    def test_a_sweep_that_was_cut_counts_for_nothing(self, method):
+        """Its finished answers are the short ones."""
+        whole = infer(0, chain(), potential(), method=method, num_particles=16)
+        chains_of = 1 if isinstance(method, Gibbs) else 2
+        budget = int(whole.tokens.generated) - 10 * chains_of
+        with pytest.warns(SamplingWarning, match=f"budget of {budget} tokens was spent with"):
+            cut = infer(0, chain(), potential(), method=method, num_particles=16, budget=budget)
+        # the last of the three that count
+        is_done = cut.is_done.reshape(3, 16)
+        assert is_done[:2].all()
+        assert is_done[2].any()
+        assert not is_done[2].all()
+        assert np.isneginf(cut.log_votes[32:]).all()
+        assert cut.texts[:32] == whole.texts[:32]
+        expected = whole.log_votes[:32] - np.logaddexp.reduce(whole.log_votes[:32])
+        np.testing.assert_allclose(cut.log_votes[:32], expected, atol=1e-5)  # rounding
+
+    def test_a_first_sweep_that_was_cut_is_all_there_is(self):
+        with pytest.warns(SamplingWarning, match="budget of 20 tokens was spent with"):
+            cut = infer(0, chain(), potential(), method=Gibbs(4, 1), num_particles=16, budget=20)
+        assert sum(cut.posterior.values()) == pytest.approx(1.0)
 
     def test_a_budget_below_a_step_of_every_island(self):
         with pytest.raises(ValueError, match="budget must allow one step of 8"):

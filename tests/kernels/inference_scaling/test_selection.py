@@ -9,6 +9,7 @@ from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.kernels.inference_scaling import (
     DVTS,
     Beam,
+    BestOfN,
     Entropic,
     FKSteering,
     Independent,
@@ -68,6 +69,20 @@ def test_choices_by_weight_are_unbiased(selection):
         assert mean_p_value(f[ancestors].mean(axis=1), float(jnp.sum(jnp.exp(state.log_weights) * f))) < FALSE_ALARM
 
 
+@pytest.mark.parametrize(
+    "selection", [Resample(1.0), FKSteering(1.0), Entropic(1.0), Published(), Beam(2), DVTS(2), SoftValue(width=2)]
+)
+def test_who_goes_on_stays_in_its_place(selection):
+    """So that of a large cache the rows of the others alone are written."""
+    state = population(np.log(np.random.default_rng(1).dirichlet(np.ones(16))))
+    for key in range(20):
+        ancestors, log_carried, _ = choose(selection, state, key)
+        np.testing.assert_array_equal(ancestors[ancestors], ancestors)
+        assert len(set(ancestors.tolist())) < 16
+        # what an offspring starts from depends on its ancestor alone
+        assert len(set(zip(ancestors.tolist(), log_carried.tolist(), strict=True))) == len(set(ancestors.tolist()))
+
+
 def test_particles_are_resampled_when_few_hold_the_weight():
     even, uneven = population(np.zeros(8)), population(np.log([0.9] + [0.1 / 7] * 7))
     assert not choose(Resample(), even)[2]
@@ -96,6 +111,7 @@ def test_independent_answers_vote_by_reward_or_alike():
     np.testing.assert_array_equal(log_carried, state.log_weights)
     np.testing.assert_allclose(np.exp(Independent("reward").log_votes(state)), np.array([5, 2, 1]) / 8, rtol=1e-5)
     np.testing.assert_allclose(np.exp(Independent("equal").log_votes(state)), 1 / 3, rtol=1e-5)
+    assert BestOfN().rule == "argmax"
 
 
 def test_a_beam_keeps_the_best_and_finished_ones_once():

@@ -15,6 +15,7 @@ from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.kernels.inference_scaling import (
     TokenModel,
     accept_drafts,
+    draft_acceptance,
     residual_log_probs,
     spectr_ratio,
     speculative,
@@ -194,7 +195,8 @@ def test_mistakes_are_seen_in_the_law_of_texts(mistake, monkeypatch):
         "residual without its factor": ("residual_log_probs", residual),
         "all drafts stay": ("accept_drafts", careless),
     }
-    monkeypatch.setattr(speculative, *planted[mistake])
+    module = speculative if planted[mistake][0] == "accept_drafts" else draft_acceptance
+    monkeypatch.setattr(module, *planted[mistake])
     speculative._run.clear_cache()
     p_value, _ = text_p_value(num_drafts=3, draft_length=2)
     speculative._run.clear_cache()
@@ -276,6 +278,10 @@ def test_what_cannot_be_sampled_is_said():
         speculative_sample(0, draft, lambda tokens, length: jnp.zeros(4), PROMPT, num_tokens=3)
     with pytest.raises(ValueError, match="target_model must be called"):
         speculative_sample(0, draft, lambda tokens: jnp.zeros(3), PROMPT, num_tokens=3)
+    with pytest.raises(ValueError, match="temperature must be finite and positive"):
+        speculative_sample(0, draft, target, PROMPT, num_tokens=3, temperature=0.0)
+    with pytest.raises(ValueError, match=r"min_p must lie in \(0, 1\)"):
+        speculative_sample(0, draft, target, PROMPT, num_tokens=3, min_p=1.0)
     with pytest.raises(ValueError, match="num_drafts must be at least 1"):
         speculative_sample(0, draft, target, PROMPT, num_tokens=3, num_drafts=0)
     with pytest.raises(ValueError, match="sum to 1"):

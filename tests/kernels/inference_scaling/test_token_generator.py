@@ -12,7 +12,7 @@ from scipy import stats
 
 from bayesinf import resampling
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels.inference_scaling import Potential, Resample, TokenGenerator, token_generator
+from bayesinf.kernels.inference_scaling import Potential, Resample, TokenGenerator, next_token, token_generator
 from bayesinf.kernels.inference_scaling.sweep import draw_reference, run_sweep
 from bayesinf.models.language import CharTokenizer, Transformer
 
@@ -317,7 +317,7 @@ def test_the_nucleus_is_that_of_sorting():
     logits = 3.0 * jax.random.normal(jax.random.key(0), (50, 101))
     probs = jax.nn.softmax(logits).astype(jnp.float32)
     for top_p in (1e-6, 0.3, 0.9, 0.999):
-        least = token_generator._least_kept(probs, jnp.asarray(top_p))
+        least = next_token.least_kept(probs, jnp.asarray(top_p))
         for row, c in zip(np.asarray(probs), np.asarray(least), strict=True):
             ordered = np.sort(row)[::-1]
             size = np.searchsorted(np.cumsum(ordered, dtype=np.float64), top_p) + 1
@@ -330,7 +330,7 @@ def test_tokens_are_drawn_by_their_probabilities(vocab_size):
     log_probs[vocab_size // 2 + 1 :: 3] = -np.inf
     log_probs = normalised(log_probs)
     many = jnp.tile(jnp.asarray(log_probs, jnp.float32), (50_000, 1))
-    counts = np.bincount(token_generator._draw(jax.random.key(5), many), minlength=vocab_size)
+    counts = np.bincount(next_token.draw_tokens(jax.random.key(5), many), minlength=vocab_size)
     assert not np.any(counts[np.isneginf(log_probs)])
     is_cell = 50_000 * np.exp(log_probs) >= 5
     if np.sum(is_cell) > 1:
