@@ -22,12 +22,12 @@ result = jax.block_until_ready({call})
 seconds = time.perf_counter() - start
 print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, result.log_evidence.dtype)
 """
-FILTER = 'bi.kernels.particle_filter(1, model, ys, num_particles={num_particles}, ess_threshold=%s, store="%s")'
+FILTER = 'bi.kernels.particle_filter(1, model, ys, num_particles={num_particles}, store="%s"%s)'
 CALLS = {
-    "particle_filter, nothing stored": FILTER % (0.5, "none"),
-    "particle_filter, filtered means": FILTER % (0.5, "summary"),
-    # its room is for paths that coalesce at every step
-    "particle_filter, the tree of paths, resampling always": FILTER % (1.0, "tree"),
+    "particle_filter, nothing stored": FILTER % ("none", ""),
+    "particle_filter, filtered means": FILTER % ("summary", ""),
+    # its room is for paths that coalesce as independent draws at every step make them
+    "particle_filter, the tree of paths": FILTER % ("tree", ', resampling="multinomial", ess_threshold=1.0'),
     "paris, mcmc": 'bi.kernels.paris(1, model, ys, total, num_particles={num_particles}, method="mcmc")',
 }
 PRECISIONS = ("float32", "float64")
