@@ -16,6 +16,7 @@ from bayesinf.kernels.compose import Cycle as Cycle
 from bayesinf.kernels.compose import Mixture as Mixture
 from bayesinf.kernels.compose import Repeat as Repeat
 from bayesinf.kernels.conditional_smc import ConditionalSMC as ConditionalSMC
+from bayesinf.kernels.coupled_sweep import coupled_sweep as coupled_sweep
 from bayesinf.kernels.curvature import estimate_curvature as estimate_curvature
 from bayesinf.kernels.elliptical_slice import EllipticalSlice as EllipticalSlice
 from bayesinf.kernels.embedded_hmm import EmbeddedHMM as EmbeddedHMM

@@ -86,6 +86,8 @@ class ParticleGibbs(Kernel):
         parameter_kernel: what moves theta: a function of a target that returns a kernel, such as
             `functools.partial(MALA, step_size=0.05)`, or a kernel, which is rebound. Its step size is tuned by warm-up.
             The function may return a kernel of BlackJAX too, which is built anew on the target of every sweep.
+            The `data` of that target are (the prior as a Target, ys, path), from which a kernel of one's own may draw
+            conjugate parameters exactly.
         refresh: how the path is refreshed, see `ConditionalSMC`.
         proposal: "bootstrap", or "guided" by the model's own proposals.
         interweave: whether theta is also moved given the innovations; needs Gaussian initial and transition laws.

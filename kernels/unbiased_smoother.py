@@ -7,9 +7,8 @@ together, and
 
     H = 1/(m - k + 1) sum_{l=k}^{m} h(X_l) + sum_{l > k} min(1, (l - k)/(m - k + 1)) (h(X_l) - h(Y_{l-1}))
 
-has E[H] = E[h(x_{0:T-1}) | y] exactly, so that replicates may be averaged and their spread is an honest error. The
-coupling: particles in the same slot move by the same random numbers, ancestors and backward draws of both chains are
-equal with the largest probability that there is. Chains meet soon only with enough particles: try a few numbers.
+has E[H] = E[h(x_{0:T-1}) | y] exactly, so that replicates may be averaged and their spread is an honest error. How the
+two move together says `coupled_sweep`. Chains meet soon only with enough particles: try a few numbers.
 
 References:
     Jacob, Lindsten and Schön (2020), doi:10.1080/01621459.2018.1548856, arXiv:1701.02002.
@@ -17,7 +16,7 @@ References:
 """
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -25,21 +24,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from bayesinf import errors, resampling, weights
+from bayesinf import errors
 from bayesinf.captured import current
-from bayesinf.kernels import cloud as clouds
-from bayesinf.kernels.additive import AdditiveFunctional, start_statistics, update_statistics, weighted_mean
-from bayesinf.kernels.cloud import Cloud
-from bayesinf.kernels.conditional_smc import finish_sweep
+from bayesinf.kernels.additive import AdditiveFunctional
+from bayesinf.kernels.coupled_sweep import couple
 from bayesinf.kernels.filter_steps import cure_of_vanished
 from bayesinf.kernels.parisian_gibbs import ParisianGibbs
-from bayesinf.kernels.path_kernel import PathState, first_paths
-from bayesinf.models.state_space import StateSpaceModel, log_prob
-from bayesinf.resampling import gather
+from bayesinf.kernels.path_kernel import first_paths
+from bayesinf.models.state_space import StateSpaceModel
 
-__all__ = ["UnbiasedResult", "couple", "unbiased_smoother"]
-
-_TILE = 2**20  # densities held in memory at once
+__all__ = ["UnbiasedResult", "unbiased_smoother"]
 
 
 class UnbiasedResult(NamedTuple):
@@ -196,7 +190,7 @@ def _meet(kernel: ParisianGibbs, keys: Key[Array, " r"], pairs: PyTree, bounds: 
             return ~is_over & ~state.is_lost & (state.sweep < max_sweeps)
 
         def go_on(state: _Pair) -> _Pair:
-            paths, estimates, is_lost = couple(kernel, jax.random.fold_in(key, state.sweep), *state.paths)
+            paths, estimates, is_lost = couple(jax.random.fold_in(key, state.sweep), kernel, *state.paths)
             l = state.sweep + 1  # noqa: E741  of X, as in the formula
             share = jnp.where((l >= burn_in) & (l <= num_sweeps), 1.0 / num_averaged, 0.0)
             excess = jnp.clip((l - burn_in) / num_averaged, 0.0, 1.0)
@@ -219,96 +213,3 @@ def _meet(kernel: ParisianGibbs, keys: Key[Array, " r"], pairs: PyTree, bounds: 
     num = keys.shape[0]
     swapped = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), pairs)
     return jax.lax.map(run, (keys, swapped), batch_size=min(num, 16))
-
-
-def couple(
-    kernel: ParisianGibbs, key: Key[Array, ""], path_x: PyTree, path_y: PyTree
-) -> tuple[tuple[PyTree, PyTree], tuple[PyTree, PyTree], Bool[Array, ""]]:
-    """One sweep of two chains of the same kernel: their new paths, their estimates, and whether weights vanished.
-
-    Each alone is a sweep of `kernel`. Two equal paths stay equal, and have estimates that are equal up to rounding.
-    Where all weights of either vanish its path is kept, and its estimate is NaN.
-    """
-    model, num, proposal = kernel.model, kernel.num_particles, kernel.proposal
-    functional = kernel.functional
-    key_start, key_steps, key_last = jax.random.split(key, 3)
-    both = (path_x, path_y)
-    y_0 = gather(kernel.ys, jnp.zeros((), jnp.int32))
-
-    def start(path: PyTree) -> Cloud:
-        x_0 = gather(path, jnp.zeros((), jnp.int32))
-        return clouds.start(key_start, model, y_0, num, proposal, x_0)
-
-    def step(carry, row):
-        (cloud_x, tau_x), (cloud_y, tau_y) = carry
-        t, (key_choose, key_move, key_back), (row_x, row_y, y) = row
-        ancestors_x, ancestors_y = _couple_ancestors(key_choose, cloud_x, cloud_y)
-        new_x = clouds.advance(key_move, model, cloud_x, y, t, proposal, row_x, ancestors_x)
-        new_y = clouds.advance(key_move, model, cloud_y, y, t, proposal, row_y, ancestors_y)
-        J_x, J_y = _couple_backward(key_back, model, (cloud_x, cloud_y), (new_x, new_y), t, kernel.num_backward)
-        tau_x = update_statistics(functional, tau_x, cloud_x, new_x, J_x, y, t)
-        tau_y = update_statistics(functional, tau_y, cloud_y, new_y, J_y, y, t)
-        return ((new_x, tau_x), (new_y, tau_y)), ((new_x, J_x[:, 0]), (new_y, J_y[:, 0]))
-
-    start_x, start_y = start(path_x), start(path_y)
-    first = tuple((cloud, start_statistics(functional, cloud, y_0)) for cloud in (start_x, start_y))
-    own = jnp.arange(num, dtype=jnp.int32)
-    kept = ((start_x, own), (start_y, own))
-    last, kept = clouds.scan_steps(step, first, kept, key_steps, 3, (*both, kernel.ys))
-
-    ends = _couple_indices(key_last, last[0][0].log_weights, last[1][0].log_weights, 1)
-    paths, estimates, is_lost = [], [], jnp.zeros((), bool)
-    for path, end, (cloud, parents), statistics in zip(both, ends, kept, last, strict=True):
-        state, info = finish_sweep(PathState(path), cloud, clouds.trace_indices(end[0], parents))
-        is_lost |= info.is_divergent
-        paths.append(state.position)
-        found = weighted_mean(*statistics)
-        estimates.append(jax.tree.map(lambda leaf, info=info: jnp.where(info.is_divergent, jnp.nan, leaf), found))
-    return (paths[0], paths[1]), (estimates[0], estimates[1]), is_lost
-
-
-def _couple_ancestors(key: Key[Array, ""], cloud_x: Cloud, cloud_y: Cloud) -> tuple[Array, Array]:
-    """Ancestors of both clouds; the reference in slot 0 is its own."""
-    free = _couple_indices(key, cloud_x.log_weights, cloud_y.log_weights, cloud_x.log_weights.shape[0] - 1)
-    x, y = (jnp.concatenate([jnp.zeros(1, indices.dtype), indices]) for indices in free)
-    return x, y
-
-
-def _couple_indices(key: Key[Array, ""], log_x: Array, log_y: Array, num: int) -> tuple[Array, Array]:
-    """Pairs of draws from two categorical laws, equal with probability sum_i min(W_x^i, W_y^i)."""
-    key_equal, key_common, key_x, key_y = jax.random.split(key, 4)
-    w_x, w_y = (jnp.exp(weights.normalize(log_w)[0]) for log_w in (log_x, log_y))
-    common = jnp.minimum(w_x, w_y)
-    is_equal = jax.random.uniform(key_equal, (num,), w_x.dtype) < jnp.sum(common)
-
-    def draw(key: Array, w: Array) -> Array:
-        return resampling.iid(key, jnp.log(w), num)
-
-    # where both laws are the same there is no rest, and what is drawn of it is not used; but rounding may ask for it
-    is_same = jnp.all(w_x == w_y)
-    both = draw(key_common, common)
-    x, y = (draw(key, jnp.where(w > common, w - common, 0.0)) for key, w in ((key_x, w_x), (key_y, w_y)))
-    is_equal = is_equal | is_same
-    return jnp.where(is_equal, both, x), jnp.where(is_equal, both, y)
-
-
-def _couple_backward(
-    key: Key[Array, ""],
-    model: StateSpaceModel,
-    before: tuple[Cloud, Cloud],
-    after: tuple[Cloud, Cloud],
-    t: Any,
-    num: int,
-) -> tuple[Array, Array]:
-    """Coupled backward draws of the particles in the same slot."""
-
-    def log_masses(cloud: Cloud, x: PyTree) -> Array:
-        log_m = jax.vmap(lambda x_prev: log_prob(model.transition(x_prev, t), x))(cloud.particles)
-        return weights.clean(cloud.log_weights + log_m)
-
-    def row(key, x, y):
-        return _couple_indices(key, log_masses(before[0], x), log_masses(before[1], y), num)
-
-    size = before[0].log_weights.shape[0]
-    rows = (jax.random.split(key, size), after[0].particles, after[1].particles)
-    return jax.lax.map(lambda args: row(*args), rows, batch_size=max(1, min(size, _TILE // (2 * size))))

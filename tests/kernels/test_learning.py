@@ -51,10 +51,10 @@ def test_ascent_by_parisian_gibbs_finds_the_maximum(options):
 
 @pytest.mark.slow
 def test_ascent_by_paris_with_few_particles_does_not():
-    """What it is off by is the bias of each gradient, which no number of iterations removes."""
+    """What it is off by is the bias of each gradient, which no number of iterations removes: 0.11 in log r."""
     found = ascend(num_particles=10, estimator="paris")
-    assert found.mean(0)[2] > 0.06
     assert mean_p_value(found, 0.0) < FALSE_ALARM
+    assert_published(mean_and_error(found[:, 2]), 0.11, 0.05)
 
 
 SQUARES = AdditiveFunctional(
@@ -77,13 +77,15 @@ def test_stochastic_approximation_em_finds_the_maximum():
             key, build, jnp.asarray([0.5, 0.0, 0.0]), YS, SQUARES, maximize, estimator=estimator, **options
         ).theta
 
-    keys = jax.random.split(jax.random.key(0), 16)
+    keys = jax.random.split(jax.random.key(0), 24)
     found = {
-        name: np.asarray(jax.jit(jax.vmap(lambda key, name=name: run(key, name)))(keys)) for name in ("ppg", "paris")
+        name: np.asarray(jax.jit(jax.vmap(lambda key, name=name: run(key, name)))(keys)) - MAXIMUM
+        for name in ("ppg", "paris")
     }
-    assert np.all(np.abs(found["ppg"].mean(0) - MAXIMUM) < [0.005, 0.06, 0.01]), found["ppg"].mean(0)
-    # the bias of plain PaRIS at N = 20, +0.039 in log r, is there to be seen
-    assert np.abs(found["paris"].mean(0) - MAXIMUM)[2] > 0.02
+    for errors_of_one, tolerance in zip(found["ppg"].T, (0.005, 0.06, 0.01), strict=True):
+        assert_published(mean_and_error(errors_of_one), 0.0, tolerance)
+    # the bias of plain PaRIS at N = 20 is there to be seen
+    assert_published(mean_and_error(found["paris"][:, 2]), 0.039, 0.015)
 
 
 FAR = 0.5 * float(jnp.finfo(jnp.result_type(float)).max)  # nothing explains it, in any precision

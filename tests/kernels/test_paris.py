@@ -1,5 +1,7 @@
 """PaRIS: consistent, online, unbiased in its evidence, and linear in time."""
 
+import sys
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -277,3 +279,50 @@ def test_what_all_particles_have_in_common_does_not_round_their_differences_away
 
     np.testing.assert_allclose(differences(1e8), differences(0.0), atol=1e-3)
     assert float(jnp.std(differences(0.0))) > 0.1
+
+
+# ---- memory ----
+
+
+def _growth(method, num_steps=1_000, num_particles=512):
+    """Bytes that a time step adds to what the compiled program holds, its results included."""
+    model, row = problem("OW", 50)[0], jnp.zeros((), jnp.result_type(float))
+
+    def held(num_steps):
+        def run(key, ys):
+            return paris(key, model, ys, TOTALS, num_particles=num_particles, method=method, throw=False)
+
+        ys = jax.ShapeDtypeStruct((num_steps,), row.dtype)
+        memory = jax.jit(run).lower(jax.random.key(0), ys).compile().memory_analysis()
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes
+
+    return (held(2 * num_steps) - held(num_steps)) / num_steps, num_particles * row.dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    "method", ["mcmc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("exact", "reject"))]
+)
+def test_nothing_is_kept_of_the_particles_of_a_time_step(method):
+    """Keys and results are kept of every step, of the particles not as much as a single number each."""
+    growth, one_number_each = _growth(method)
+    assert growth < one_number_each
+
+
+def test_particles_that_are_kept_are_seen_in_the_memory(monkeypatch):
+    module = sys.modules[paris.__module__]
+
+    def hoard(self, key, ys):
+        """`_run` with the particles of all times, of which the last are returned."""
+        start, info, _ = module.begin_paris(self, key, ys[0])
+
+        def step(state, row):
+            t, y = row
+            state, info, _ = module.move_paris_on(self, state, module.paris_keys(start.filter.key, t), y)
+            return state, (info, state.filter.particles)
+
+        last, (infos, particles) = jax.lax.scan(step, start, (jnp.arange(1, len(ys)), ys[1:]))
+        return module._gather_up(info, infos, last)._replace(particles=particles[jnp.argmax(ys) - 1])
+
+    monkeypatch.setattr(module, "_run", hoard)
+    growth, one_number_each = _growth("mcmc")
+    assert growth >= one_number_each

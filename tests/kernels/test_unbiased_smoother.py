@@ -9,8 +9,9 @@ from ppg_models import TOTALS, exact_paths, mean_and_error, problem, smooth, spr
 
 from bayesinf import errors
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels import ParisianGibbs, paris, unbiased_smoother
-from bayesinf.kernels.unbiased_smoother import _couple_indices, _meet, couple
+from bayesinf.kernels import ConditionalSMC, ParisianGibbs, coupled_sweep, paris, unbiased_smoother
+from bayesinf.kernels.coupled_sweep import _couple_indices
+from bayesinf.kernels.unbiased_smoother import _meet
 
 
 def test_indices_have_their_laws_and_are_equal_as_often_as_can_be():
@@ -41,7 +42,7 @@ def test_each_chain_has_the_law_of_parisian_gibbs():
     kernel = ParisianGibbs(model, ys, TOTALS, 4, 2)
     paths = exact_paths(jax.random.key(0), smoothed, 10_000).reshape(2, 5_000, 6)
     keys = jax.random.split(jax.random.key(1), 5_000)
-    run = jax.jit(jax.vmap(lambda key, x, y: couple(kernel, key, x, y)))
+    run = jax.jit(jax.vmap(lambda key, x, y: coupled_sweep(key, kernel, x, y)))
     new, estimates, is_lost = run(keys, *paths)
     assert not np.any(is_lost)
     for path, estimate in zip(new, estimates, strict=True):
@@ -52,6 +53,16 @@ def test_each_chain_has_the_law_of_parisian_gibbs():
     np.testing.assert_array_equal(*together)
     # the two sums are compiled apart, and may be rounded apart
     np.testing.assert_allclose(*same, rtol=1e3 * float(jnp.finfo(same[0].dtype).eps))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_arguments_of_a_coupled_sweep():
+    model, ys, _ = short_problem()
+    path = jnp.zeros(6)
+    with pytest.raises(ValueError, match="kernel must be a ParisianGibbs, which both chains are of, got Conditional"):
+        coupled_sweep(0, ConditionalSMC(model, ys, 4), path, path)
+    with pytest.raises(ValueError, match="6 rows of ys"):
+        coupled_sweep(0, ParisianGibbs(model, ys, TOTALS, 4, 2), path, path[:5])
 
 
 def replicates(num_replicates, **options):
@@ -81,7 +92,7 @@ def test_the_estimate_is_the_sum_that_the_docstring_states():
     pairs = exact_paths(jax.random.key(3), smoothed, 12).reshape(2, 6, 6)
     keys, k, m = jax.random.split(jax.random.key(4), 6), 2, 4
     found, times, _ = _meet(kernel, keys, pairs, jnp.asarray([k, m, 1_000]))
-    both = jax.jit(lambda key, x, y: couple(kernel, key, x, y))
+    both = jax.jit(lambda key, x, y: coupled_sweep(key, kernel, x, y))
     assert int(jnp.max(times)) > m  # some meet late, and have terms beyond the average
     for i, key in enumerate(keys):
         first, info = kernel.step(jax.random.fold_in(key, 0), kernel.init(pairs[0, i]))
