@@ -83,7 +83,7 @@ def main(
     """Runs everything, writes risk_curves.png and risk_curves.csv, and returns the rows of the table."""
     rows = []
     for num_states in states:
-        rows += estimation(num_states, lengths, num_runs // 10)
+        rows += estimation(num_states, lengths, num_runs // 4)
         rows += prediction(num_states, lengths, num_runs)
     save(folder, "risk_curves", draw(rows, states), rows)
     return rows
@@ -107,8 +107,8 @@ def draw(rows: list[dict], states: Sequence[int]):
             if chosen:
                 label = f"{rule}, K = {num_states}"
                 curve(axes[-1], chosen, color=color, ls=STYLES.get(num_states, "-"), label=label)
-    axes[-1].set(title="prediction, largest risk", xlabel="n", yscale="log")
-    axes[-1].legend(frameon=False, fontsize=7)
+    axes[-1].set(title="prediction, largest risk", xlabel="n", yscale="log", ylim=(0.7, 700))
+    axes[-1].legend(frameon=False, fontsize=7, ncols=2, loc="upper left")
     axes[0].set_ylabel("n times the risk (nats)")
     for axis in axes:
         axis.set_xscale("log")
