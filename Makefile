@@ -1,6 +1,6 @@
 # make demo      run the main job on real data; writes bayesinf-demo/
 # make test      the tests; every example is one (make test ARGS="-k mala" passes ARGS to pytest)
-# make slow      the long statistical runs
+# make slow      the long statistical runs and the tutorials, with the seconds of each
 # make lint      format, lint, types
 # make bench     speed, beside other libraries where they are installed
 # make bench-llm tokens a second of a real language model, SmolLM2-135M; downloads its 93 MB
@@ -32,7 +32,7 @@ test: $(VENV)/installed-test
 	$(BIN)/pytest -p no:benchmark -n $(JOBS) --dist worksteal $(ARGS)
 
 slow: $(VENV)/installed-test
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/pytest -p no:benchmark -n $(JOBS) -m slow $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/pytest -p no:benchmark -n $(JOBS) -m slow --durations=0 --durations-min=10 $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .

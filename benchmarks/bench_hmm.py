@@ -1,5 +1,7 @@
 """Hidden Markov models of 10 Gaussian states on a series of 100,000 numbers, in float64, beside hmmlearn and dynamax.
 
+And on the same numbers as 1,000 sequences of 50 to 150.
+
 All see the same series and the same parameters, and must find the same log likelihood. The first call of a row
 compiles.
 """
@@ -16,7 +18,7 @@ from conftest import has
 import bayesinf as bi
 from bayesinf import models
 
-NUM_STEPS, NUM_STATES, NUM_ITERATIONS = 100_000, 10, 10
+NUM_STEPS, NUM_STATES, NUM_ITERATIONS, NUM_SEQUENCES = 100_000, 10, 10, 1_000
 TITLE = f"T={NUM_STEPS:,}, K={NUM_STATES}"
 INITIAL = np.full(NUM_STATES, 1.0 / NUM_STATES)
 TRANSITION = 0.9 * np.eye(NUM_STATES) + 0.1 / NUM_STATES
@@ -109,6 +111,59 @@ def gradient(mean, model, ys):
         return models.hmm.with_parameters(model, {"mean": mean}).log_prob(ys)
 
     return jax.grad(log_prob)(mean)
+
+
+@pytest.fixture(scope="module")
+def sequences(ys):
+    """1,000 of them, of 100 numbers on average: padded, one below the other, and their lengths."""
+    lengths = np.random.default_rng(0).integers(50, 151, NUM_SEQUENCES)
+    stacked = np.resize(np.asarray(ys), lengths.sum())
+    padded = np.full((NUM_SEQUENCES, lengths.max()), np.nan)
+    padded[np.arange(lengths.max()) < lengths[:, None]] = stacked
+    return jnp.asarray(padded), stacked[:, None], lengths
+
+
+def bench_many_sequences(compare, model, sequences):
+    """One padded batch; hmmlearn loops over sequences, and dynamax knows none of different lengths."""
+    padded, stacked, lengths = sequences
+    lengths_of_ours = jnp.asarray(lengths)
+
+    def run_bayesinf():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", bi.errors.SamplingWarning)
+            options = {"num_starts": 1, "max_iterations": NUM_ITERATIONS, "tolerance": 1e-300}
+            return model.fit(0, padded, lengths=lengths_of_ours, **options)
+
+    calls = {
+        "bayesinf log_prob": lambda: model.log_prob(padded, lengths=lengths_of_ours),
+        "bayesinf smooth": lambda: model.smooth(padded, lengths=lengths_of_ours),
+        "bayesinf viterbi": lambda: model.viterbi(padded, lengths=lengths_of_ours),
+        "bayesinf fit": run_bayesinf,
+    }
+    if has("hmmlearn"):
+        for implementation in ("scaling", "log"):
+            other = hmmlearn_model(implementation)
+
+            def run_hmmlearn(implementation=implementation):
+                other = hmmlearn_model(implementation, n_iter=NUM_ITERATIONS, tol=-np.inf)
+                return jnp.asarray(other.fit(stacked, lengths).means_)
+
+            calls |= {
+                f"hmmlearn score, {implementation}": lambda other=other: np.asarray(other.score(stacked, lengths)),
+                f"hmmlearn score_samples, {implementation}": partial(other.score_samples, stacked, lengths),
+                f"hmmlearn decode, {implementation}": partial(other.decode, stacked, lengths),
+                f"hmmlearn fit, {implementation}": run_hmmlearn,
+            }
+
+    def note(name, medians):
+        twin = {"log_prob": "score", "smooth": "score_samples", "viterbi": "decode", "fit": "fit"}
+        theirs = f"hmmlearn {twin.get(name.removeprefix('bayesinf '))}, "
+        found = [seconds for other, seconds in medians.items() if other.startswith(theirs)]
+        return f"{min(found) / medians[name]:.3g} times as fast as hmmlearn's faster one" if found else ""
+
+    compare(f"in float64: {NUM_SEQUENCES:,} sequences, {lengths.sum():,} numbers, K={NUM_STATES}", calls, rounds=3, note=note)
+    if has("hmmlearn"):
+        agree(calls["bayesinf log_prob"]().sum(), calls["hmmlearn score, log"]())
 
 
 def bench_em(compare, model, ys):

@@ -23,6 +23,8 @@ from bayesinf.models.conformal.cross import cv_plus as cv_plus
 from bayesinf.models.conformal.cross import jackknife_after_bootstrap as jackknife_after_bootstrap
 from bayesinf.models.conformal.cross import jackknife_minmax as jackknife_minmax
 from bayesinf.models.conformal.cross import jackknife_plus as jackknife_plus
+from bayesinf.models.conformal.early_stopping import EarlyStopping as EarlyStopping
+from bayesinf.models.conformal.early_stopping import EarlyStoppingState as EarlyStoppingState
 from bayesinf.models.conformal.enbpi import Ensemble as Ensemble
 from bayesinf.models.conformal.enbpi import bootstrap_ensemble as bootstrap_ensemble
 from bayesinf.models.conformal.enbpi import enbpi as enbpi

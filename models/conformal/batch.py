@@ -23,8 +23,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bayesinf import errors
-from bayesinf.models.conformal.guarantee import Guarantee
-from bayesinf.models.conformal.ranks import as_fraction, batch_rank, batch_rank_pair, rank_pmf, rank_sum_pmf
+from bayesinf.models.conformal.guarantee import Guarantee, explain_infinite
+from bayesinf.models.conformal.ranks import (
+    as_fraction,
+    batch_rank,
+    batch_rank_pair,
+    num_needed,
+    rank_pmf,
+    rank_sum_pmf,
+)
 
 __all__ = [
     "BatchBound",
@@ -39,32 +46,58 @@ __all__ = [
 ]
 
 ASSUMES = "calibration and test scores are exchangeable"
+_UNBOUNDED = "a score that the bound is made of is infinite itself; of a mean every score must be at most `sup`"
+_ONE_SIDED = "the closest interval with this probability goes beyond all scores on one side, or they are infinite"
 
 
 class BatchBound(eqx.Module):
     """An upper bound of a statistic of m test scores.
 
     Attributes:
-        bound: +inf where there are too few calibration scores.
+        bound: +inf where there are too few calibration scores: `why_infinite` says so.
+        num_scores: how many there are.
+        num_needed: how many it takes for a finite bound; of a mean without `sup` none are enough, and it is 0.
         guarantee: what it promises.
     """
 
     bound: Float[Array, ""]
+    num_scores: Int[Array, ""]
+    num_needed: Int[Array, ""]
     guarantee: Guarantee = eqx.field(static=True)
+
+    def why_infinite(self) -> str:
+        """In words, why the bound is +inf; empty where it is not. Not for `jit`.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from bayesinf.models.conformal import batch_quantile_bound
+            >>> batch_quantile_bound(jnp.arange(50.0), m=10, zeta=10, alpha=0.1).why_infinite()
+            'it takes 90 calibration scores, got 50'
+        """
+        return explain_infinite(self.bound, self.num_scores, self.num_needed, _UNBOUNDED)
 
 
 class BatchInterval(eqx.Module):
     """Where two order statistics of m test scores lie, both at once.
 
     Attributes:
-        lower: below the lower one; -inf where there are too few calibration scores.
+        lower: below the lower one; -inf where there are too few calibration scores: `why_infinite` says so.
         upper: above the upper one; +inf where there are too few.
+        num_scores: how many there are.
+        num_needed: how many it takes for two finite ends.
         guarantee: what they promise.
     """
 
     lower: Float[Array, ""]
     upper: Float[Array, ""]
+    num_scores: Int[Array, ""]
+    num_needed: Int[Array, ""]
     guarantee: Guarantee = eqx.field(static=True)
+
+    def why_infinite(self) -> str:
+        """In words, why an end is infinite; empty where none is. Not for `jit`."""
+        ends = np.where(np.isinf(np.asarray(self.lower)), np.inf, np.asarray(self.upper))
+        return explain_infinite(ends, self.num_scores, self.num_needed, _ONE_SIDED)
 
 
 class BatchSelection(eqx.Module):
@@ -72,13 +105,23 @@ class BatchSelection(eqx.Module):
 
     Attributes:
         is_selected: which.
-        threshold: those with a higher score.
+        threshold: those with a higher score; +inf, and none is, where there are too few calibration points:
+            `why_infinite` says so.
+        num_scores: how many there are.
+        num_needed: how many it takes for a finite threshold.
         guarantee: what the selection promises.
     """
 
     is_selected: Bool[Array, " m"]
     threshold: Float[Array, ""]
+    num_scores: Int[Array, ""]
+    num_needed: Int[Array, ""]
     guarantee: Guarantee = eqx.field(static=True)
+
+    def why_infinite(self) -> str:
+        """In words, why the threshold is +inf and nothing selected; empty where it is not. Not for `jit`."""
+        is_selectable = np.isneginf(np.asarray(self.threshold))  # no null was seen
+        return explain_infinite(np.where(is_selectable, 0.0, self.threshold), self.num_scores, self.num_needed)
 
 
 class BatchPValue(eqx.Module):
@@ -128,7 +171,8 @@ def batch_quantile_bound(cal: Float[Array | np.ndarray, " n"], m: int, zeta: int
     """
     rank = batch_rank(len(cal), m, zeta, alpha)
     statement = "P(zeta-th smallest of m test scores <= bound) >= 1 - alpha"
-    return BatchBound(_ordered(cal)[rank], Guarantee("exact", statement, ASSUMES))
+    counts = jnp.asarray(len(cal)), jnp.asarray(num_needed(m, alpha, num_above=m - zeta + 1))
+    return BatchBound(_ordered(cal)[rank], *counts, Guarantee("exact", statement, ASSUMES))
 
 
 def batch_interval(
@@ -162,7 +206,9 @@ def batch_interval(
     p, q = batch_rank_pair(len(cal), m, zeta_low, zeta_high, alpha)
     ordered = _ordered(cal)
     statement = "P(lower <= zeta_low-th and zeta_high-th smallest of m test scores <= upper) >= 1 - alpha"
-    return BatchInterval(ordered[p - 1], ordered[q], Guarantee("exact", statement, ASSUMES))
+    needed = num_needed(m, alpha, num_above=m - zeta_high + 1, num_below=zeta_low)
+    counts = jnp.asarray(len(cal)), jnp.asarray(needed)
+    return BatchInterval(ordered[p - 1], ordered[q], *counts, Guarantee("exact", statement, ASSUMES))
 
 
 def batch_mean_bound(
@@ -213,7 +259,8 @@ def batch_mean_bound(
     law = np.cumsum(rank_sum_pmf(n, m, h0))
     q = int(np.searchsorted(law, float(1 - as_fraction("alpha", alpha)) * (1 + 1e-9)))
     bound = _largest_sum(jnp.append(jnp.sort(jnp.asarray(cal)), sup), jnp.asarray(h0), m, min(q, len(law) - 1)) / m
-    return BatchBound(bound, Guarantee("exact", "P(mean of m test scores <= bound) >= 1 - alpha", ASSUMES))
+    statement = "P(mean of m test scores <= bound) >= 1 - alpha"
+    return BatchBound(bound, jnp.asarray(n), jnp.asarray(0), Guarantee("exact", statement, ASSUMES))
 
 
 def batch_selection(
@@ -256,12 +303,13 @@ def batch_selection(
     errors.check_count("num_false", num_false, minimum=0)
     if num_false >= m:
         raise ValueError(f"num_false must be less than the {m} test points, got {num_false}")
-    threshold = batch_quantile_bound(
+    found = batch_quantile_bound(
         jnp.where(jnp.asarray(is_null), jnp.asarray(scores), -jnp.inf), m, m - num_false, alpha
-    ).bound
+    )
     assumes = "calibration and test points are exchangeable"
     guarantee = Guarantee("exact", "P(more than num_false nulls selected) <= alpha", assumes)
-    return BatchSelection(jnp.asarray(test_scores) > threshold, threshold, guarantee)
+    is_selected = jnp.asarray(test_scores) > found.bound
+    return BatchSelection(is_selected, found.bound, found.num_scores, found.num_needed, guarantee)
 
 
 def batch_p_value(

@@ -21,10 +21,10 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import scipy.stats
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bayesinf import errors
-from bayesinf.models.conformal.guarantee import Guarantee
+from bayesinf.models.conformal.guarantee import Guarantee, explain_infinite
 
 __all__ = ["PACThreshold", "pac_count", "pac_threshold"]
 
@@ -39,12 +39,27 @@ class PACThreshold(eqx.Module):
     """The set is what has a score of at most the threshold.
 
     Attributes:
-        threshold: +inf where there are too few calibration scores.
+        threshold: +inf where there are too few calibration scores: `why_infinite` says so.
+        num_scores: how many there are.
+        num_needed: how many it takes for a finite threshold.
         guarantee: what it promises.
     """
 
     threshold: Float[Array, ""]
+    num_scores: Int[Array, ""]
+    num_needed: Int[Array, ""]
     guarantee: Guarantee = eqx.field(static=True)
+
+    def why_infinite(self) -> str:
+        """In words, why the threshold is +inf; empty where it is not. Not for `jit`.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from bayesinf.models.conformal import pac_threshold
+            >>> pac_threshold(jnp.arange(20.0), eps=0.1, delta=0.05).why_infinite()
+            'it takes 29 calibration scores, got 20'
+        """
+        return explain_infinite(self.threshold, self.num_scores, self.num_needed)
 
 
 def pac_count(n: int, eps: float, delta: float) -> int:
@@ -100,4 +115,8 @@ def pac_threshold(cal: Float[Array | np.ndarray, " n"], eps: float, delta: float
     """
     errors.check_not_nan("cal", cal)
     ordered = jnp.append(jnp.sort(jnp.asarray(cal)), jnp.inf)
-    return PACThreshold(ordered[len(cal) - pac_count(len(cal), eps, delta) - 1], GUARANTEE)
+    n = len(cal)
+    rank = n - pac_count(n, eps, delta)
+    needed = int(np.ceil(np.log(delta) / np.log1p(-eps) * (1 - 1e-12)))  # P(no miss of n) = (1 - eps)^n <= delta
+    counts = jnp.asarray(n), jnp.asarray(needed)
+    return PACThreshold(ordered[rank - 1], *counts, GUARANTEE)

@@ -14,6 +14,7 @@ References:
     Mann and Whitney (1947), doi:10.1214/aoms/1177730491.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import accumulate
@@ -155,6 +156,30 @@ def rank_sum_pmf(n: int, m: int, h0: Int[np.ndarray, " n_plus_1"] | None = None)
             law[j] *= (k - 1) / (k + j - 1)
             law[j, value:] += j / (k + j - 1) * law[j - 1, : law.shape[1] - value]
     return law[m]
+
+
+def num_needed(m: int, alpha: float, *, num_above: int, num_below: int = 0) -> int:
+    """The fewest calibration scores with which bounds are finite.
+
+    They are where the `num_above` highest of all n + m scores are of the batch, or the `num_below` lowest, with
+    probability alpha at most,
+
+        P(the a highest are) = C(n + m - a, n) / C(n + m, n)
+
+    For zeta-th smallest test scores that are bounded from above a = m - zeta + 1, from below zeta itself.
+    """
+    level = as_fraction("alpha", alpha)
+
+    def is_enough(n: int) -> bool:
+        share = comb(n + m - num_above, n)
+        if num_below:
+            share += comb(n + m - num_below, n) - comb(n + m - num_above - num_below, n)
+        return share <= level * comb(n + m, n)
+
+    most = 1
+    while not is_enough(most):
+        most *= 2
+    return bisect_left(range(most + 1), True, lo=1, key=is_enough)
 
 
 def check_sizes(n: int, m: int, zeta: int) -> None:

@@ -43,10 +43,12 @@ class RiskThreshold(eqx.Module):
     """The setting chosen by `risk_threshold`.
 
     Attributes:
-        threshold: lambda; +inf if none on the grid will do, and then the most cautious action of all has to be taken.
+        threshold: lambda; +inf if none on the grid will do, and then the most cautious action of all has to be taken:
+            `why_infinite` says by how much they fail.
         index: its place on the grid; the length of the grid if there is none.
         criterion: at every lambda, what was compared: the adjusted risk ("crc"), the p-value ("ltt"), the posterior
             probability that the risk is within the target ("dirichlet").
+        limit: what it was compared with.
         is_safe: whether each lambda passed.
         guarantee: what is promised.
     """
@@ -54,8 +56,25 @@ class RiskThreshold(eqx.Module):
     threshold: Float[Array, ""]
     index: Int[Array, ""]
     criterion: Float[Array, " l"]
+    limit: Float[Array, ""]
     is_safe: Bool[Array, " l"]
     guarantee: Guarantee = eqx.field(static=True)
+
+    def why_infinite(self) -> str:
+        """In words, why no setting was safe; empty where one is. Not for `jit`.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from bayesinf.models import conformal
+            >>> conformal.risk_threshold(jnp.zeros((4, 2)), jnp.arange(2.0), 0.1).why_infinite()
+            'at the most cautious setting the criterion is 0.2, and must be at most 0.1'
+        """
+        is_infinite = ~np.any(np.asarray(self.is_safe), -1)
+        if not is_infinite.any():
+            return ""
+        last, limit = (np.asarray(x)[is_infinite].flat[0] for x in (self.criterion[..., -1], self.limit))
+        side = "least" if self.guarantee is _POSTERIOR else "most"
+        return f"at the most cautious setting the criterion is {last:.3g}, and must be at {side} {limit:.3g}"
 
 
 def risk_threshold(
@@ -118,18 +137,19 @@ def risk_threshold(
     if method == "ltt":
         criterion = hoeffding_bentkus(_mean(losses), losses.shape[0], target)
         spent = (1 - level) / (losses.shape[1] if correction == "bonferroni" else 1)
-        return _choose(lambdas, criterion, criterion <= spent, correction, _PROBABLE)
+        return _choose(lambdas, criterion, spent, criterion <= spent, correction, _PROBABLE)
 
     losses = jax.lax.cummax(losses, axis=1, reverse=True)
     if method == "dirichlet":
         if key is None:
             raise ValueError("method='dirichlet' draws weights and needs a key")
         criterion = _posterior(errors.as_key(key), losses, target, num_draws)
-        return _choose(lambdas, criterion, criterion >= level, "sequence", _POSTERIOR)
+        return _choose(lambdas, criterion, level, criterion >= level, "sequence", _POSTERIOR)
     n = losses.shape[0]
     adjusted = (n * _mean(losses) + 1.0) / (n + 1)
     slack = 1.0 + 4.0 * float(jnp.finfo(adjusted.dtype).eps)  # the target 0.1 is meant to be reached by 1 in 10
-    return _choose(lambdas, adjusted * bound, adjusted <= target * slack, "sequence", _IN_EXPECTATION)
+    limit, is_safe = target * bound, adjusted <= target * slack
+    return _choose(lambdas, adjusted * bound, limit, is_safe, "sequence", _IN_EXPECTATION)
 
 
 def hoeffding_bentkus(risk: Float[Array, "*l"], num_points: int, target: Real[Array, ""] | float) -> Float[Array, "*l"]:
@@ -204,13 +224,20 @@ def _posterior(key: Array, losses: Array, target: Array, num_draws: int) -> Arra
     return jnp.mean(is_within.astype(losses.dtype), 0)
 
 
-def _choose(lambdas: Array, criterion: Array, is_safe: Array, correction: str, guarantee: Guarantee) -> RiskThreshold:
+def _choose(
+    lambdas: Array,
+    criterion: Array,
+    limit: Array | float,
+    is_safe: Array,
+    correction: str,
+    guarantee: Guarantee,
+) -> RiskThreshold:
     if correction == "sequence":  # what lies beyond a failure is not reached
         is_safe = jax.lax.cumprod(is_safe.astype(jnp.int32), reverse=True) > 0
     is_any = jnp.any(is_safe)
     index = jnp.where(is_any, jnp.argmax(is_safe), lambdas.shape[0])
     lambdas = jnp.append(jnp.asarray(lambdas, float), jnp.inf)
-    return RiskThreshold(lambdas[index], index, criterion, is_safe, guarantee)
+    return RiskThreshold(lambdas[index], index, criterion, jnp.asarray(limit, criterion.dtype), is_safe, guarantee)
 
 
 def _check_grid(losses: Array, lambdas: Array, bound: Real[Array, ""] | float) -> None:

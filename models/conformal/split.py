@@ -154,12 +154,17 @@ class Calibrated(eqx.Module):
         if level <= 0:
             return f"alpha = {level:g} allows no miss at all"
         if self.weights is not None:
-            return f"the test point has more than alpha = {level:g} of the weight, or the calibration scores have none"
+            return (
+                f"the test point, and calibration scores that are infinite, have more than alpha = {level:g} of the "
+                "weight, or the calibration scores have none"
+            )
         is_known, of_group = ~np.isnan(np.asarray(self.scores)), ""
         if self.groups is not None:
             group = np.broadcast_to(np.asarray(test_group), is_infinite.shape)[is_infinite].flat[0]
             is_known, of_group = is_known & (np.asarray(self.groups) == group), f" in group {group}"
         needed = int(np.ceil(1 / level * (1 - 1e-6))) - 1
+        if is_known.sum() >= needed:
+            return f"of the calibration scores{of_group} more than the share {level:g} are infinite themselves"
         return (
             f"of {is_known.sum()} calibration scores{of_group} no threshold is exceeded with probability {level:g} at "
             f"most: it takes {needed}"

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bayesinf import errors
-from bayesinf.models.conformal.guarantee import Guarantee
+from bayesinf.models.conformal.guarantee import Guarantee, explain_infinite
 
 __all__ = ["VisitSet", "visit_conformal"]
 
@@ -34,14 +34,27 @@ class VisitSet(eqx.Module):
     """The set is what has a score of at most the threshold.
 
     Attributes:
-        threshold: +inf where the state was visited too rarely.
-        num_visits: how often it was, with what followed seen.
+        threshold: +inf where the state was visited too rarely: `why_infinite` says so.
+        num_visits: how often it was, with what followed seen: each is a calibration score.
+        num_needed: how often it takes for a finite threshold.
         guarantee: what the set promises, and when.
     """
 
     threshold: Float[Array, ""]
     num_visits: Int[Array, ""]
+    num_needed: Int[Array, ""]
     guarantee: Guarantee = eqx.field(static=True)
+
+    def why_infinite(self) -> str:
+        """In words, why the threshold is +inf; empty where it is not. Not for `jit`.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from bayesinf.models.conformal import visit_conformal
+            >>> visit_conformal(jnp.array([0, 1, 0]), jnp.ones(3), 1, alpha=0.2).why_infinite()
+            'it takes 4 calibration scores, got 1'
+        """
+        return explain_infinite(self.threshold, self.num_visits, self.num_needed)
 
 
 def visit_conformal(
@@ -85,7 +98,9 @@ def visit_conformal(
     is_visit = jnp.asarray(states) == current_state
     num_visits = is_visit.sum()
     # alpha is itself rounded: (n + 1)(1 - alpha) within that of a whole number is this number
-    rounding = 4 * jnp.finfo(scores.dtype).eps * (num_visits + 1)
-    rank = jnp.ceil((num_visits + 1) * (1 - jnp.asarray(alpha, scores.dtype)) - rounding).astype(int)
+    eps = 4 * jnp.finfo(scores.dtype).eps
+    alpha = jnp.asarray(alpha, scores.dtype)
+    rank = jnp.ceil((num_visits + 1) * (1 - alpha) - eps * (num_visits + 1)).astype(int)
+    num_needed = jnp.ceil(1 / (alpha + eps)).astype(int) - 1  # from there on rank <= n
     ordered = jnp.append(jnp.sort(jnp.where(is_visit, scores, jnp.inf)), jnp.inf)
-    return VisitSet(ordered[jnp.maximum(rank, 1) - 1], num_visits, GUARANTEE)
+    return VisitSet(ordered[jnp.maximum(rank, 1) - 1], num_visits, num_needed, GUARANTEE)

@@ -56,6 +56,17 @@ def test_the_risk_of_an_estimate_is_that_of_the_limit(num_states, num_steps):
     np.testing.assert_allclose(found.mean[0], losses.mean(0), rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_states", [2, 4])
+def test_the_risk_of_every_row_is_within_a_tenth_of_its_limit_at_ten_thousand_steps(num_states):
+    """6,000 runs: a tenth is then more than five standard errors."""
+    chain = 0.5 * random_chain(num_states, 4) + 0.5 / num_states
+    found = models.estimation_risk(2, chain, [10_000], num_runs=6_000)
+    limit = (num_states - 1) / (2 * 10_000 * np.asarray(models.stationary_law(chain), float))
+    assert np.all(5 * found.standard_error[0] < 0.1 * limit)
+    np.testing.assert_allclose(found.mean[0] / limit, 1.0, atol=0.1)
+
+
 def test_the_risk_falls_along_the_curve():
     found = models.estimation_risk(1, random_chain(3, 3), [50, 500, 5_000], num_runs=300)
     assert found.mean.shape == (3, 3)

@@ -116,6 +116,43 @@ def test_too_few_scores_give_an_infinite_bound():
     assert (found.lower, found.upper) == (-jnp.inf, jnp.inf)
 
 
+@pytest.mark.parametrize(
+    ("m", "zeta", "alpha"), [(10, 10, 0.1), (10, 10, 0.4), (10, 8, 0.1), (40, 3, 0.001), (1, 1, 0.3)]
+)
+def test_the_number_that_is_needed_is_the_least_with_a_finite_bound(m, zeta, alpha):
+    needed = int(conformal.batch_quantile_bound(jnp.zeros(1), m, zeta, alpha).num_needed)
+    assert conformal.batch_rank(needed, m, zeta, alpha) <= needed
+    for n in range(1, needed):
+        assert conformal.batch_rank(n, m, zeta, alpha) == n + 1
+    enough, few = (conformal.batch_quantile_bound(jnp.arange(float(n)), m, zeta, alpha) for n in (needed, needed - 1))
+    assert enough.why_infinite() == ""
+    assert few.why_infinite() == f"it takes {needed} calibration scores, got {needed - 1}"
+    infinite = conformal.batch_quantile_bound(jnp.full(needed, jnp.inf), m, zeta, alpha)
+    assert "is infinite itself" in infinite.why_infinite()
+
+
+@pytest.mark.parametrize(("m", "low", "high", "alpha"), [(4, 1, 4, 0.5), (5, 2, 3, 0.2), (3, 2, 2, 0.4)])
+def test_two_finite_ends_need_what_enumeration_says(m, low, high, alpha):
+    needed = int(conformal.batch_interval(jnp.zeros(1), m, low, high, alpha).num_needed)
+    for n in (needed - 1, needed):
+        ranks = all_ranks(n, m)
+        level = np.mean((ranks[:, low - 1] >= 2) & (ranks[:, high - 1] <= n))
+        assert (level >= 1 - alpha - 1e-12) == (n == needed)
+    assert "calibration scores, got 1" in conformal.batch_interval(jnp.zeros(1), m, low, high, alpha).why_infinite()
+
+
+def test_other_infinite_bounds_have_a_reason():
+    assert "at most `sup`" in conformal.batch_mean_bound(jnp.arange(9.0), 3, 0.1).why_infinite()
+    assert conformal.batch_mean_bound(jnp.arange(9.0), 3, 0.1, sup=9.0).why_infinite() == ""
+    scores = jnp.arange(9.0)
+    few = conformal.batch_selection(scores, scores < 99.0, scores[:4], 0, 0.1)
+    assert (few.threshold, few.why_infinite()) == (jnp.inf, "it takes 36 calibration scores, got 9")
+    no_null = conformal.batch_selection(jnp.arange(50.0), jnp.arange(50) < 0, scores[:4], 0, 0.1)
+    assert (no_null.threshold, no_null.why_infinite()) == (-jnp.inf, "")
+    several = jax.vmap(lambda cal: conformal.batch_quantile_bound(cal, 10, 10, 0.1))(jnp.zeros((3, 5)))
+    assert several.why_infinite() == "it takes 90 calibration scores, got 5"
+
+
 def test_two_quantiles_are_held_at_once_and_closer_than_by_two_bounds():
     cal, test = draw_batches(200, 40)
     found = jax.jit(jax.vmap(lambda cal: conformal.batch_interval(cal, 40, 10, 30, 0.1)))(cal)

@@ -47,6 +47,19 @@ def test_with_misses_it_is_the_conformal_quantile():
     assert risk_threshold(scores[:, None] > lambdas, lambdas, 0.02).threshold == jnp.inf
 
 
+def test_that_no_setting_is_safe_has_a_reason():
+    losses = jnp.zeros((4, 101))
+    reasons = {
+        method: risk_threshold(losses, LAMBDAS, 0.1, method=method, key=0).why_infinite()
+        for method in ("crc", "ltt", "dirichlet")
+    }
+    assert reasons["crc"] == "at the most cautious setting the criterion is 0.2, and must be at most 0.1"
+    assert reasons["ltt"] == "at the most cautious setting the criterion is 0.656, and must be at most 0.05"  # 0.9^4
+    assert reasons["dirichlet"].endswith("and must be at least 0.95")
+    assert risk_threshold(losses, LAMBDAS, 0.3).why_infinite() == ""
+    assert risk_threshold(2 * losses, LAMBDAS, 0.3, bound=2.0).why_infinite().endswith("0.4, and must be at most 0.3")
+
+
 def test_the_expected_loss_is_within_the_target():
     assert exceeds(1 - np.minimum(thresholds(missed, 10, 0.2), 1), 0.2) > FALSE_ALARM
     wide = np.minimum(thresholds(overshoot, 10, 0.3, bound=2.0), 1)

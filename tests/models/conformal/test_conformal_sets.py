@@ -389,6 +389,9 @@ def test_infinite_sets_have_a_reason():
     assert grouped.why_infinite(0.1, test_group=np.array([0, 1])).startswith("of 2 calibration scores in group 1")
     weighted = conformal.calibrate(np.arange(12.0), weights=np.ones(12))
     assert "more than alpha = 0.1 of the weight" in weighted.why_infinite(0.1, test_weight=5.0)
+    impossible = conformal.calibrate(np.where(np.arange(40) < 8, np.inf, 0.0))  # as of a model that rules out what came
+    assert impossible.why_infinite(0.1) == "of the calibration scores more than the share 0.1 are infinite themselves"
+    assert impossible.why_infinite(0.25) == ""
 
 
 @pytest.mark.usefixtures("unchecked")

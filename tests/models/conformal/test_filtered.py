@@ -8,6 +8,7 @@ import scipy.stats
 
 import bayesinf as bi
 from bayesinf.conformance import FALSE_ALARM
+from bayesinf.datasets import wti_crude_oil
 from bayesinf.models import conformal
 
 pytestmark = pytest.mark.usefixtures("compile_fast")
@@ -99,6 +100,45 @@ def test_intervals_are_the_sets_of_the_scores(stream):
     assert np.isneginf(sets.lower[is_all]).all()
     assert np.isposinf(sets.upper[is_all]).all()
     assert (sets.lower > sets.upper)[is_none].all()
+
+
+@pytest.mark.slow
+def test_sets_around_a_filter_hold_on_oil_returns_where_those_of_one_gaussian_miss():
+    """What `docs/conformal_series.md` says: fitted to the first 400 returns, judged on the 605 others."""
+    ys, train = jnp.asarray(wti_crude_oil().returns, float), 400
+    grid = np.meshgrid([0.0, 0.7, 1.4], [0.9, 0.95, 0.98, 0.99], [0.1, 0.2, 0.3, 0.4])
+    parameters = tuple(jnp.asarray(values.ravel(), float) for values in grid)
+
+    @jax.jit
+    def log_evidence(parameters):
+        mean, persistence, scale = parameters
+        model = bi.models.StochasticVolatility(mean=mean, persistence=persistence, scale=scale)
+        return bi.kernels.particle_filter(0, model, ys[:train], num_particles=500).log_evidence
+
+    best = int(jnp.argmax(jnp.stack([log_evidence(one) for one in zip(*parameters, strict=True)])))
+    model = bi.models.StochasticVolatility(*(values[best] for values in parameters))
+    filtering = bi.kernels.ParticleFilter(model, num_particles=1_000)
+
+    def step(state, y):
+        state, info = filtering.step(state, y)
+        cdf = jax.scipy.stats.norm.cdf(y / jnp.exp(state.particles / 2))
+        return state, conformal.filtered_pit(info.log_predicted, cdf)
+
+    state, _ = filtering.init(jax.random.key(1), ys[0])
+    pit = jax.lax.scan(step, state, ys[1:])[1]
+    gaussian = jax.scipy.stats.norm.cdf((ys[1:] - ys[:train].mean()) / ys[:train].std())
+    is_covered = {}
+    for name, values in {"volatility": pit, "gaussian": gaussian}.items():
+        scores = conformal.pit_score(values)
+        past, test = scores[: train - 1], scores[train - 1 :]
+        is_covered[name] = np.asarray(test) <= 0.45
+        is_covered[name + ", ACI"] = conformal.run_online(conformal.ACI(0.1, gamma=0.02), test, past=past).is_covered
+    shares = {name: np.mean(covered) for name, covered in is_covered.items()}
+    assert all(abs(shares[name] - 0.9) <= 0.02 for name in ("volatility", "volatility, ACI", "gaussian, ACI"))
+    for part in np.array_split(is_covered["volatility"], 3):
+        assert scipy.stats.binomtest(int(part.sum()), len(part), 0.9).pvalue > FALSE_ALARM
+    wild, _, _ = np.array_split(is_covered["gaussian"], 3)
+    assert scipy.stats.binomtest(int(wild.sum()), len(wild), 0.9, alternative="less").pvalue < FALSE_ALARM
 
 
 def test_weights_are_normalised_and_what_is_missing_stays_so():

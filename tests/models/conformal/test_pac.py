@@ -46,6 +46,15 @@ def test_too_few_scores_give_an_infinite_threshold():
     assert "with probability >= 1 - delta" in str(conformal.pac_threshold(jnp.arange(28.0), 0.1, 0.05).guarantee)
 
 
+@pytest.mark.parametrize(("eps", "delta"), [(0.1, 0.05), (0.5, 0.25), (0.2, 0.01), (0.9, 0.5), (0.5, 0.125)])
+def test_the_number_that_is_needed_is_the_least_with_a_finite_threshold(eps, delta):
+    needed = int(conformal.pac_threshold(jnp.zeros(1), eps, delta).num_needed)
+    for n in range(1, needed + 3):
+        found = conformal.pac_threshold(jnp.arange(float(n)), eps, delta)
+        assert (found.why_infinite() == "") == bool(jnp.isfinite(found.threshold)) == (n >= needed)
+    assert conformal.pac_threshold(jnp.full(99, jnp.inf), eps, delta).why_infinite().endswith("is infinite itself")
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_bad_levels_are_named():
     with pytest.raises(ValueError, match=r"eps must lie in \(0, 1\), got 0"):

@@ -54,6 +54,16 @@ def test_few_visits_give_an_infinite_threshold():
     found = visit_conformal(states, scores, 2, 0.2)
     assert (found.threshold, found.num_visits) == (jnp.inf, 0)
     assert "at every visit" in str(found.guarantee)
+    assert found.why_infinite() == "it takes 4 calibration scores, got 0"
+
+
+@pytest.mark.parametrize("alpha", [0.5, 0.3, 0.25, 0.2, 0.1, 0.07, 0.05, 0.01])
+def test_the_number_that_is_needed_is_the_least_with_a_finite_threshold(alpha):
+    run = jax.jit(lambda n, alpha: visit_conformal(jnp.where(jnp.arange(120) < n, 0, 1), jnp.zeros(120), 0, alpha))
+    needed = int(run(0, alpha).num_needed)
+    assert needed == -(-100 // round(100 * alpha)) - 1
+    for n in (needed - 1, needed):
+        assert (run(n, alpha).why_infinite() == "") == bool(jnp.isfinite(run(n, alpha).threshold)) == (n == needed)
 
 
 @pytest.mark.usefixtures("unchecked")

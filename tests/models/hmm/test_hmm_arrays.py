@@ -8,6 +8,7 @@ import scipy.stats
 from chains import asymmetric, enumerate_paths
 
 from bayesinf.conformance import FALSE_ALARM
+from bayesinf.datasets import wti_crude_oil
 from bayesinf.models import (
     hmm_filter,
     hmm_fixed_lag,
@@ -279,6 +280,50 @@ def test_float32_does_not_drift():
     with jax.enable_x64(True):
         truth = float(hmm_filter(*(jnp.asarray(x, jnp.float64) for x in (log_init, log_trans, log_lik))).log_evidence)
     assert abs(float(found) / truth - 1) < 1e-6
+
+
+# of hmmlearn 0.3.3, GaussianHMM with implementation="log": the series of 1,005 returns of crude oil, and what follows
+OIL = np.log([0.5, 0.3, 0.2]), np.log([[0.97, 0.02, 0.01], [0.03, 0.95, 0.02], [0.01, 0.04, 0.95]])
+OIL_MEAN, OIL_SCALE = np.array([0.05, 0.0, -0.3]), np.array([1.2, 2.2, 4.0])
+OIL_EVIDENCE, OIL_BEST = -2169.6855268398626, -2210.5429968231324
+OIL_SMOOTHED = {
+    0: [0.9423315728124, 0.05237941285303, 0.005289014334622],
+    200: [0.1115600748675, 0.8789104769825, 0.00952944815017],
+    500: [4.176138126122e-05, 0.2641000774477, 0.7358581611709],
+    1004: [0.9530415651801, 0.04043705860163, 0.006521376218137],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evidence_and_smoothed_probabilities_are_those_of_hmmlearn(method):
+    """Ten digits, by every method, of a long series and in float64."""
+    ys = wti_crude_oil().returns
+    log_lik = scipy.stats.norm(OIL_MEAN, OIL_SCALE).logpdf(ys[:, None])
+    with jax.enable_x64(True):
+        smoothed = hmm_smoother(*OIL, log_lik, method=method)
+        assert hmm_filter(*OIL, log_lik, method=method).log_evidence == pytest.approx(OIL_EVIDENCE, rel=1e-10)
+        assert smoothed.log_evidence == pytest.approx(OIL_EVIDENCE, rel=1e-10)
+        for t, expected in OIL_SMOOTHED.items():
+            np.testing.assert_allclose(jnp.exp(smoothed.log_smoothed[t]), expected, rtol=1e-10)
+        best = hmm_viterbi(*OIL, log_lik)
+    assert best.log_joint == pytest.approx(OIL_BEST, rel=1e-10)
+    assert int(best.path.sum()) == 899
+
+
+@pytest.mark.parametrize("implementation", ["log", "scaling"])
+def test_all_smoothed_probabilities_are_those_of_the_hmmlearn_that_is_installed(implementation):
+    hmmlearn = pytest.importorskip("hmmlearn.hmm")
+    ys = wti_crude_oil().returns
+    other = hmmlearn.GaussianHMM(3, "diag", implementation=implementation, init_params="")
+    other.startprob_, other.transmat_ = np.exp(OIL[0]), np.exp(OIL[1])
+    other.means_, other.covars_ = OIL_MEAN[:, None], OIL_SCALE[:, None] ** 2
+    evidence, smoothed = other.score_samples(ys[:, None])
+    assert evidence == pytest.approx(OIL_EVIDENCE, rel=1e-12)
+    log_lik = scipy.stats.norm(OIL_MEAN, OIL_SCALE).logpdf(ys[:, None])
+    with jax.enable_x64(True):
+        for method in METHODS:
+            found = jnp.exp(hmm_smoother(*OIL, log_lik, method=method).log_smoothed)
+            np.testing.assert_allclose(found, smoothed, atol=1e-10)
 
 
 @pytest.mark.parametrize(
