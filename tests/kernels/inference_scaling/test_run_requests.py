@@ -74,7 +74,8 @@ def test_who_is_late_is_not_waited_for():
 
 
 def test_a_scorer_that_fails_fails_all_who_wait_for_it():
-    def raises(prompt, texts):
+    async def raises(prompt, texts):
+        await asyncio.sleep(0)
         raise ZeroDivisionError("of the scorer")
 
     async def body():
