@@ -215,6 +215,10 @@ class _HostRun:
             if not isinstance(self.method, Resample):
                 raise ValueError(f"barrier='cascade' is a particle filter of its own, and not for method={self.name!r}")
             self.name, self.method = "cascade", Cascade()
+        if barrier == "speculative" and hasattr(self.method, "start"):
+            raise ValueError(
+                f"barrier='speculative' is for methods with a barrier, got method={self.name!r}; leave it out"
+            )
         generator, potential = prepare_potential(self.name, self.method, generator, potential)
         if isinstance(generator, StepGenerator):
             generator = as_text_generator(generator, prompt)

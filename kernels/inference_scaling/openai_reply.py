@@ -13,7 +13,7 @@ def refused_field(error: RequestError, fields: list[str]) -> str | None:
     if error.status not in (400, 422):
         return None
     # not as a part of a word, nor of what stands for a new line
-    places = {field: re.search(rf"(?<![\\\w]){field}(?!\w)", str(error)) for field in fields}
+    places = {field: re.search(rf"(?<![\\\w-]){field}(?![\w-])", str(error)) for field in fields}
     found = {field: place.start() for field, place in places.items() if place is not None}
     return min(found, key=found.__getitem__) if found else None
 

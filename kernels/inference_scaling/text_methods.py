@@ -4,7 +4,7 @@ The same as in process, with populations that run at the same time where they do
 resumed by being run again: the sweeps that were saved are found by their names, and go on from where they were.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from bayesinf.kernels.inference_scaling.sweep import log_g_of
 from bayesinf.kernels.inference_scaling.text_generator import Prefix
 from bayesinf.kernels.inference_scaling.text_sweep import TextSweep, run_all
 
-__all__ = ["MakeSweep", "collect_runs", "run_text_method"]
+__all__ = ["MakeSweep", "check_method", "collect_runs", "run_text_method"]
 
 MakeSweep = Callable[..., TextSweep]
 """make(name, key, potential, selection, budget, reference=None): a sweep, as far as it was saved."""
@@ -66,30 +66,42 @@ async def _run_chains(
 ) -> None:
     """Conditional sweeps, of one chain or of one at each power."""
     num = len(powers)
-    references: list[Prefix | None] = [None] * num
+    references: Sequence[Prefix | None] = [None] * num
     spent = 0
     for j, key_sweep in enumerate(jax.random.split(key, method.num_sweeps)):
         key_run, key_draw, key_swap = jax.random.split(key_sweep, 3)
         share = (budget - spent) // num
         if share <= 0:
             break
-        keys, keys_draw = jax.random.split(key_run, num), jax.random.split(key_draw, num)
+        keys = jax.random.split(key_run, num)
         sweeps = [
             make(f"sweep {j}, chain {m}", keys[m], powers[m], method.selection, share, references[m])
             for m in range(num)
         ]
         await run_all([sweep.run() for sweep in sweeps])
         spent += sum(sweep.num_tokens for sweep in sweeps)
-        drawn = [_draw_reference(keys_draw[m], sweep, powers[0]) for m, sweep in enumerate(sweeps)]
-        found = [pair for pair in drawn if pair is not None]
-        if len(found) < num:
+        following = _next_references(key_draw, key_swap, sweeps, powers[0], betas, j % 2)
+        if following is None:
             break
-        order = (
-            np.arange(num)
-            if betas is None
-            else np.asarray(swap(key_swap, betas, jnp.array([g for _, g in found]), j % 2))
-        )
-        references = [found[m][0] for m in order]
+        references = following
+
+
+def _next_references(
+    key_draw: Key[Array, ""],
+    key_swap: Key[Array, ""],
+    sweeps: Sequence[TextSweep],
+    potential: AbstractPotential,
+    betas: Array | None,
+    parity: int,
+) -> list[Prefix] | None:
+    """An answer of every chain, after neighbours were offered an exchange; None where a chain has none."""
+    keys = jax.random.split(key_draw, len(sweeps))
+    drawn = [_draw_reference(key, sweep, potential) for key, sweep in zip(keys, sweeps, strict=True)]
+    found = [pair for pair in drawn if pair is not None]
+    if len(found) < len(sweeps):
+        return None
+    order = range(len(found)) if betas is None else swap(key_swap, betas, jnp.array([g for _, g in found]), parity)
+    return [found[int(m)][0] for m in order]
 
 
 def _draw_reference(key: Key[Array, ""], sweep: TextSweep, potential: AbstractPotential) -> tuple[Prefix, float] | None:

@@ -14,15 +14,18 @@ PROMPT = "go: "
 
 
 class Server(ThreadingHTTPServer):
-    """`faults` are used up one a request; `style` is the dialect: "vllm", "llama", "keeps" or "plain"."""
+    """`faults` are used up one a request; `style` is the dialect: "vllm", "llama", "keeps" or "plain".
+
+    Fields that it `refuses` are named in a reply of status 400.
+    """
 
     daemon_threads = True
     # how many may wait to be accepted: the default of 5 makes clients wait a second
     request_queue_size = 256
 
-    def __init__(self, style="vllm", faults=(), max_samples=None, delay=0.0):
+    def __init__(self, style="vllm", faults=(), max_samples=None, delay=0.0, refuses=()):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.style, self.max_samples, self.delay = style, max_samples, delay
+        self.style, self.max_samples, self.delay, self.refuses = style, max_samples, delay, refuses
         self.faults = iter(faults)
         self.lock, self.requests, self.times = threading.Lock(), [], []
         self.open = self.most_open = 0
@@ -68,6 +71,9 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             self.send({"error": {"message": "by order"}}, fault, {"Retry-After": "0.4"} if fault == 429 else {})
             return
+        for field in set(server.refuses) & set(body):
+            self.send({"error": {"message": f"Unrecognized request argument supplied: {field}"}}, 400)
+            return
         num = body.get("n", 1)
         if server.max_samples is not None and num > server.max_samples:
             self.send({"error": {"message": f"n must be at most {server.max_samples}"}}, 400)
@@ -82,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
             assert body["prompt"].startswith(PROMPT)
             written = body["prompt"][len(PROMPT) :]
         letters = [next_letter(written.replace("|", ""), rng) for _ in range(num)]
-        reply = {"choices": [self.choice(i, letter, is_chat, written) for i, letter in enumerate(letters)]}
+        reply = {"choices": [self.choice(i, letter, is_chat, written, body) for i, letter in enumerate(letters)]}
         if server.style != "plain":
             reply["usage"] = {
                 "prompt_tokens": 10 + len(written),
@@ -94,14 +100,14 @@ class Handler(BaseHTTPRequestHandler):
             reply = {"object": "list"}
         self.send(reply, cut=12 if fault == "truncate" else None, garbage=fault == "garbage")
 
-    def choice(self, index, letter, is_chat, written):
+    def choice(self, index, letter, is_chat, written, body):
         style = self.server.style
         choice = {"index": index, "finish_reason": "stop"}
         text = letter
         is_end = letter == END
         if style == "vllm":
             choice["stop_reason"] = None if is_end else "|"
-        if style in ("keeps", "one") and not is_end:
+        if style in ("keeps", "one") and not is_end and "include_stop_str_in_output" in body:
             text += "|"
         if style == "llama":
             tokens = [(letter, -0.5), ("", -0.1)] if is_end else [(letter, -0.5)]

@@ -89,6 +89,22 @@ def test_it_is_a_generator_as_others_are():
     assert result.tokens.generated == 3 * (16 + both.num_continued)
 
 
+def test_refused_drafts_are_continued_at_the_same_time():
+    class Slow(Numbers):
+        num_open = most = 0
+
+        async def step(self, prompt, prefix, num_samples, seed):
+            Slow.num_open += 1
+            Slow.most = max(Slow.most, Slow.num_open)
+            await asyncio.sleep(0.001)
+            Slow.num_open -= 1
+            return await super().step(prompt, prefix, num_samples, seed)
+
+    both = ConformalAcceptance(Numbers(9.0), Slow(0.0), last_number, np.zeros(19))
+    assert len(asyncio.run(both.step("go", (), 8, 0))) == 8
+    assert Slow.most == 8
+
+
 def test_failures_and_bad_arguments(unchecked):
     class Fails(Numbers):
         async def step(self, prompt, prefix, num_samples, seed):
@@ -96,6 +112,18 @@ def test_failures_and_bad_arguments(unchecked):
 
     both = ConformalAcceptance(Numbers(9.0), Fails(0.0), last_number, np.zeros(19))
     assert asyncio.run(both.step("go", (), 1, 0))[0].failure == "gone"
+    # what was drafted for nothing is counted
+    assert asyncio.run(both.step("go", (), 1, 0))[0].num_tokens == 3
+    # of drafts that were lost there is no score, and one that is none costs its draft alone
+    lost = ConformalAcceptance(Fails(9.0), Numbers(0.0), lambda prompt, texts: 1 / 0, np.zeros(19))
+    assert [step.failure for step in asyncio.run(lost.step("go", (), 2, 0))] == ["gone"] * 2
+    some = ConformalAcceptance(Numbers(0.0), Numbers(0.0), lambda prompt, texts: [np.nan, -9.0], np.zeros(19))
+    first, second = asyncio.run(some.step("go", (), 2, 0))
+    assert first.failure == "the score of a draft is NaN"
+    assert second.failure is None
+    few = ConformalAcceptance(Numbers(0.0), Numbers(0.0), lambda prompt, texts: [1.0], np.zeros(19))
+    with pytest.raises(ValueError, match="as many numbers as texts, 2, got 1"):
+        asyncio.run(few.step("go", (), 2, 0))
     for scores, alpha, said in [
         (np.zeros(19), 1.0, "alpha must lie in"),
         (np.zeros(8), 0.1, "no draft would ever be continued"),

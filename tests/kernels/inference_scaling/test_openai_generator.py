@@ -12,7 +12,8 @@ from completions_server import PROMPT, serve
 from bayesinf import errors, kernels
 from bayesinf.conformance import FALSE_ALARM
 from bayesinf.kernels.inference_scaling import Capabilities, OpenAIGenerator, Potential, Resample, infer_async
-from bayesinf.kernels.inference_scaling.http_request import _retry_after
+from bayesinf.kernels.inference_scaling.http_request import RequestError, _retry_after
+from bayesinf.kernels.inference_scaling.openai_reply import refused_field
 
 pytest.importorskip("httpx")
 
@@ -238,21 +239,111 @@ def test_the_end_is_told_from_a_separator():
         assert all(step.is_done == (END in step.text) for step in steps)
 
 
+@pytest.mark.parametrize(
+    ("field", "capability"),
+    [
+        ("include_stop_str_in_output", "keeps_stop"),
+        ("logprobs", "has_log_probs"),
+        ("seed", "has_seed"),
+        ("n", "has_many"),
+    ],
+)
+def test_a_field_that_is_refused_is_left_out(field, capability):
+    with serve(style="keeps", refuses=[field]) as server:
+        generator = generator_at(server.url, end_markers=[END], timeout=30.0)
+
+        async def body():
+            async with generator.session():
+                return [await generator.step(PROMPT, (), num, 3) for num in (16, 1, 16)]
+
+        steps = [step for some in asyncio.run(body()) for step in some]
+        # a separator that the server leaves out is put there; a step that is cut off by it is no end
+        assert {step.text for step in steps if not step.is_done} == {"a|", "b|"}
+        assert {plain(step.text) for step in steps if step.is_done} == {END}
+        assert all(step.failure is None and step.finish_reason in ("stop", "end") for step in steps)
+        assert sum(field in request for request in server.requests) == 1
+    assert getattr(generator.capabilities, capability) is False
+    others = {"has_many", "has_log_probs", "has_seed"} - {capability}
+    assert all(getattr(generator.capabilities, name) is None for name in others)
+
+
+def test_a_field_is_not_left_out_where_the_user_asks_for_it():
+    with serve(refuses=["seed"]) as server:
+        (step,) = steps_at(server, extra={"seed": 5})
+        assert "Unrecognized request argument supplied: seed" in step.failure
+        assert len(server.requests) == 1
+
+
+def test_a_refusal_that_is_not_of_the_number_leaves_the_number():
+    # such as of a prompt that is too long
+    with serve(faults=[400] * 5) as server:
+        generator = generator_at(server.url, timeout=30.0)
+
+        async def body():
+            async with generator.session():
+                return [await generator.step(PROMPT, (), 4, 3) for _ in range(2)]
+
+        refused, answered = asyncio.run(body())
+        assert all("by order" in step.failure for step in refused)
+        assert all(step.failure is None for step in answered)
+        assert [request.get("n", 1) for request in server.requests] == [4, 1, 1, 1, 1, 4]
+    assert generator.capabilities == Capabilities(keeps_stop=generator.capabilities.keeps_stop)
+
+
+@pytest.mark.parametrize(
+    ("said", "field"),
+    [
+        ("n must be at most 4", "n"),
+        ("'n' is not supported", "n"),
+        ("Extra inputs: ('body', 'logprobs'), ('body', 'seed')", "logprobs"),
+        ("the context has no room\\nfor a longer prompt", None),
+        ("seeds and n-grams", None),
+    ],
+)
+def test_a_refusal_names_a_field(said, field):
+    error = RequestError(f"http://localhost/v1/completions: status 400, {said}", 400)
+    assert refused_field(error, ["n", "seed", "logprobs"]) == field
+    assert refused_field(RequestError(said, 500), ["n", "seed", "logprobs"]) is None
+
+
+def test_without_many_every_sample_has_a_seed():
+    with serve() as server:
+        steps_at(server, num_samples=5, has_many=False)
+        assert all("n" not in request for request in server.requests)
+        assert len({request["seed"] for request in server.requests}) == 5
+    with serve() as server:
+        steps_at(server, num_samples=5)
+        (request,) = server.requests
+        # servers differ in what several samples of one seed are
+        assert request["n"] == 5
+        assert "seed" not in request
+
+
 def test_probe():
     found = {}
-    for style in ("vllm", "keeps", "one"):
-        with serve(style=style) as server:
+    for name, options in {
+        "vllm": {},
+        "keeps": {"style": "keeps"},
+        "one": {"style": "one", "refuses": ["seed"]},
+        "plain": {"style": "plain", "refuses": ["include_stop_str_in_output"]},
+    }.items():
+        with serve(**options) as server:
             generator = generator_at(server.url)
-            generator_prompted = asyncio.run(probe_with_prompt(generator))
-            found[style] = generator_prompted
-            assert generator.capabilities == generator_prompted
+            found[name] = asyncio.run(probe_with_prompt(generator))
+            assert generator.capabilities == found[name]
             assert generator.max_tokens_per_step == 2
     assert found["vllm"].has_many
     assert found["vllm"].has_log_probs
+    assert found["vllm"].has_seed
     assert found["vllm"].tells_end
     assert found["one"].has_many is False
+    assert found["one"].has_seed is False
     assert not found["keeps"].has_log_probs
+    assert found["plain"].tells_end is False
     assert Capabilities() == (None,) * 5
+    # whose last step would be taken for any other
+    with pytest.raises(ValueError, match="end_markers must say what ends an answer"):
+        kernels.infer(0, generator, POTENTIAL, PROMPT)
 
 
 async def probe_with_prompt(generator):
@@ -272,8 +363,14 @@ def test_bad_arguments_are_named(monkeypatch):
             generator_at("http://localhost/v1", **options)
     with pytest.raises(ValueError, match="base_url must begin with http"):
         generator_at("localhost:8000")
-    with pytest.raises(ValueError, match="prompt must be a text that is not empty"):
-        kernels.infer(0, generator_at("http://localhost/v1"), POTENTIAL, "")
+    for prompt, mode, said in [
+        ("", "completions", "prompt must be a text that is not empty"),
+        (" \n", "chat", "prompt must be a text that is not empty"),
+        ([], "chat", "prompt must be a text or a list of messages"),
+        ([{"role": "user", "content": "go"}], "completions", "prompt must be a text for mode='completions'"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            kernels.infer(0, generator_at("http://localhost/v1", mode=mode), POTENTIAL, prompt)
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(ImportError, match=r"bayesinf\[http\]"):
         kernels.infer(0, generator_at("http://localhost/v1"), POTENTIAL, PROMPT)

@@ -74,7 +74,8 @@ def test_who_is_late_is_not_waited_for():
 
 
 def test_a_scorer_that_fails_fails_all_who_wait_for_it():
-    def raises(prompt, texts):
+    async def raises(prompt, texts):
+        await asyncio.sleep(0)
         raise ZeroDivisionError("of the scorer")
 
     async def body():
@@ -212,7 +213,9 @@ def test_bad_arguments_are_named():
         kernels.infer(0, ChainTexts(), POTENTIAL, "go", barrier="none")
     with pytest.raises(ValueError, match="not for method='Beam'"):
         kernels.infer(0, ChainTexts(), POTENTIAL, "go", method=Beam(2), barrier="cascade")
-    with pytest.raises(ValueError, match="methods with a barrier"):
+    with pytest.raises(ValueError, match="'speculative' is for methods with a barrier, got method='a_star'"):
+        kernels.infer(0, ChainTexts(), POTENTIAL, "go", method="a_star", barrier="speculative")
+    with pytest.raises(ValueError, match="save and resume are for methods with a barrier"):
         kernels.infer(0, ChainTexts(), POTENTIAL, "go", method="cascade", save="run.json")
     with pytest.raises(ValueError, match="multiple of width"):
         kernels.infer(0, ChainTexts(), POTENTIAL, "go", method="beam", num_particles=6)
