@@ -72,7 +72,14 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
 
 
 @needs_docs
-@pytest.mark.parametrize("page", ["conformal_sequences.md", "inference_scaling.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "conformal_sequences.md",
+        "inference_scaling.md",
+        pytest.param("drafts_and_diffusion.md", marks=pytest.mark.slow),  # to compile
+    ],
+)
 def test_the_examples_of_a_guide_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_examples(DOCS / page)

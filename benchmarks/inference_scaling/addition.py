@@ -186,19 +186,32 @@ def main(
                 rows.append(about | more | {"half_width": half_width(share, num_problems)})
             print(name, num, *(f"{k} {np.mean(v):.3f}" for k, v in found.items()), flush=True)
     save(folder, "addition", draw(rows), rows)
+    print(markdown(rows))
     return rows
+
+
+LABELS = {
+    ("particle_filter", "weighted_majority"): ("particle filter, weighted majority", "#0072B2", "-", "o"),
+    ("particle_filter", "argmax"): ("particle filter, highest score", "#56B4E9", "-", "v"),
+    ("best_of_n", "weighted_majority"): ("weighted best of n", "#D55E00", ":", "s"),
+    ("best_of_n", "argmax"): ("best of n", "#E69F00", ":", "D"),
+}
+
+
+def markdown(rows: list[dict]) -> str:
+    """The table of README.md."""
+    numbers = sorted({row["num_particles"] for row in rows})
+    lines = [f"| rollouts | {' | '.join(map(str, numbers))} |", "|---" * (1 + len(numbers)) + "|"]
+    for (method, rule), (label, *_) in LABELS.items():
+        found = {r["num_particles"]: r["accuracy"] for r in rows if (r["method"], r["rule"]) == (method, rule)}
+        lines.append(f"| {label} | {' | '.join(f'{found[n]:.3f}'.lstrip('0') for n in numbers)} |")
+    return "\n".join(lines)
 
 
 def draw(rows: list[dict]):
     """Accuracy against the number of rollouts."""
     figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    labels = {
-        ("particle_filter", "weighted_majority"): ("particle filter, weighted majority", "#0072B2", "-", "o"),
-        ("particle_filter", "argmax"): ("particle filter, highest score", "#56B4E9", "-", "v"),
-        ("best_of_n", "weighted_majority"): ("weighted best of n", "#D55E00", ":", "s"),
-        ("best_of_n", "argmax"): ("best of n", "#E69F00", ":", "D"),
-    }
-    for (method, rule), (label, color, line, marker) in labels.items():
+    for (method, rule), (label, color, line, marker) in LABELS.items():
         mine = [r for r in rows if (r["method"], r["rule"]) == (method, rule)]
         xs, ys, halves = ([r[k] for r in mine] for k in ("num_particles", "accuracy", "half_width"))
         axis.errorbar(xs, ys, halves, color=color, ls=line, marker=marker, ms=5, capsize=2, label=label)

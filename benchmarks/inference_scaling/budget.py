@@ -10,18 +10,22 @@ its own. Every method generates at most n T tokens, one a step: n answers, or po
 A method takes the last score as its reward, and odds as its weights, as published, unless its name says otherwise. In
 the regime of values the filter and those after it take the scores as values, which is what they are.
 
+The cascade and A*-decoding run on the host, a step at a time, on fewer of the problems; the cascade begins with half
+as many answers as the budget would pay for.
+
     python -m benchmarks.inference_scaling.budget
 """
 
 import argparse
 import csv
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 
 matplotlib.use("Agg")
@@ -29,11 +33,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from jaxtyping import Array
 
-from bayesinf import weights
-from bayesinf.kernels.inference_scaling import METHODS, Gibbs, Islands, ParallelTempering, Potential, Selection
-from bayesinf.kernels.inference_scaling.methods import exchange, run_tempered
-from bayesinf.kernels.inference_scaling.potential import AbstractPotential
-from bayesinf.kernels.inference_scaling.sweep import Reference, Sweep, draw_reference, run_sweep
+from bayesinf.errors import SamplingWarning
+from bayesinf.kernels.inference_scaling import METHODS, Potential, infer
 from benchmarks.inference_scaling.reasoning_chain import (
     ReasoningChain,
     Verifier,
@@ -43,7 +44,7 @@ from benchmarks.inference_scaling.reasoning_chain import (
 )
 
 RESULTS = Path(__file__).parent / "results"
-UNLIMITED = np.int32(2**31 - 1)
+RIGHT = "0"
 NUM_STEPS, NUM_BRANCHES, NUM_FORMS = 20, 8, 64
 
 
@@ -65,15 +66,25 @@ def regimes() -> dict[str, Regime]:
 
 
 class Contender(NamedTuple):
-    """A method, and what its scores are taken for; None for what fits the regime."""
+    """A method.
+
+    Attributes:
+        method: the object.
+        options: what its scores are taken for; None for what fits the regime.
+        rule: by which its best answer is chosen.
+        share: of the answers that the budget pays for, those it begins with.
+        is_on_host: whether it runs step by step on the host.
+    """
 
     method: Any
     options: dict[str, str] | None
     rule: str
+    share: float = 1.0
+    is_on_host: bool = False
 
 
 def contenders() -> dict[str, Contender]:
-    """All of `METHODS` that run in process, and a search that multiplies the scores."""
+    """All of `METHODS`, and a search that multiplies the scores."""
     last = {"kind": "odds"}
     values = {"kind": "value"}
     options = {
@@ -83,119 +94,54 @@ def contenders() -> dict[str, Contender]:
         "beam": last,
         "dvts": last,
         "svdd": last,
+        "a_star": last,
         "particle_filter_published": last,
         "twisted_smc": values,
         "fk_steering": values,
     }
     listed = {}
     for name, build in METHODS.items():
-        if name in ("cascade", "a_star"):  # of the host, one program for a step and not for all problems at once
-            continue
         method = build()
-        rule = "argmax" if name == "best_of_n" else getattr(method, "selection", method).rule
-        listed[name] = Contender(method, options.get(name), rule)
+        rule = getattr(method, "selection", method).rule
+        # the cascade's population grows and shrinks, and must end before the tokens do
+        share = 0.5 if name == "cascade" else 1.0
+        listed[name] = Contender(method, options.get(name), rule, share, hasattr(method, "start"))
     listed["dvts_product"] = Contender(METHODS["dvts"](), {"kind": "odds", "aggregate": "prod"}, "weighted_majority")
     return listed
 
 
-Runs = tuple[Sweep, Array, Array]
-
-
-def populations(key: Array, method: Any, chain: ReasoningChain, potential: AbstractPotential, budget: int) -> Runs:
-    """The populations whose answers count, stacked; their log weights; and the tokens of all."""
-    limit = jnp.asarray(UNLIMITED)
-    selection = method if isinstance(method, Selection) else method.selection
-    potential = selection.prepare(potential)
-    num = budget // getattr(method, "num_populations", 1)
-    if isinstance(method, Selection):
-        only = jax.tree.map(lambda leaf: leaf[None], run_sweep(key, chain, potential, method, None, num, limit))
-        return only, jnp.zeros(1), cost(only)
-    if isinstance(method, Islands):
-        keys = jax.random.split(key, method.num_islands)
-        stacked = jax.vmap(lambda key: run_sweep(key, chain, potential, selection, None, num, limit))(keys)
-        return stacked, weights.normalize(stacked.population.log_evidence)[0], cost(stacked)
-    if isinstance(method, Gibbs):
-        return _gibbs(key, method, chain, potential, num)
-    if isinstance(method, ParallelTempering):
-        return _tempering(key, method, chain, potential, num)
-    raise ValueError(f"method must be one of METHODS, got {type(method).__name__}")
-
-
-def _gibbs(key: Array, method: Gibbs, chain: ReasoningChain, potential: AbstractPotential, num: int) -> Runs:
-    """`Gibbs.run` without its budget, to be mapped over problems."""
-    key_first, key_sweeps = jax.random.split(key)
-
-    def sweep(key: Array, reference: Reference | None) -> tuple[Reference, Sweep]:
-        key_run, key_draw = jax.random.split(key)
-        limit = jnp.asarray(UNLIMITED)
-        done = run_sweep(key_run, chain, potential, method.selection, None, num, limit, reference)
-        return draw_reference(key_draw, chain, potential, done)[0], done
-
-    reference, first = sweep(key_first, None)
-    keys = jax.random.split(key_sweeps, method.num_sweeps - 1)
-    _, later = jax.lax.scan(lambda reference, key: sweep(key, reference), reference, keys)
-    # all but the first count, which is the burn-in by default
-    return later, jnp.zeros(len(keys)), cost(first) + cost(later)
-
-
-def _tempering(
-    key: Array, method: ParallelTempering, chain: ReasoningChain, potential: AbstractPotential, num: int
-) -> Runs:
-    """`ParallelTempering.run`, likewise."""
-    key_first, key_sweeps = jax.random.split(key)
-
-    def sweep(key: Array, references: Reference | None, parity: Any) -> tuple[Reference, Sweep]:
-        key_run, key_exchange = jax.random.split(key)
-        arguments = (chain, potential, method.selection, None, num, jnp.asarray(UNLIMITED), method.betas, references)
-        done = run_tempered(key_run, *arguments)
-        return exchange(key_exchange, chain, potential, done, method.betas, parity), done
-
-    references, first = sweep(key_first, None, 0)
-    js = jnp.arange(1, method.num_sweeps)
-    keys = jax.random.split(key_sweeps, js.shape[0])
-    _, later = jax.lax.scan(lambda refs, row: sweep(row[0], refs, row[1] % 2), references, (keys, js))
-    coldest = jax.tree.map(lambda leaf: leaf[:, 0], later)
-    return coldest, jnp.zeros(len(keys)), cost(first) + cost(later)
-
-
-def cost(sweeps: Sweep) -> Array:
-    """Tokens that were generated."""
-    return jnp.sum(sweeps.records.num_tokens)
-
-
-def is_right(log_votes: Array, log_rewards: Array, answers: Array) -> dict[str, Array]:
-    """Whether each rule finds answer 0; of equal ones the first that was written, as in `Inference.best`."""
-    totals = jnp.zeros(NUM_BRANCHES).at[answers].add(jnp.exp(log_votes - jnp.max(log_votes)))
-    chosen = {"weighted_majority": jnp.argmax(totals[answers]), "argmax": jnp.argmax(log_rewards)}
-    return {rule: answers[index] == 0 for rule, index in chosen.items()}
-
-
-@partial(jax.jit, static_argnames=("options", "budget"))
 def solve(
-    keys: Array,
-    method: Any,
-    chain: ReasoningChain,
-    verifiers: Verifier,
-    options: tuple[tuple[str, str], ...],
-    budget: int,
-) -> tuple[dict[str, Array], Array]:
-    """Whether each rule solves each problem, and what it cost."""
-    selection = method if isinstance(method, Selection) else method.selection
-
-    def one(arguments: tuple[Array, Verifier]) -> tuple[dict[str, Array], Array]:
-        key, verifier = arguments
-        potential = Potential(verifier, **dict(options))
-        sweeps, log_run_weights, num_tokens = populations(key, method, chain, potential, budget)
-        log_votes = jax.vmap(selection.log_votes)(sweeps.population) + log_run_weights[:, None]
-        answers = jax.vmap(lambda state: state.last[1])(sweeps.state)
-        leaves = (log_votes, sweeps.population.log_reward, answers)
-        return is_right(*(leaf.reshape(-1) for leaf in leaves)), num_tokens
-
-    return jax.lax.map(one, (keys, verifiers), batch_size=min(len(keys), 250))
+    keys: Array, contender: Contender, chain: ReasoningChain, verifiers: Verifier, options: dict[str, str], budget: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Whether each rule solves each problem, and what it cost, for as many answers as the budget pays for."""
+    num: int | None = int(budget * contender.share) // getattr(contender.method, "num_populations", 1)
+    if contender.is_on_host and contender.share == 1.0:
+        num = None  # A*-decoding has a number of first steps of its own
+    right: dict[str, list[bool]] = {rule: [] for rule in ("weighted_majority", "argmax")}
+    num_tokens = []
+    for i, key in enumerate(keys):
+        potential = Potential(jax.tree.map(lambda leaf, i=i: leaf[i], verifiers), **options)
+        sizes = {"num_particles": num, "budget": budget * chain.max_steps}
+        with warnings.catch_warnings():  # what was not finished is not right
+            warnings.simplefilter("ignore", SamplingWarning)
+            result = infer(
+                key,
+                chain,
+                potential,
+                method=contender.method,
+                throw=False,
+                **sizes,
+            )
+        for rule, found in right.items():
+            found.append(result.best(rule) == RIGHT)
+        num_tokens.append(result.tokens.generated)
+    return {rule: np.array(found) for rule, found in right.items()}, np.array(num_tokens)
 
 
 def is_possible(method: Any, budget: int) -> bool:
     """Whether the budget allows two answers of every population, and whole groups."""
+    if hasattr(method, "start"):
+        return True
     num = budget // getattr(method, "num_populations", 1)
     return num >= 2 and num % getattr(method, "width", 1) == 0
 
@@ -204,11 +150,22 @@ def main(
     folder: Path = RESULTS,
     budgets: Sequence[int] = (8, 16, 32, 64),
     num_problems: int = 500,
+    num_problems_on_host: int = 50,
     names: Sequence[str] | None = None,
+    settings: dict[str, Regime] | None = None,
 ) -> list[dict]:
-    """Runs everything, writes budget.png and budget.csv, and returns the rows of the table."""
+    """Runs everything, writes budget.png and budget.csv, and returns the rows of the table.
+
+    Args:
+        folder: where they go.
+        budgets: in answers of full length.
+        num_problems: of each regime.
+        num_problems_on_host: the first so many, for methods that run on the host, one step at a time.
+        names: of methods; all if None.
+        settings: regimes by name; `regimes()` if None.
+    """
     rows: list[dict] = []
-    for regime_name, regime in regimes().items():
+    for regime_name, regime in (regimes() if settings is None else settings).items():
         key_problems, key_runs = jax.random.split(jax.random.key(2025))
         build = partial(regime.verifier, chain=regime.chain)
         verifiers = jax.jit(jax.vmap(build))(jax.random.split(key_problems, num_problems))
@@ -216,38 +173,52 @@ def main(
         for name, contender in contenders().items():
             if names is not None and name not in names:
                 continue
+            num = min(num_problems, num_problems_on_host) if contender.is_on_host else num_problems
+            began = time.perf_counter()
+            mine: list[dict] = []
             for budget in budgets:
                 if not is_possible(contender.method, budget):
                     continue
-                options = tuple((contender.options or {"kind": regime.kind}).items())
-                right, num_tokens = solve(keys, contender.method, regime.chain, verifiers, options, budget)
+                options = contender.options or {"kind": regime.kind}
+                right, num_tokens = solve(keys[:num], contender, regime.chain, verifiers, options, budget)
                 for rule, values in right.items():
                     share = float(np.mean(values))
-                    rows.append(
+                    mine.append(
                         {
                             "regime": regime_name,
                             "method": name,
                             "rule": rule,
                             "is_own_rule": rule == contender.rule,
-                            "budget": budget * NUM_STEPS,
+                            "budget": budget * regime.chain.max_steps,
                             "num_tokens": float(np.mean(num_tokens)),
-                            "num_problems": num_problems,
+                            "num_problems": num,
                             "accuracy": share,
-                            "half_width": half_width(share, num_problems),
+                            "half_width": half_width(share, num),
                         }
                     )
-            print(
-                regime_name,
-                name,
-                [
-                    round(r["accuracy"], 3)
-                    for r in rows
-                    if r["is_own_rule"] and (r["regime"], r["method"]) == (regime_name, name)
-                ],
-                flush=True,
-            )
+            rows += mine
+            shares = [round(r["accuracy"], 3) for r in mine if r["is_own_rule"]]
+            print(regime_name, name, shares, f"{time.perf_counter() - began:.0f} s", flush=True)
     save(folder, "budget", draw(rows), rows)
+    print(markdown(rows))
     return rows
+
+
+def markdown(rows: list[dict]) -> str:
+    """The tables of README.md: by the highest reward, by weighted majority."""
+    budgets = sorted({row["budget"] for row in rows})
+    lines = []
+    for regime in dict.fromkeys(row["regime"] for row in rows):
+        lines += [f"\n{regime}\n", f"| tokens | {' | '.join(map(str, budgets))} |", "|---" * (1 + len(budgets)) + "|"]
+        here = [row for row in rows if row["regime"] == regime]
+        for name in dict.fromkeys(row["method"] for row in here):
+            found = {(r["budget"], r["rule"]): f"{r['accuracy']:.3f}".lstrip("0") for r in here if r["method"] == name}
+            cells = [
+                ", ".join(found[budget, rule] for rule in ("argmax", "weighted_majority") if (budget, rule) in found)
+                for budget in budgets
+            ]
+            lines.append(f"| {name.replace('_', ' ')} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def half_width(share: float, num: int) -> float:
@@ -273,6 +244,8 @@ STYLES = {
     "best_of_n": ("#0072B2", ":", "o"),
     "weighted_best_of_n": ("#D55E00", ":", "s"),
     "majority": ("#999999", ":", "^"),
+    "cascade": ("#000000", "--", "X"),
+    "a_star": ("#56B4E9", "--", "*"),
 }
 TITLES = {"step": "scores say whether steps are right", "value": "scores guess the final reward"}
 
@@ -321,4 +294,7 @@ def save(folder: Path, name: str, figure: Any, rows: list[dict]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the figure and the table go")
-    main(parser.parse_args().results)
+    parser.add_argument("--problems", type=int, default=500, help="of each regime")
+    parser.add_argument("--problems-on-host", type=int, default=50, help="for the cascade and A*-decoding")
+    arguments = parser.parse_args()
+    main(arguments.results, num_problems=arguments.problems, num_problems_on_host=arguments.problems_on_host)

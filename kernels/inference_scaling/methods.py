@@ -78,6 +78,12 @@ class Islands(eqx.Module):
 
     def __check_init__(self):
         errors.check_count("num_islands", self.num_islands)
+        if self.mesh is not None and self.num_islands % (size := self.mesh.devices.shape[0]):
+            axis = self.mesh.axis_names[0]
+            raise ValueError(
+                f"num_islands must be a multiple of the {size} devices along the axis {axis!r} of mesh, "
+                f"got {self.num_islands}"
+            )
         if not self.selection.has_evidence:
             raise ValueError(
                 f"selection must have an evidence to weigh islands by, got {type(self.selection).__name__}"
