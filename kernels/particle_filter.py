@@ -120,7 +120,8 @@ def particle_filter(
         store: "summary" keeps an estimate for every t, "none" only the evidence and ess, "full" also the whole history,
             "window" that of the last steps, "tree" what has offspring at the end: paths in memory O(T + N log N).
         window: how many steps "window" keeps.
-        tree_capacity: how many states "tree" has room for; T + 4 N (log N + 3) by default.
+        tree_capacity: how many states "tree" has room for; T + 4 N (log N + 3) by default, enough for independent draws
+            of ancestors at every step. Paths coalesce k times as slowly where every k-th step resamples.
         functional: of one state; its filter expectations are the estimates. By default mean and sd of the state, as
             `weights.Moments`, or what `model.summarize` says. A new function compiles anew.
         throw: whether to raise when no weight is left.

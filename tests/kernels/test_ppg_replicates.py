@@ -11,8 +11,8 @@ from ppg_models import TOTALS, assert_published, mean_and_error, problem, smooth
 
 from bayesinf import errors
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels import AdditiveFunctional, ppg_replicates
-from bayesinf.kernels.ppg_replicates import _autocorrelation
+from bayesinf.kernels import AdditiveFunctional, ParisianGibbs, ppg_replicates
+from bayesinf.kernels.ppg_replicates import _autocorrelation, _Plan, _run_all
 
 FEW = {"num_replicates": 8, "num_particles": 10, "num_sweeps": 8, "burn_in": 4}
 
@@ -48,6 +48,22 @@ def test_what_is_told_is_that_of_the_replicates():
     assert found.update_rate.shape == (6,)
     other = ppg_replicates(0, model, ys, TOTALS, **FEW)
     np.testing.assert_array_equal(found.replicates, other.replicates)
+
+
+def test_diagnostics_are_those_of_the_sweeps():
+    """By NumPy, from the estimates of every sweep: the trend of all of them, the autocorrelation of those kept."""
+    model, ys, _ = short_problem()
+    found = ppg_replicates(0, model, ys, TOTALS, **FEW)
+    runs, _ = _run_all(_Plan(ParisianGibbs(model, ys, TOTALS, 10), jax.random.split(jax.random.key(0), 8), 8, 4))
+    sweeps = np.asarray(runs.estimates, np.float64)
+    np.testing.assert_allclose(found.replicates, sweeps[:, 4:].mean(1), rtol=1e-4)
+    deviations = sweeps - sweeps[:, 4:].mean(1, keepdims=True)
+    np.testing.assert_allclose(found.trend, deviations.mean(0), atol=1e-4)
+    np.testing.assert_allclose(found.trend_error, deviations.std(0, ddof=1) / np.sqrt(8), atol=1e-4)
+    kept = sweeps[:, 4:] - sweeps[:, 4:].mean((0, 1))
+    expected = [np.mean(kept[:, lag:] * kept[:, :-lag], (0, 1)) / np.mean(kept**2, (0, 1)) for lag in (1, 2, 3)]
+    np.testing.assert_allclose(found.autocorrelation, expected, atol=1e-3)
+    np.testing.assert_allclose(found.update_rate, np.mean(runs.update_rate, axis=0), rtol=1e-5)
 
 
 def test_what_is_the_same_on_all_paths_has_no_autocorrelation():
