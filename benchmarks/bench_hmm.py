@@ -161,7 +161,8 @@ def bench_many_sequences(compare, model, sequences):
         found = [seconds for other, seconds in medians.items() if other.startswith(theirs)]
         return f"{min(found) / medians[name]:.3g} times as fast as hmmlearn's faster one" if found else ""
 
-    compare(f"in float64: {NUM_SEQUENCES:,} sequences, {lengths.sum():,} numbers, K={NUM_STATES}", calls, rounds=3, note=note)
+    title = f"in float64: {NUM_SEQUENCES:,} sequences, {lengths.sum():,} numbers, K={NUM_STATES}"
+    compare(title, calls, rounds=3, note=note)
     if has("hmmlearn"):
         agree(calls["bayesinf log_prob"]().sum(), calls["hmmlearn score, log"]())
 
