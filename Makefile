@@ -57,6 +57,8 @@ ppg: $(VENV)/installed-plots
 conformal: $(VENV)/installed-plots
 	$(BIN)/python -m benchmarks.conformal.hmm_panel $(ARGS)
 	$(BIN)/python -m benchmarks.conformal.sequences $(ARGS)
+	$(BIN)/python -m benchmarks.conformal.batch $(ARGS)
+	$(BIN)/python -m benchmarks.conformal.risk_curves $(ARGS)
 
 scaling: $(VENV)/installed-plots
 	$(BIN)/python -m benchmarks.inference_scaling.budget $(ARGS)

@@ -20,9 +20,16 @@ from bayesinf import models
 
 NUM_STEPS, NUM_STATES, NUM_ITERATIONS, NUM_SEQUENCES = 100_000, 10, 10, 1_000
 TITLE = f"T={NUM_STEPS:,}, K={NUM_STATES}"
-INITIAL = np.full(NUM_STATES, 1.0 / NUM_STATES)
-TRANSITION = 0.9 * np.eye(NUM_STATES) + 0.1 / NUM_STATES
-MEAN, SCALE = np.linspace(-9.0, 9.0, NUM_STATES), np.linspace(0.8, 1.6, NUM_STATES)
+
+
+def parameters(num_states):
+    """First states, transitions, means and scales; neighbouring states overlap."""
+    transition = 0.9 * np.eye(num_states) + 0.1 / num_states
+    mean = np.linspace(-1.0, 1.0, num_states) * (num_states - 1)
+    return np.full(num_states, 1.0 / num_states), transition, mean, np.linspace(0.8, 1.6, num_states)
+
+
+INITIAL, TRANSITION, MEAN, SCALE = parameters(NUM_STATES)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,12 +48,12 @@ def ys(model):
     return model.simulate(0, NUM_STEPS)[1]
 
 
-def hmmlearn_model(implementation, **given):
+def hmmlearn_model(implementation, num_states=NUM_STATES, **given):
     from hmmlearn.hmm import GaussianHMM
 
-    other = GaussianHMM(NUM_STATES, "diag", implementation=implementation, init_params="", **given)
-    other.startprob_, other.transmat_ = INITIAL, TRANSITION
-    other.means_, other.covars_ = MEAN[:, None], SCALE[:, None] ** 2
+    other = GaussianHMM(num_states, "diag", implementation=implementation, init_params="", **given)
+    other.startprob_, other.transmat_, mean, scale = parameters(num_states)
+    other.means_, other.covars_ = mean[:, None], scale[:, None] ** 2
     return other
 
 
@@ -113,20 +120,16 @@ def gradient(mean, model, ys):
     return jax.grad(log_prob)(mean)
 
 
-@pytest.fixture(scope="module")
-def sequences(ys):
-    """1,000 of them, of 100 numbers on average: padded, one below the other, and their lengths."""
-    lengths = np.random.default_rng(0).integers(50, 151, NUM_SEQUENCES)
-    stacked = np.resize(np.asarray(ys), lengths.sum())
+@pytest.mark.parametrize(("num_states", "length"), [(10, 100), (3, 20)])
+def bench_many_sequences(compare, num_states, length):
+    """One padded batch of different lengths; hmmlearn loops over sequences, and dynamax wants one length."""
+    initial, transition, mean, scale = parameters(num_states)
+    model = models.HiddenMarkovModel(models.hmm.Gaussian(mean, scale), initial, transition)
+    lengths = np.random.default_rng(0).integers(length // 2, 3 * length // 2 + 1, NUM_SEQUENCES)
+    stacked = np.asarray(model.simulate(0, int(lengths.sum()))[1])
     padded = np.full((NUM_SEQUENCES, lengths.max()), np.nan)
     padded[np.arange(lengths.max()) < lengths[:, None]] = stacked
-    return jnp.asarray(padded), stacked[:, None], lengths
-
-
-def bench_many_sequences(compare, model, sequences):
-    """One padded batch; hmmlearn loops over sequences, and dynamax knows none of different lengths."""
-    padded, stacked, lengths = sequences
-    lengths_of_ours = jnp.asarray(lengths)
+    padded, stacked, lengths_of_ours = jnp.asarray(padded), stacked[:, None], jnp.asarray(lengths)
 
     def run_bayesinf():
         with warnings.catch_warnings():
@@ -142,10 +145,10 @@ def bench_many_sequences(compare, model, sequences):
     }
     if has("hmmlearn"):
         for implementation in ("scaling", "log"):
-            other = hmmlearn_model(implementation)
+            other = hmmlearn_model(implementation, num_states)
 
             def run_hmmlearn(implementation=implementation):
-                other = hmmlearn_model(implementation, n_iter=NUM_ITERATIONS, tol=-np.inf)
+                other = hmmlearn_model(implementation, num_states, n_iter=NUM_ITERATIONS, tol=-np.inf)
                 return jnp.asarray(other.fit(stacked, lengths).means_)
 
             calls |= {
@@ -161,7 +164,8 @@ def bench_many_sequences(compare, model, sequences):
         found = [seconds for other, seconds in medians.items() if other.startswith(theirs)]
         return f"{min(found) / medians[name]:.3g} times as fast as hmmlearn's faster one" if found else ""
 
-    compare(f"in float64: {NUM_SEQUENCES:,} sequences, {lengths.sum():,} numbers, K={NUM_STATES}", calls, rounds=3, note=note)
+    title = f"in float64: {NUM_SEQUENCES:,} sequences, {lengths.sum():,} numbers, K={num_states}"
+    compare(title, calls, rounds=3, note=note)
     if has("hmmlearn"):
         agree(calls["bayesinf log_prob"]().sum(), calls["hmmlearn score, log"]())
 

@@ -125,7 +125,8 @@ def _sum_of_pairs(log_after: Array, log_trans: Array, log_ahead: Array, is_count
     summed = trans * jnp.matmul((after * share[:, None]).T, ahead, precision="highest")
 
     def again(carry: tuple[Array, Array]) -> tuple[Array, Array]:  # a loop that runs once or never, see `recursion`
-        exact = _sum_one_by_one(log_after, log_trans, log_ahead, is_counted)
+        same = log_after + carry[0].astype(dtype)  # plus zero, so that XLA leaves it in the loop
+        exact = _sum_one_by_one(same, log_trans, log_ahead, is_counted)
         return jnp.array(True), jnp.where(is_certain, carry[1], exact)
 
     return jax.lax.while_loop(lambda carry: ~carry[0], again, (is_certain, summed))[1]

@@ -84,6 +84,26 @@ def test_several_series_of_several_lengths_are_learnt_together():
     np.testing.assert_allclose(again.log_evidence, fitted.log_evidence, rtol=1e-6)
 
 
+def test_an_iteration_of_em_is_that_of_the_book_and_counts_nothing_that_is_missing():
+    """Of two padded series with holes, by hand: what is behind a hole or the end is in no count of symbols."""
+    concentration = np.array([[3.0, 1.0], [2.0, 5.0]])
+    emission = hmm.Categorical(np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]))
+    model = bi.models.HiddenMarkovModel(emission, [0.4, 0.6], [[0.8, 0.2], [0.3, 0.7]], transition_prior=concentration)
+    rng = np.random.default_rng(3)
+    ys, lengths = rng.integers(0, 3, (2, 12)).astype(float), np.array([12, 7])
+    ys[0, [0, 5, 6]], ys[1, 3], ys[1, 7:] = np.nan, np.nan, 2.0
+    with pytest.warns(errors.SamplingWarning, match="EM stopped after 1 iterations"):
+        found = model.fit(0, ys, lengths=lengths, num_starts=1, max_iterations=1).model
+    smoothed = model.smooth(ys, lengths=lengths)
+    law, moves = np.exp(np.asarray(smoothed.log_smoothed, float)), np.asarray(smoothed.expected_transitions, float)
+    is_seen = ~np.isnan(ys) & (np.arange(12) < lengths[:, None])
+    counts = np.array([[law[is_seen & (ys == symbol), k].sum() for symbol in range(3)] for k in range(2)])
+    moves = moves.sum(0) + concentration - 1  # the mode of a Dirichlet law
+    np.testing.assert_allclose(found.emission.probs, counts / counts.sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(found.transition, moves / moves.sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_allclose(found.initial, law[:, 0].mean(0), rtol=1e-5)
+
+
 def test_impossible_data_are_named():
     model = bi.models.HiddenMarkovModel(hmm.Poisson(np.array([15.0, 26.0])))
     with pytest.raises(errors.InitializationError, match=r"at \(series, step\) \[\(0, 2\)\] are \[-1") as caught:
