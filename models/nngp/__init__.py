@@ -1,0 +1,29 @@
+"""Priors of infinitely wide neural networks: their kernels, their initialisation, and networks of finite width."""
+
+from bayesinf.models.nngp.duals import Dual as Dual
+from bayesinf.models.nngp.duals import abs_ as abs_
+from bayesinf.models.nngp.duals import cos as cos
+from bayesinf.models.nngp.duals import erf as erf
+from bayesinf.models.nngp.duals import gelu as gelu
+from bayesinf.models.nngp.duals import leaky_relu as leaky_relu
+from bayesinf.models.nngp.duals import monomial as monomial
+from bayesinf.models.nngp.duals import numerical as numerical
+from bayesinf.models.nngp.duals import piecewise_linear as piecewise_linear
+from bayesinf.models.nngp.duals import relu as relu
+from bayesinf.models.nngp.duals import shifted_relu as shifted_relu
+from bayesinf.models.nngp.duals import sin as sin
+from bayesinf.models.nngp.duals import soft_threshold as soft_threshold
+from bayesinf.models.nngp.kernel import NNGP as NNGP
+from bayesinf.models.nngp.kernel import NetworkKernel as NetworkKernel
+from bayesinf.models.nngp.kernel import serial as serial
+from bayesinf.models.nngp.layers import Layer as Layer
+from bayesinf.models.nngp.layers import activation as activation
+from bayesinf.models.nngp.layers import dense as dense
+from bayesinf.models.nngp.layers import flow as flow
+from bayesinf.models.nngp.layers import layer_norm as layer_norm
+from bayesinf.models.nngp.layers import repeat as repeat
+from bayesinf.models.nngp.layers import residual as residual
+from bayesinf.models.nngp.spatial import conv as conv
+from bayesinf.models.nngp.spatial import flatten as flatten
+from bayesinf.models.nngp.spatial import global_pool as global_pool
+from bayesinf.models.nngp.spatial import recurrent as recurrent
