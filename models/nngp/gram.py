@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from bayesinf import errors
@@ -32,7 +32,7 @@ def gram(
     """The matrix of a kernel, in the memory of its result and a few tiles of block x block entries.
 
     Args:
-        kernel: `kernel(X1, X2)` is a matrix; where it has a `kernel.diagonal(X)`, this is what stands on the diagonal of
+        kernel: `kernel(X1, X2)` is a matrix; where it has `kernel.diagonal(X)`, this is the diagonal of
             `gram(kernel, X)`.
         X1: inputs, along the first axis.
         X2: other inputs; None for X1 itself, of which one triangle is computed.
@@ -55,16 +55,19 @@ def gram(
     """
     errors.check_arguments("kernel", kernel, "X1, X2")
     block = 512 if block is None else errors.check_count("block", block)
-    X1 = errors.as_array("X1", is_floating=True)(X1)
-    X2 = None if X2 is None else errors.as_array("X2", is_floating=True)(X2)
-    for name, X in (("X1", X1), ("X2", X2)):
-        if X is not None and (X.ndim < 1 or X.shape[0] == 0):
-            raise ValueError(f"{name} must hold at least one input, got shape {X.shape}")
-        if X is not None:
-            errors.check_not_nan(name, X)
+    left = _inputs("X1", X1)
+    right = None if X2 is None else _inputs("X2", X2)
     if sharding is None:
-        return _tiled(kernel, X1, X2, block)
-    return _sharded(kernel, X1, X2, block, sharding)
+        return _tiled(kernel, left, right, block)
+    return _sharded(kernel, left, right, block, sharding)
+
+
+def _inputs(name: str, X: object) -> Array:
+    array: Array = errors.as_array(name, is_floating=True)(X)
+    if array.ndim < 1 or array.shape[0] == 0:
+        raise ValueError(f"{name} must hold at least one input, got shape {array.shape}")
+    errors.check_not_nan(name, array)
+    return array
 
 
 @eqx.filter_jit
@@ -100,15 +103,15 @@ def _fill(kernel: Kernel, X1: Array, X2: Array, block: int, *, is_symmetric: boo
     return jax.lax.scan(step, matrix, jnp.asarray(np.array(corners, np.int32)))[0]
 
 
-def _with_diagonal(kernel: Kernel, X: Array, matrix: Array) -> Array:
+def _with_diagonal(kernel: Kernel, X: Array, matrix: Array, first: Array | int = 0) -> Array:
+    """The diagonal as the kernel has it; `first` is the column of that of the first row."""
     diagonal = getattr(kernel, "diagonal", None)
     if diagonal is None:
         return matrix
     index = jnp.arange(X.shape[0])
-    return matrix.at[index, index].set(diagonal(X).astype(matrix.dtype))
+    return matrix.at[index, first + index].set(diagonal(X).astype(matrix.dtype))
 
 
-@eqx.filter_jit
 def _sharded(kernel: Kernel, X1: Array, X2: Array | None, block: int, sharding: NamedSharding) -> Array:
     if not isinstance(sharding, NamedSharding) or not sharding.spec or sharding.spec[0] is None:
         raise ValueError(f"sharding must be a NamedSharding that spreads the first axis, got {sharding}")
@@ -116,15 +119,23 @@ def _sharded(kernel: Kernel, X1: Array, X2: Array | None, block: int, sharding: 
     count = int(np.prod([sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names)]))
     if X1.shape[0] % count:
         raise ValueError(f"X1 must have a multiple of {count} rows, the number of devices, got {X1.shape[0]}")
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
     arrays, rest = eqx.partition(kernel, eqx.is_array)
+    arrays, columns = jax.device_put((arrays, X1 if X2 is None else X2), everywhere)
+    rows = jax.device_put(X1, NamedSharding(sharding.mesh, PartitionSpec(names)))
+    return _spread(arrays, rest, rows, columns, X2 is None, block, sharding.mesh, names)
 
+
+@eqx.filter_jit
+def _spread(
+    arrays: Any, rest: Any, X1: Array, X2: Array, is_symmetric: bool, block: int, mesh: Mesh, names: Any
+) -> Array:
     def local(arrays: Any, X1: Array, X2: Array) -> Array:
-        return _fill(eqx.combine(arrays, rest), X1, X2, block, is_symmetric=False)
+        kernel = eqx.combine(arrays, rest)
+        matrix = _fill(kernel, X1, X2, block, is_symmetric=False)
+        return _with_diagonal(kernel, X1, matrix, jax.lax.axis_index(names) * len(X1)) if is_symmetric else matrix
 
     rows, everything = PartitionSpec(names), PartitionSpec()
     # the loops of a kernel begin with constants, which the check of what varies over devices takes for replicated
-    spread = jax.shard_map(
-        local, mesh=sharding.mesh, in_specs=(everything, rows, everything), out_specs=rows, check_vma=False
-    )
-    matrix = spread(arrays, X1, X1 if X2 is None else X2)
-    return matrix if X2 is not None else _with_diagonal(kernel, X1, matrix)
+    specs = (everything, rows, everything)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)(arrays, X1, X2)
