@@ -8,7 +8,7 @@ for all pairs. Inputs may have places (the pixels of an image, the times of a se
 kept for equal places of x and x' only, or for all pairs of places if a later layer averages over them.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ class Covariance(eqx.Module):
                 break
         return x
 
-    def replace(self, **changes: object) -> "Covariance":
+    def replace(self, **changes: Any) -> "Covariance":
         """The same with some attributes changed."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return Covariance(**{**fields, **changes})

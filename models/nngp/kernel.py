@@ -102,7 +102,7 @@ class NNGP(eqx.Module):
         >>> kernel = nngp.NNGP(nngp.relu(), depth=3, w_var=2.0, b_var=0.0)
         >>> matrix = kernel(jnp.array([[1.0, 0.0], [0.0, 1.0]]))
         >>> [round(float(x), 4) for x in matrix[0]]
-        [1.0, 0.6335]
+        [1.0, 0.6048]
 
     References:
         Lee et al. (2018), arXiv:1711.00165; Hayou and Yang (2023), arXiv:2302.00453 (residual networks).

@@ -15,6 +15,7 @@ References:
 """
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -255,14 +256,14 @@ def check_gaussian(name: str, state: Covariance) -> None:
         raise ValueError(f"{name} must follow dense() or conv(), whose outputs are Gaussian; put one before it")
 
 
-def as_layer(layers: tuple[object, ...]) -> Layer:
+def as_layer(layers: tuple[Any, ...]) -> Layer:
     """One layer out of several."""
     if not layers:
         raise ValueError("layers must not be empty")
     for layer in layers:
         if not isinstance(layer, Layer):
             raise ValueError(f"layers must be layers, such as nngp.dense(), got {layer!r}")
-    return layers[0] if len(layers) == 1 else Sequence(layers)  # type: ignore[return-value]
+    return layers[0] if len(layers) == 1 else Sequence(layers)
 
 
 def dense(w_var: Scalar = 1.0, b_var: Scalar = 0.0) -> Dense:

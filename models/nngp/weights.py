@@ -14,6 +14,7 @@ References:
 """
 
 import abc
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -29,17 +30,17 @@ class WeightLaw(eqx.Module):
     """A law of m x n matrices whose entries have mean zero and variance 1/n."""
 
     @abc.abstractmethod
-    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: object = None) -> Float[Array, "m n"]:
+    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: Any = None) -> Float[Array, "m n"]:
         """A matrix with m rows, one for each unit, and n columns, one for each unit of the layer before."""
 
 
 class _Iid(WeightLaw):
-    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: object = None) -> Float[Array, "m n"]:
+    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: Any = None) -> Float[Array, "m n"]:
         return jax.random.normal(key, (m, n), dtype) * n**-0.5
 
 
 class _Orthogonal(WeightLaw):
-    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: object = None) -> Float[Array, "m n"]:
+    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: Any = None) -> Float[Array, "m n"]:
         tall = jax.random.normal(key, (max(m, n), min(m, n)), dtype)
         q, r = jnp.linalg.qr(tall)
         q = q * jnp.where(jnp.diagonal(r) < 0, -1.0, 1.0)  # uniform only with these signs
@@ -49,7 +50,7 @@ class _Orthogonal(WeightLaw):
 class _LowRank(WeightLaw):
     fraction: float = eqx.field(static=True)
 
-    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: object = None) -> Float[Array, "m n"]:
+    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: Any = None) -> Float[Array, "m n"]:
         key_columns, key_factor = jax.random.split(key)
         rank = max(1, round(self.fraction * min(m, n)))
         columns, _ = jnp.linalg.qr(jax.random.normal(key_columns, (m, rank), dtype))
@@ -59,7 +60,7 @@ class _LowRank(WeightLaw):
 class _BlockSparse(WeightLaw):
     num_blocks: int = eqx.field(static=True)
 
-    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: object = None) -> Float[Array, "m n"]:
+    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: Any = None) -> Float[Array, "m n"]:
         k = self.num_blocks
         if m % k or n % k:
             raise ValueError(f"num_blocks must divide the width, got {k} blocks for a matrix of shape ({m}, {n})")
@@ -72,7 +73,7 @@ class _BlockSparse(WeightLaw):
 class _Sparse(WeightLaw):
     sparsity: float = eqx.field(static=True)
 
-    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: object = None) -> Float[Array, "m n"]:
+    def sample(self, key: Key[Array, ""], m: int, n: int, dtype: Any = None) -> Float[Array, "m n"]:
         key_entries, key_mask = jax.random.split(key)
         keep = 1.0 - self.sparsity
         entries = jax.random.normal(key_entries, (m, n), dtype) * (n * keep) ** -0.5
