@@ -6,6 +6,7 @@ if __name__ != "bayesinf.models":
 from bayesinf.models import conformal as conformal
 from bayesinf.models import hmm as hmm
 from bayesinf.models import language as language
+from bayesinf.models import nngp as nngp
 from bayesinf.models.autoregression import autoregression_plus_noise as autoregression_plus_noise
 from bayesinf.models.chaotic_rnn import ChaoticRNN as ChaoticRNN
 from bayesinf.models.conditionally_discrete import ConditionallyDiscrete as ConditionallyDiscrete
