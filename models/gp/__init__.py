@@ -13,6 +13,7 @@ from bayesinf.models.gp.covariances import RationalQuadratic as RationalQuadrati
 from bayesinf.models.gp.covariances import Sum as Sum
 from bayesinf.models.gp.dense import dense as dense
 from bayesinf.models.gp.latent import gp_latent as gp_latent
+from bayesinf.models.gp.latent import latent_log_likelihood as latent_log_likelihood
 from bayesinf.models.gp.latent import latent_target as latent_target
 from bayesinf.models.gp.low_rank import hsgp as hsgp
 from bayesinf.models.gp.low_rank import sgpr as sgpr

@@ -19,7 +19,7 @@ from bayesinf import errors
 from bayesinf.models.gp.process import GP, from_columns, to_columns
 from bayesinf.target import Target
 
-__all__ = ["LatentTarget", "gp_latent", "latent_target"]
+__all__ = ["LatentTarget", "gp_latent", "latent_log_likelihood", "latent_target"]
 
 
 def gp_latent(
@@ -89,8 +89,9 @@ def latent_target(
         data: any pytree of arrays; new values of the same shape compile nothing.
 
     Returns:
-        A `LatentTarget`: its `target` is for any kernel, its `prior` and `log_likelihood` for samplers that take them
-        apart.
+        A `LatentTarget`: its `target` is for any kernel. Samplers that take prior and likelihood apart are given
+        `latent.prior` and `latent_log_likelihood` with `data=latent`, as in `smc_sampler(key, latent.prior,
+        gp.latent_log_likelihood, kernel, num_particles=500, data=latent)`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -147,6 +148,11 @@ class LatentTarget(eqx.Module):
     def log_likelihood(self, z: ArrayLike) -> Float[Array, ""]:
         """Log L(m + R z)."""
         return self.likelihood.logdensity(self.to_function(z))
+
+
+def latent_log_likelihood(z: ArrayLike, latent: LatentTarget) -> Float[Array, ""]:
+    """Log L(m + R z), a function of z and data for samplers that take the prior and the likelihood apart."""
+    return latent.log_likelihood(z)
 
 
 def _log_posterior(z: Array, latent: LatentTarget) -> Array:

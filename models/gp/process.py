@@ -33,8 +33,8 @@ class Process(dist.Distribution):
     """What processes share: inputs, mean, noise, the factorised covariance, and their shapes."""
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012, as of its base
-    support = constraints.real_vector
-    pytree_data_fields = ("kernel", "X", "mean_function", "noise", "factor", "loc", "solver")
+    support = constraints.real_vector  # type: ignore[assignment]  # pyright: ignore
+    pytree_data_fields: tuple[str, ...] = ("kernel", "X", "mean_function", "noise", "factor", "loc", "solver")
 
     kernel: Any
     X: Array
@@ -69,7 +69,7 @@ class Process(dist.Distribution):
         """Axes that a vmap has put before those that the process was made with."""
         return self.loc.ndim - 1 - len(self._batch_shape)
 
-    def log_prob(self, value: ArrayLike) -> Float[Array, "..."]:
+    def log_prob(self, value: ArrayLike, intermediates: Any = None) -> Float[Array, "..."]:
         """Log density of `value`; shapes broadcast against `batch_shape`."""
         value = self._check_data("value", value)
         shape = jnp.broadcast_shapes(value.shape[:-1], self.batch_shape)

@@ -64,8 +64,11 @@ class ScaleMixtureGP(Process):
         Lee, Yun, Yang, Kim and Lee (2022), arXiv:2107.01408.
     """
 
-    pytree_data_fields = ("mixing", "values", "vectors")
-    pytree_aux_fields = ("noise_scaled", "nodes")
+    pytree_data_fields: tuple[str, ...] = ("mixing", "values", "vectors")
+    pytree_aux_fields: tuple[str, ...] = ("noise_scaled", "nodes")
+
+    values: Any
+    vectors: Any
 
     def __init__(
         self,
@@ -188,7 +191,8 @@ class ScaleMixtureGP(Process):
 def _log_prior(mixing: dist.Distribution, u: Array) -> Array:
     """Log density of u = log s; -inf outside the support, where NumPyro's densities need not be."""
     s = jnp.exp(u)
-    is_inside = mixing.support(s)
+    support: Any = mixing.support
+    is_inside = support(s)
     inside = jnp.where(is_inside, s, _any_inside(mixing, s))
     return jnp.where(is_inside, mixing.log_prob(inside) + u, -jnp.inf)
 

@@ -68,9 +68,8 @@ def add_jitter(
 
     A model whose noise is above that is left exactly as it is.
     """
-    if jitter is None:
-        jitter = float(jnp.finfo(variances.dtype).eps) ** 0.5
-    least = jitter * jnp.mean(variances, axis=-1, keepdims=True)
+    relative = float(jnp.finfo(variances.dtype).eps) ** 0.5 if jitter is None else jitter
+    least = relative * jnp.mean(variances, axis=-1, keepdims=True)
     given = jnp.zeros_like(least) if noise is None else jnp.asarray(noise, variances.dtype)
     given = given[..., None] if given.ndim == 0 else given
     raised = jnp.maximum(given, least)

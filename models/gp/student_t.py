@@ -55,7 +55,7 @@ class StudentTProcess(Process):
         Shah, Wilson and Ghahramani (2014), arXiv:1402.4306.
     """
 
-    pytree_data_fields = ("a", "b")
+    pytree_data_fields: tuple[str, ...] = ("a", "b")
 
     def __init__(
         self,

@@ -21,7 +21,13 @@ def double():
 
 def both(kernel, X, solver, noise=None, y=None):
     y = np.sin(3.0 * X).reshape(len(X), -1).sum(axis=1) if y is None else y
-    return [gp.GP(kernel, jnp.asarray(X), noise=noise, solver=s).log_prob(y) for s in (solver, EXACT)]
+    return jax.jit(lambda: [gp.GP(kernel, X, noise=noise, solver=s).log_prob(y) for s in (solver, EXACT)])()
+
+
+def laws_of(kernel, X, noise, y, new, solvers, full_cov=False):
+    return jax.jit(
+        lambda: [gp.GP(kernel, X, noise=noise, solver=s).condition(y, new, full_cov=full_cov) for s in solvers]
+    )()
 
 
 def test_vecchia_of_a_markov_process_needs_one_neighbour():
@@ -41,22 +47,23 @@ def test_vecchia_of_all_neighbours_is_exact():
 
     slopes = [jax.jit(jax.grad(value), static_argnums=1)(0.3, s) for s in (solver, EXACT)]
     np.testing.assert_allclose(*slopes, rtol=1e-8)
-    laws = [
-        gp.GP(gp.Matern32(0.3), jnp.asarray(PLANE), noise=0.01, solver=s).condition(PLANE[:, 0], np.full((1, 2), 0.5))
-        for s in (gp.vecchia(60, jitter=0.0), EXACT)
-    ]
+    solvers = (gp.vecchia(60, jitter=0.0), EXACT)
+    laws = laws_of(gp.Matern32(0.3), PLANE, 0.01, PLANE[:, 0], np.full((1, 2), 0.5), solvers)
     np.testing.assert_allclose(laws[0].mean, laws[1].mean, rtol=1e-8)
     np.testing.assert_allclose(laws[0].variance, laws[1].variance, rtol=1e-8)
-    process = gp.GP(gp.Matern32(0.3), jnp.asarray(PLANE), noise=0.01, solver=solver)
-    factor = process.factor.sqrt_matvec(jnp.eye(60))
+    factor = jax.jit(
+        lambda: gp.GP(gp.Matern32(0.3), PLANE, noise=0.01, solver=solver).factor.sqrt_matvec(jnp.eye(60))
+    )()
     expected = gp.Matern32(0.3)(jnp.asarray(PLANE)) + 0.01 * jnp.eye(60)
     np.testing.assert_allclose(factor @ factor.T, expected, atol=1e-9)
 
 
 def divergence(m):
     """Of the exact law from the approximation, KL(N(0, S) | N(0, F F^T))."""
-    process = gp.GP(gp.Matern32(0.3), jnp.asarray(PLANE), noise=0.01, solver=gp.vecchia(m, jitter=0.0))
-    factor = process.factor.sqrt_matvec(jnp.eye(60))
+    solver = gp.vecchia(m, jitter=0.0)
+    factor = jax.jit(
+        lambda: gp.GP(gp.Matern32(0.3), PLANE, noise=0.01, solver=solver).factor.sqrt_matvec(jnp.eye(60))
+    )()
     S = gp.Matern32(0.3)(jnp.asarray(PLANE)) + 0.01 * jnp.eye(60)
     inner = np.linalg.solve(factor, np.linalg.cholesky(S))
     return 0.5 * (np.sum(inner**2) - 60) - np.linalg.slogdet(inner)[1]
@@ -64,7 +71,7 @@ def divergence(m):
 
 def test_vecchia_gets_better_with_every_neighbour():
     """Its divergence from the exact law cannot rise: the nearest ones are nested sets, and more of them tell more."""
-    found = [divergence(m) for m in (1, 3, 10, 25, 59)]
+    found = [divergence(m) for m in (1, 5, 25, 59)]
     assert np.all(np.diff(found) < 0)
     assert abs(found[-1]) < 1e-9
 
@@ -79,10 +86,7 @@ def test_inducing_points_bound_the_evidence_and_meet_it():
     np.testing.assert_allclose(met, exact, rtol=1e-6)
     new = np.array([-0.5, 2.2, 7.0])
     for full_cov in (False, True):
-        laws = [
-            gp.GP(kernel, X, noise=0.1, solver=s).condition(np.sin(X), new, full_cov=full_cov)
-            for s in (gp.sgpr(X, jitter=1e-12), EXACT)
-        ]
+        laws = laws_of(kernel, X, 0.1, np.sin(X), new, (gp.sgpr(X, jitter=1e-12), EXACT), full_cov)
         np.testing.assert_allclose(laws[0].mean, laws[1].mean, atol=1e-6)
         np.testing.assert_allclose(laws[0].variance, laws[1].variance, atol=1e-6)
 
@@ -97,9 +101,9 @@ def test_the_bound_is_that_of_titsias():
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
-@pytest.mark.parametrize("kernel", [2.0 * gp.RBF(0.8), gp.Matern52(1.0)], ids=["RBF", "Matern52"])
-def test_eigenfunctions_converge_to_the_process(kernel):
-    errors = []
+@pytest.mark.parametrize("kind", [gp.RBF, gp.Matern52])
+def test_eigenfunctions_converge_to_the_process(kind):
+    kernel, errors = 2.0 * kind(0.8), []
     for m, boundary in ((10, 1.5), (40, 3.0), (160, 6.0)):
         found, expected = both(kernel, X, gp.hsgp(m, boundary=boundary), noise=0.1)
         errors.append(abs(found - expected))
@@ -110,10 +114,7 @@ def test_eigenfunctions_converge_to_the_process(kernel):
 
 def test_eigenfunctions_in_the_plane_predict():
     kernel, y = gp.RBF(jnp.array([0.5, 1.0])), np.sin(3.0 * PLANE[:, 0])
-    laws = [
-        gp.GP(kernel, PLANE, noise=0.05, solver=s).condition(y, PLANE[:3] + 0.01)
-        for s in (gp.hsgp((24, 14), boundary=6.0), EXACT)
-    ]
+    laws = laws_of(kernel, PLANE, 0.05, y, PLANE[:3] + 0.01, (gp.hsgp((24, 14), boundary=6.0), EXACT))
     # the image of a point in the wall of the box is 5 lengths away; 60 data of noise 0.05 see it through a condition
     # number of at most 60 / 0.05
     bound = np.exp(-12.5) * 60 / 0.05
@@ -123,7 +124,7 @@ def test_eigenfunctions_in_the_plane_predict():
 
 @pytest.mark.parametrize("solver", [gp.sgpr(X[::5]), gp.hsgp(20)], ids=["sgpr", "hsgp"])
 def test_low_rank_draws_have_the_covariance_of_their_law(solver):
-    process = gp.GP(gp.RBF(0.8), X, noise=0.1, solver=solver)
+    process = jax.jit(lambda: gp.GP(gp.RBF(0.8), X, noise=0.1, solver=solver))()
     factor = process.factor.sqrt_matvec(jnp.eye(process.factor.num_normals))
     F = process.factor.matrix
     np.testing.assert_allclose(factor @ factor.T, F @ F.T + 0.1 * np.eye(40), atol=1e-12)

@@ -11,7 +11,6 @@ import pytest
 from numpyro import handlers
 from numpyro.infer.util import log_density
 
-import bayesinf as bi
 from bayesinf import kernels
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.models import gp
@@ -105,8 +104,9 @@ def test_evidence_of_a_gaussian_likelihood_is_the_exact_one(name):
         return kernels.smc_sampler(
             key,
             LATENT.prior,
-            LATENT.log_likelihood,
+            gp.latent_log_likelihood,
             MOVES[name],
+            data=LATENT,
             num_particles=400,
             temperatures=jnp.array([0.003, 0.01, 0.03, 0.1, 0.25, 0.5, 1.0]),
             num_moves=8,
@@ -141,16 +141,3 @@ def test_evidence_of_a_gaussian_likelihood_is_the_exact_one(name):
 def test_bad_arguments_are_named(build, match):
     with pytest.raises(ValueError, match=match):
         build()
-
-
-def test_functions_of_one_law_mix_whatever_their_resolution():
-    """Acceptance of PCNLangevin on 10 and on 80 points of one function, which see the data of the same 5."""
-    rates = []
-    for n in (10, 80):
-        x = jnp.linspace(0.0, 4.0, n)
-        rows = jnp.round(jnp.linspace(0, n - 1, 5)).astype(int)
-        latent = gp.latent_target(gp.RBF(1.0), x, lambda f, rows: -jnp.sum((f[rows] - 1.0) ** 2), rows)
-        kernel = kernels.PCNLangevin(latent.target, 0.5)
-        draws = bi.sample(0, kernel, jnp.zeros((4, n)), num_samples=200, progress=False)
-        rates.append(draws.stats["acceptance_rate"].mean())
-    assert abs(rates[0] - rates[1]) < 0.1
