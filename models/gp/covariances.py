@@ -190,8 +190,9 @@ class RBF(_Stationary):
     Example:
         >>> import jax.numpy as jnp
         >>> from bayesinf.models import gp
-        >>> gp.RBF(jnp.array([1.0, 10.0]))(jnp.zeros((1, 2)), jnp.array([[0.0, 10.0]])).round(3).tolist()
-        [[0.6069999933242798]]
+        >>> kernel = gp.RBF(jnp.array([1.0, 10.0]))
+        >>> round(float(kernel(jnp.zeros((1, 2)), jnp.array([[0.0, 10.0]]))[0, 0]), 3)
+        0.607
     """
 
     def correlation(self, squared):

@@ -48,8 +48,8 @@ class StudentTProcess(Process):
         >>> gaussian = gp.GP(gp.RBF(1.0), X, noise=0.1)
         >>> bool(process.log_prob(y) > gaussian.log_prob(y))
         True
-        >>> float(process.condition(y, jnp.array([1.5])).df)
-        8.0
+        >>> process.condition(y, jnp.array([1.5])).df.tolist()
+        [8.0]
 
     References:
         Shah, Wilson and Ghahramani (2014), arXiv:1402.4306.
