@@ -22,6 +22,9 @@ from bayesinf.kernels.elliptical_slice import EllipticalSlice as EllipticalSlice
 from bayesinf.kernels.embedded_hmm import EmbeddedHMM as EmbeddedHMM
 from bayesinf.kernels.energy_error import EnergyError as EnergyError
 from bayesinf.kernels.gaussian_error import gaussian_error as gaussian_error
+from bayesinf.kernels.gaussian_prior import PCN as PCN
+from bayesinf.kernels.gaussian_prior import MarginalGradient as MarginalGradient
+from bayesinf.kernels.gaussian_prior import PCNLangevin as PCNLangevin
 from bayesinf.kernels.genealogy import estimate_variance as estimate_variance
 from bayesinf.kernels.genealogy import evidence_variance as evidence_variance
 from bayesinf.kernels.genealogy import fixed_lag_smoother as fixed_lag_smoother

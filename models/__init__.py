@@ -4,6 +4,7 @@ if __name__ != "bayesinf.models":
     raise ImportError("import bayesinf.models, not models: this folder is only a part of bayesinf")
 
 from bayesinf.models import conformal as conformal
+from bayesinf.models import gp as gp
 from bayesinf.models import hmm as hmm
 from bayesinf.models import language as language
 from bayesinf.models import nngp as nngp

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 import state_space_laws as laws
-from planted import composition, metropolis, parisian, paths, posteriors, protocol
+from planted import composition, gaussian_prior, metropolis, parisian, paths, posteriors, protocol
 
 import bayesinf as bi
 from bayesinf.conformance import (
@@ -34,6 +34,7 @@ def exact(key):
 TARGET = bi.Target(logdensity)
 SUM = bi.kernels.AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x_prev * x)
 POSITION = jnp.array([1.0, 0.3])
+PRIOR_TRIL = jnp.array([[1.5, 0.0], [0.4, 2.0]])
 MALA = bi.kernels.MALA(TARGET, 0.4)
 
 WRONG_LAW = {
@@ -48,6 +49,9 @@ WRONG_LAW = {
     "mixture by place": composition.MixtureByPlace([MALA, bi.kernels.MALA(TARGET, 0.05)]),
     "repeat until accepted": composition.RepeatUntilAccepted(MALA, 3),
     "jitter by place": composition.JitterByPlace(MALA),
+    "Crank-Nicolson without the prior's ratio": gaussian_prior.ForgottenPrior(TARGET, 0.5, 0.5, PRIOR_TRIL),
+    "gradient with the prior's counted twice": gaussian_prior.PriorTwice(TARGET, 0.3, 0.5, PRIOR_TRIL),
+    "marginal gradient tested twice": gaussian_prior.TestedTwice(TARGET, 0.5, 0.5, PRIOR_TRIL),
     "unscaled gradient": composition.UnscaledGradient(MALA, jnp.array([0.6, 1.2])),
 }
 

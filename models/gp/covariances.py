@@ -1,0 +1,374 @@
+"""Covariance functions of Gaussian processes, and their sums, products and multiples.
+
+A covariance function is any callable `k(X1, X2=None) -> (n1, n2)`, with `k.diagonal(X) -> (n,)` where that is cheaper;
+`gram` and `diagonal` take tinygp's too, whose call with one argument is the diagonal. Those here are pytrees: their
+parameters are leaves, and a leading axis of the parameters is a batch of processes.
+
+    RBF                 v exp(-r^2 / 2)
+    Matern12            v exp(-r)
+    Matern32            v (1 + a) exp(-a),              a = sqrt(3) r
+    Matern52            v (1 + a + a^2 / 3) exp(-a),    a = sqrt(5) r
+    RationalQuadratic   v (1 + r^2 / (2 alpha))^(-alpha)
+    Periodic            v exp(-2 sum_i sin^2(pi (x_i - y_i) / p) / l_i^2)
+    Linear              v <x / l, y / l>
+    Constant            v
+
+with r = |(x - y) / l|. Inputs are (n,) or (n, d). Distances are sums of squared differences, not of squares, so nearby
+points stay apart in float32, and every gradient is finite at r = 0.
+
+References:
+    Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, chapter 4.
+"""
+
+import abc
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from bayesinf import errors
+from bayesinf.captured import as_pytree
+
+__all__ = [
+    "RBF",
+    "Constant",
+    "Covariance",
+    "Linear",
+    "Matern12",
+    "Matern32",
+    "Matern52",
+    "Periodic",
+    "Product",
+    "RationalQuadratic",
+    "Sum",
+    "as_covariance",
+    "diagonal",
+    "gram",
+]
+
+
+def gram(kernel: Any, X1: Any, X2: Any) -> Float[Array, "... n m"]:
+    """The matrix k(x_i, y_j) of any covariance function."""
+    return jnp.asarray(kernel(X1, X2))
+
+
+def diagonal(kernel: Any, X: Any) -> Float[Array, "... n"]:
+    """The variances k(x_i, x_i) of any covariance function."""
+    if hasattr(kernel, "diagonal"):
+        return jnp.asarray(kernel.diagonal(X))
+    if hasattr(kernel, "evaluate_diag"):  # tinygp's
+        return jax.vmap(kernel.evaluate_diag)(X)
+    return jax.vmap(lambda x: kernel(x[None], x[None])[0, 0])(X)
+
+
+def as_covariance(kernel: Any) -> Any:
+    """A covariance function as a pytree: a plain function becomes one without leaves.
+
+    Raises:
+        ValueError: it cannot be called.
+    """
+    if not callable(kernel) or isinstance(kernel, type):
+        raise ValueError(f"kernel must be a covariance function k(X1, X2), got {kernel!r}; for instance RBF(1.0)")
+    return as_pytree(kernel)
+
+
+class Covariance(eqx.Module):
+    """A covariance function; `+` and `*` with another, or with a number, give a new one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf.models import gp
+        >>> kernel = 2.0 * gp.RBF(0.5) + gp.Linear()
+        >>> kernel(jnp.array([0.0, 1.0])).shape
+        (2, 2)
+        >>> kernel.diagonal(jnp.array([0.0, 1.0])).tolist()
+        [2.0, 3.0]
+    """
+
+    def __call__(self, X1: ArrayLike, X2: ArrayLike | None = None) -> Float[Array, "... n m"]:
+        """The matrix k(x_i, y_j); of X1 with itself where X2 is None."""
+        X1 = _as_rows("X1", X1)
+        return self.evaluate(X1, X1 if X2 is None else _as_rows("X2", X2))
+
+    @abc.abstractmethod
+    def evaluate(self, X1: Float[Array, "n d"], X2: Float[Array, "m d"]) -> Float[Array, "... n m"]:
+        """The matrix k(x_i, y_j) of inputs in rows."""
+
+    @abc.abstractmethod
+    def diagonal(self, X: ArrayLike) -> Float[Array, "... n"]:
+        """The variances k(x_i, x_i)."""
+
+    def __add__(self, other: Any) -> "Sum":
+        return Sum(self, other)
+
+    def __radd__(self, other: Any) -> "Sum":
+        return Sum(other, self)
+
+    def __mul__(self, other: Any) -> "Product":
+        return Product(self, other)
+
+    def __rmul__(self, other: Any) -> "Product":
+        return Product(other, self)
+
+
+class Constant(Covariance):
+    """A random constant: k(x, y) = v.
+
+    Attributes:
+        variance: v >= 0, of any batch shape.
+    """
+
+    variance: Float[Array, "..."] = eqx.field(converter=errors.as_array("variance", is_floating=True))
+
+    def __check_init__(self):
+        errors.check_nonnegative("variance", self.variance)
+
+    def evaluate(self, X1, X2):
+        return jnp.broadcast_to(_wide(self.variance), (*self.variance.shape, X1.shape[0], X2.shape[0]))
+
+    def diagonal(self, X):
+        return jnp.broadcast_to(self.variance[..., None], (*self.variance.shape, _as_rows("X", X).shape[0]))
+
+
+class _Scaled(Covariance):
+    """Inputs divided by length scales, and a variance."""
+
+    lengthscale: Float[Array, "..."] = eqx.field(
+        default=1.0, converter=errors.as_array("lengthscale", is_floating=True)
+    )
+    variance: Float[Array, "..."] = eqx.field(default=1.0, converter=errors.as_array("variance", is_floating=True))
+
+    def __check_init__(self):
+        errors.check_positive("lengthscale", self.lengthscale)
+        errors.check_nonnegative("variance", self.variance)
+
+    def _inverse_scale(self, X: Array) -> Array:
+        """1 / l, to be multiplied with rows of X."""
+        shape = self.lengthscale.shape
+        if shape and shape[-1] not in (1, X.shape[-1]):
+            raise ValueError(
+                f"lengthscale must be a scalar, or have a last axis of length 1 or {X.shape[-1]}, the number of input "
+                f"columns; got shape {shape}. A batch of B processes has lengthscales of shape (B, 1)"
+            )
+        return 1.0 / self.lengthscale
+
+    def diagonal(self, X):
+        X = _as_rows("X", X)
+        batch = jnp.broadcast_shapes(self.variance.shape, self._inverse_scale(X).shape[:-1], self._batch_shape())
+        return jnp.broadcast_to(self.variance[..., None], (*batch, X.shape[0]))
+
+    def _batch_shape(self) -> tuple[int, ...]:
+        """Of the parameters that are not scales."""
+        return ()
+
+
+class _Stationary(_Scaled):
+    """v f(r^2)."""
+
+    @abc.abstractmethod
+    def correlation(self, squared: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The correlation at squared distance r^2."""
+
+    def evaluate(self, X1, X2):
+        return _wide(self.variance) * self.correlation(_squared_distance(X1, X2, self._inverse_scale(X1)))
+
+
+class RBF(_Stationary):
+    """Squared exponential: k = v exp(-r^2 / 2); paths are analytic.
+
+    Attributes:
+        lengthscale: l > 0; a scalar, or of shape (d,) one for each column (ARD); (B, 1) or (B, d) for a batch.
+        variance: v >= 0; a scalar, or (B,) for a batch.
+
+    Raises:
+        ValueError: a parameter is negative, or the length scales do not fit the inputs.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from bayesinf.models import gp
+        >>> kernel = gp.RBF(jnp.array([1.0, 10.0]))
+        >>> round(float(kernel(jnp.zeros((1, 2)), jnp.array([[0.0, 10.0]]))[0, 0]), 3)
+        0.607
+    """
+
+    def correlation(self, squared):
+        return jnp.exp(-0.5 * squared)
+
+
+class Matern12(_Stationary):
+    """Exponential: k = v exp(-r), of an Ornstein-Uhlenbeck process in one dimension; paths are continuous.
+
+    Attributes:
+        lengthscale, variance: as of `RBF`.
+    """
+
+    def correlation(self, squared):
+        return jnp.exp(-_root(squared))
+
+
+class Matern32(_Stationary):
+    """Matérn of smoothness 3/2: k = v (1 + a) exp(-a), a = sqrt(3) r; paths have one derivative.
+
+    Attributes:
+        lengthscale, variance: as of `RBF`.
+    """
+
+    def correlation(self, squared):
+        a = math.sqrt(3.0) * _root(squared)
+        return (1.0 + a) * jnp.exp(-a)
+
+
+class Matern52(_Stationary):
+    """Matérn of smoothness 5/2: k = v (1 + a + a^2 / 3) exp(-a), a = sqrt(5) r; paths have two derivatives.
+
+    Attributes:
+        lengthscale, variance: as of `RBF`.
+    """
+
+    def correlation(self, squared):
+        a = math.sqrt(5.0) * _root(squared)
+        return (1.0 + a + a**2 / 3.0) * jnp.exp(-a)
+
+
+class RationalQuadratic(_Stationary):
+    """A scale mixture of RBF: k = v (1 + r^2 / (2 alpha))^(-alpha).
+
+    Attributes:
+        lengthscale, variance: as of `RBF`.
+        alpha: > 0; a scalar, or (B,) for a batch.
+    """
+
+    alpha: Float[Array, "..."] = eqx.field(default=1.0, converter=errors.as_array("alpha", is_floating=True))
+
+    def __check_init__(self):
+        errors.check_positive("alpha", self.alpha)
+
+    def _batch_shape(self):
+        return self.alpha.shape
+
+    def correlation(self, squared):
+        alpha = _wide(self.alpha)
+        return jnp.exp(-alpha * jnp.log1p(0.5 * squared / alpha))
+
+
+class Periodic(_Scaled):
+    """Exactly periodic: k = v exp(-2 sum_i sin^2(pi (x_i - y_i) / p) / l_i^2).
+
+    Attributes:
+        lengthscale: l > 0, without unit; shapes as of `RBF`.
+        variance: v >= 0.
+        period: p > 0; a scalar, or (B,) for a batch.
+    """
+
+    period: Float[Array, "..."] = eqx.field(default=1.0, converter=errors.as_array("period", is_floating=True))
+
+    def __check_init__(self):
+        errors.check_positive("period", self.period)
+
+    def evaluate(self, X1, X2):
+        period = self.period[..., None, None, None]
+        sines = jnp.sin(math.pi * (X1[:, None, :] - X2[None, :, :]) / period)
+        scaled = sines * _per_column(self._inverse_scale(X1))
+        return _wide(self.variance) * jnp.exp(-2.0 * jnp.sum(scaled**2, axis=-1))
+
+    def _batch_shape(self):
+        return self.period.shape
+
+
+class Linear(_Scaled):
+    """Bayesian linear regression through the origin: k = v <x / l, y / l>.
+
+    Attributes:
+        lengthscale, variance: as of `RBF`.
+    """
+
+    def evaluate(self, X1, X2):
+        inverse = self._inverse_scale(X1)
+        inverse = inverse[..., None, :] if inverse.ndim else inverse
+        return _wide(self.variance) * ((X1 * inverse) @ (X2 * inverse).mT)
+
+    def diagonal(self, X):
+        X = _as_rows("X", X)
+        inverse = self._inverse_scale(X)
+        inverse = inverse[..., None, :] if inverse.ndim else inverse
+        return self.variance[..., None] * jnp.sum((X * inverse) ** 2, axis=-1)
+
+
+class Sum(Covariance):
+    """k = k1 + k2: the process is a sum of independent ones.
+
+    Attributes:
+        left, right: covariance functions, or numbers, which stand for `Constant`.
+    """
+
+    left: Any = eqx.field(converter=lambda part: _as_part(part))
+    right: Any = eqx.field(converter=lambda part: _as_part(part))
+
+    def __call__(self, X1, X2=None):
+        X2 = X1 if X2 is None else X2
+        return gram(self.left, X1, X2) + gram(self.right, X1, X2)
+
+    def evaluate(self, X1, X2):
+        return self(X1, X2)
+
+    def diagonal(self, X):
+        return diagonal(self.left, X) + diagonal(self.right, X)
+
+
+class Product(Covariance):
+    """k = k1 k2; with a number, a multiple.
+
+    Attributes:
+        left, right: covariance functions, or numbers, which stand for `Constant`.
+    """
+
+    left: Any = eqx.field(converter=lambda part: _as_part(part))
+    right: Any = eqx.field(converter=lambda part: _as_part(part))
+
+    def __call__(self, X1, X2=None):
+        X2 = X1 if X2 is None else X2
+        return gram(self.left, X1, X2) * gram(self.right, X1, X2)
+
+    def evaluate(self, X1, X2):
+        return self(X1, X2)
+
+    def diagonal(self, X):
+        return diagonal(self.left, X) * diagonal(self.right, X)
+
+
+def _as_part(part: Any) -> Any:
+    return as_covariance(part) if callable(part) else Constant(part)
+
+
+def _as_rows(name: str, X: Any) -> Array:
+    X = jnp.asarray(X)
+    if X.ndim not in (1, 2):
+        raise ValueError(f"{name} must have shape (n,) or (n, d), got {X.shape}")
+    X = X.astype(jnp.result_type(X, 1.0))
+    return X[:, None] if X.ndim == 1 else X
+
+
+def _wide(parameter: Array) -> Array:
+    """A batch of parameters against matrices."""
+    return parameter[..., None, None]
+
+
+def _per_column(inverse: Array) -> Array:
+    """A batch of length scales against differences of shape (n, m, d)."""
+    return inverse[..., None, None, :] if inverse.ndim else inverse
+
+
+@jax.jit  # the differences are fused into their sum, and are never in memory
+def _squared_distance(X1: Array, X2: Array, inverse: Array) -> Array:
+    return jnp.sum(((X1[:, None, :] - X2[None, :, :]) * _per_column(inverse)) ** 2, axis=-1)
+
+
+def _root(squared: Array) -> Array:
+    """The distance, with derivative zero at zero."""
+    is_zero = squared == 0
+    root: Callable = jnp.sqrt
+    return jnp.where(is_zero, 0.0, root(jnp.where(is_zero, 1.0, squared)))

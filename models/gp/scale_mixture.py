@@ -1,0 +1,263 @@
+"""Scale mixtures of Gaussian processes: any law of the scale, integrated out by deterministic quadrature.
+
+    s ~ H,    f | s ~ GP(0, s k),    y | f ~ N(f + m, diag(noise)),    or N(f + m, s diag(noise)) with scaled noise
+
+    p(y) = int p(y | e^u) H(e^u) e^u du  =  sum_j w_j p(y | s_j)
+
+by Gauss-Legendre nodes on u = log s, between the points where the integrand has fallen by 50 in the logarithm; a grid
+finds them, so that posteriors of any width, and priors of several modes, are met. With the noise scaled one Cholesky
+factor serves every s. Else it is one eigendecomposition, of D^{-1/2} K D^{-1/2} with D = diag(noise), after which each
+s costs O(n). Importance sampling from the prior of s, as is common, has an effective sample size of tens among 1,000
+draws for some hundreds of data.
+
+References:
+    Lee, Yun, Yang, Kim and Lee (2022), arXiv:2107.01408.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, ArrayLike, Float
+
+from bayesinf import errors
+from bayesinf.models.gp.covariances import diagonal, gram
+from bayesinf.models.gp.dense import dense
+from bayesinf.models.gp.process import Process, joint_tril, marginal_scale, mean_at
+from bayesinf.models.gp.student_t import scale_free
+
+__all__ = ["ScaleMixtureGP"]
+
+REACH = 70.0  # of the search in u: scales from 4e-31 to 2.5e30
+GRID = 513
+DEPTH = 50.0
+LEAST = -1e30
+
+
+class ScaleMixtureGP(Process):
+    """A Gaussian process whose scale has any law on the positive numbers.
+
+    Args:
+        mixing: H, a NumPyro distribution of one positive number, such as `HalfCauchy`.
+        kernel, X, mean: as of `GP`; one process (a batch is made by `jax.vmap`).
+        noise: variance of the noise, positive.
+        noise_scaled: whether the noise is scaled with s too; `StudentTProcess` is that with `InverseGamma`.
+        nodes: of the quadrature.
+
+    Raises:
+        ValueError: mixing is no such law, the noise is missing, or as of `GP`.
+
+    Example:
+        >>> import jax.numpy as jnp, numpyro.distributions as dist
+        >>> from bayesinf.models import gp
+        >>> X = jnp.arange(5.0)
+        >>> process = gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(1.0), X, noise=0.1)
+        >>> scales, log_weights = process.scale_posterior(10.0 * jnp.sin(X))
+        >>> bool(jnp.sum(scales * jnp.exp(log_weights)) > 10.0)
+        True
+
+    References:
+        Lee, Yun, Yang, Kim and Lee (2022), arXiv:2107.01408.
+    """
+
+    pytree_data_fields: tuple[str, ...] = ("mixing", "values", "vectors")
+    pytree_aux_fields: tuple[str, ...] = ("noise_scaled", "nodes")
+
+    values: Any
+    vectors: Any
+
+    def __init__(
+        self,
+        mixing: dist.Distribution,
+        kernel: Any,
+        X: Any,
+        noise: Any,
+        *,
+        mean: Any = 0.0,
+        noise_scaled: bool = False,
+        nodes: int = 256,
+        validate_args: Any = None,
+    ):
+        if not isinstance(mixing, dist.Distribution) or mixing.event_shape or mixing.batch_shape:
+            raise ValueError(f"mixing must be a NumPyro distribution of one positive number, got {mixing!r}")
+        self.mixing, self.noise_scaled = mixing, bool(noise_scaled)
+        self.nodes = errors.check_count("nodes", nodes, minimum=8)
+        if noise is None:
+            raise ValueError("noise must be a variance, got None; a process without is ScaleMixtureGP(noise=1e-6)")
+        errors.check_positive("noise", noise)
+        self._prepare(kernel, X, mean, noise, dense())
+        if self.loc.ndim > 1:
+            raise ValueError(
+                f"kernel, mean and noise must be those of one process, got batch shape {self.loc.shape[:-1]}; make a "
+                "batch under jax.vmap"
+            )
+        self.values = self.vectors = None
+        if not noise_scaled:
+            root = jnp.sqrt(self._noise())
+            scaled = gram(self.kernel, self.X, self.X) / root[:, None] / root
+            self.values, self.vectors = _eigh(scaled)
+        super().__init__((), self.loc.shape[-1:], validate_args=validate_args)
+
+    def scale_posterior(self, y: ArrayLike) -> tuple[Float[Array, " j"], Float[Array, " j"]]:
+        """Nodes s_j and their normalised log weights: a quadrature rule for the law of s given y."""
+        residual = self._check_data("y", y) - self.loc
+        scales, log_terms = self._quadrature(residual)
+        return scales, log_terms - logsumexp(log_terms)
+
+    def _noise(self) -> Array:
+        return jnp.broadcast_to(jnp.asarray(self.noise, self.loc.dtype), self.loc.shape)
+
+    def _log_prob(self, residual: Array) -> Array:
+        flat = residual.reshape(-1, residual.shape[-1])
+        found = jax.lax.map(lambda row: logsumexp(self._quadrature(row)[1]), flat)
+        return found.reshape(residual.shape[:-1])
+
+    def _sample(self, key: Any, sample_shape: tuple[int, ...]) -> Array:
+        key_scale, key_path, key_noise = jax.random.split(key, 3)
+        roots = jnp.sqrt(self.mixing.sample(key_scale, sample_shape))[..., None]
+        if self.noise_scaled:
+            return roots * self._correlated(key_path, sample_shape)
+        normals = jax.random.normal(key_path, (*sample_shape, *self.loc.shape), self.loc.dtype)
+        path = (normals * jnp.sqrt(self.values)) @ self.vectors.T
+        noise = jax.random.normal(key_noise, path.shape, path.dtype)
+        return jnp.sqrt(self._noise()) * (roots * path + noise)
+
+    def _quadrature(self, residual: Array) -> tuple[Array, Array]:
+        """Nodes s_j, and log of w_j p(r | s_j) H(s_j) s_j."""
+        log_likelihood = self._log_likelihood(residual)
+        points, log_rule = (jnp.asarray(part, self.loc.dtype) for part in _legendre(self.nodes))
+
+        def log_terms(u: Array) -> Array:
+            return log_likelihood(u) + _log_prior(self.mixing, u)
+
+        low, high = _window(log_terms, *_reach(self.mixing, self.loc.dtype))
+        low, high = jax.lax.stop_gradient((low, high))
+        u = 0.5 * (low + high) + 0.5 * (high - low) * points
+        return jnp.exp(u), log_terms(u) + log_rule + jnp.log(0.5 * (high - low))
+
+    def _log_likelihood(self, residual: Array) -> Any:
+        if self.noise_scaled:
+            log_scale, quadratic = scale_free(self.factor, residual, ())
+            n = residual.shape[-1]
+            return lambda u: log_scale - 0.5 * n * u - 0.5 * quadratic * jnp.exp(-u)
+        root = jnp.sqrt(self._noise())
+        scaled = gram(self.kernel, self.X, self.X) / root[:, None] / root
+        log_scale = jnp.sum(jnp.log(root))
+        return lambda u: _log_densities(scaled, residual / root, jnp.exp(u), self.values, self.vectors) - log_scale
+
+    def _condition(self, residual: Array, Xs: Array, noise: Array, full_cov: bool) -> tuple[Array, ...]:
+        flat = residual.reshape(-1, residual.shape[-1])
+        found = jax.lax.map(lambda row: self._condition_one(row, Xs, noise, full_cov), flat)
+        return jax.tree.map(lambda part: part.reshape((*residual.shape[:-1], *part.shape[1:])), found)
+
+    def _condition_one(self, residual: Array, Xs: Array, noise: Array, full_cov: bool) -> tuple[Array, ...]:
+        """Log weights (j,), means (j, m) and scales (j, m) or factors (j, m, m)."""
+        scales, log_terms = self._quadrature(residual)
+        log_weights = log_terms - logsumexp(log_terms)
+        if self.noise_scaled:
+            mean, spread = self._predict(residual, Xs, full_cov)
+            means = jnp.broadcast_to(mean, (self.nodes, *mean.shape))
+            wide = jnp.sqrt(scales).reshape(-1, *(1,) * spread.ndim)
+            return log_weights, means, wide * (joint_tril(spread, noise) if full_cov else marginal_scale(spread, noise))
+
+        root = jnp.sqrt(self._noise())
+        shrunk = scales[:, None] / (scales[:, None] * self.values + 1.0)  # (j, n)
+        cross = self.vectors.T @ (gram(self.kernel, self.X, Xs) / root[:, None])
+        means = (shrunk * (self.vectors.T @ (residual / root))) @ cross
+        prior_mean = mean_at(self.mean_function, Xs, Xs.shape[0])
+        if full_cov:
+            prior = gram(self.kernel, Xs, Xs)
+            spread = scales[:, None, None] * prior
+            spread = spread - jnp.einsum("am,ja,al->jml", cross, scales[:, None] * shrunk, cross)
+            return log_weights, prior_mean + means, joint_tril(spread, noise)
+        spread = scales[:, None] * (diagonal(self.kernel, Xs) - shrunk @ cross**2)
+        return log_weights, prior_mean + means, marginal_scale(spread, noise)
+
+    def _law(self, arrays: tuple[Array, ...], full_cov: bool) -> dist.Distribution:
+        log_weights, means, scales = arrays
+        log_weights = jnp.maximum(log_weights, LEAST)  # NumPyro refuses -inf
+        if full_cov:
+            parts: dist.Distribution = dist.MultivariateNormal(means, scale_tril=scales)
+            return dist.MixtureSameFamily(dist.Categorical(logits=log_weights), parts)
+        parts = dist.Normal(jnp.swapaxes(means, -1, -2), jnp.swapaxes(scales, -1, -2))
+        logits = jnp.broadcast_to(log_weights[..., None, :], parts.batch_shape)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), parts)
+
+
+def _log_prior(mixing: dist.Distribution, u: Array) -> Array:
+    """Log density of u = log s; -inf outside the support, where NumPyro's densities need not be."""
+    s = jnp.exp(u)
+    support: Any = mixing.support
+    is_inside = support(s)
+    inside = jnp.where(is_inside, s, _any_inside(mixing, s))
+    return jnp.where(is_inside, mixing.log_prob(inside) + u, -jnp.inf)
+
+
+def _any_inside(mixing: dist.Distribution, s: Array) -> Array:
+    upper = getattr(mixing.support, "upper_bound", None)
+    lower = getattr(mixing.support, "lower_bound", 0.0)
+    return jnp.ones_like(s) if upper is None else jnp.full_like(s, 0.5) * (lower + upper)
+
+
+def _reach(mixing: dist.Distribution, dtype: Any) -> tuple[Array, Array]:
+    """Between which u the search is made: nodes do not straddle the edges of a support, where densities jump."""
+    lower = jnp.asarray(getattr(mixing.support, "lower_bound", 0.0), dtype)
+    upper = jnp.asarray(getattr(mixing.support, "upper_bound", jnp.inf), dtype)
+    low, high = (jnp.log(jnp.maximum(bound, 0.0)) for bound in (lower, upper))
+    return jnp.clip(low, -REACH, REACH), jnp.clip(high, -REACH, REACH)
+
+
+def _window(log_terms: Any, low: Array, high: Array) -> tuple[Array, Array]:
+    """Where the terms are within DEPTH of the largest, found on ever finer grids, a cell more on either side."""
+    for _ in range(4):
+        grid = jnp.linspace(low, high, GRID)
+        values = log_terms(grid)
+        values = jnp.where(jnp.isnan(values), -jnp.inf, values)
+        is_near = values >= jnp.max(values) - DEPTH
+        first, last = jnp.argmax(is_near), GRID - 1 - jnp.argmax(is_near[::-1])
+        low, high = grid[jnp.maximum(first - 1, 0)], grid[jnp.minimum(last + 1, GRID - 1)]
+    return low, high
+
+
+def _legendre(num: int) -> tuple[np.ndarray, np.ndarray]:
+    points, rule = np.polynomial.legendre.leggauss(num)
+    return points, np.log(rule)
+
+
+def _eigh(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues, those below zero by rounding set to it, and vectors; constants: see `_log_densities`."""
+    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(matrix))
+    n = matrix.shape[-1]
+    tolerance = n * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values), axis=-1, keepdims=True)
+    return jnp.where(values < -10 * tolerance, jnp.nan, jnp.maximum(values, 0.0)), vectors
+
+
+@jax.custom_jvp
+def _log_densities(K: Array, r: Array, scales: Array, values: Array, vectors: Array) -> Array:
+    """Log N(r; 0, s K + I) for every s, given the eigenvalues and vectors of K; -inf where K is not semidefinite.
+
+    The derivative goes through K alone: that of an eigendecomposition does not exist where eigenvalues are equal.
+    """
+    del K
+    spread = scales[:, None] * values + 1.0
+    rotated = vectors.T @ r
+    value = -0.5 * jnp.sum(jnp.log(spread) + rotated**2 / spread, axis=-1) - 0.5 * r.shape[-1] * math.log(2 * math.pi)
+    return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+
+@_log_densities.defjvp
+def _log_densities_jvp(primals, tangents):
+    (K, r, scales, values, vectors), (K_dot, r_dot, scales_dot, _, _) = primals, tangents
+    is_ok = ~jnp.any(jnp.isnan(values))
+    values = jnp.where(jnp.isnan(values), 0.0, values)
+    spread = scales[:, None] * values + 1.0
+    solved = (vectors.T @ r) / spread
+    change = vectors.T @ jnp.where(is_ok, K_dot, 0.0) @ vectors
+    by_matrix = jnp.sum(solved * (solved @ change), axis=-1) - jnp.sum(jnp.diagonal(change) / spread, axis=-1)
+    by_scale = jnp.sum(values * (solved**2 - 1.0 / spread), axis=-1)
+    tangent = 0.5 * scales * by_matrix + 0.5 * scales_dot * by_scale - solved @ (vectors.T @ r_dot)
+    return _log_densities(K, r, scales, primals[3], vectors), jnp.where(is_ok, tangent, 0.0)

@@ -1,0 +1,135 @@
+"""The O(n) solver against dense algebra: values, gradients, predictions, paths, missing data."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bayesinf.conformance import FALSE_ALARM, mean_p_value
+from bayesinf.models import gp
+
+RNG = np.random.default_rng(2)
+TIMES = jnp.asarray(np.concatenate([RNG.uniform(0.0, 10.0, 38), [3.0, 3.0]]))  # neither sorted nor distinct
+Y = jnp.sin(TIMES) + jnp.asarray(0.1 * RNG.normal(size=40))
+EXACT = gp.dense(jitter=0.0)
+
+KERNELS = {
+    "Matern12": lambda scale: 2.0 * gp.Matern12(scale),
+    "Matern32": lambda scale: gp.Matern32(scale),
+    "Matern52": lambda scale: gp.Matern52(scale),
+    "sum": lambda scale: gp.Matern32(scale) + 0.5 * gp.Matern12(2.0 * scale) + 1.0,
+    "product with a periodic one": lambda scale: gp.Matern32(scale) * gp.Periodic(1.3, period=2.0 * scale),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def double():
+    with jax.enable_x64(True):
+        yield
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def value_and_grad(name, solver, y, lengthscale, noise, mean):
+    def value(lengthscale, noise, mean):
+        times = jnp.asarray(np.asarray(TIMES), jnp.float64)
+        return gp.GP(KERNELS[name](lengthscale), times, mean=mean, noise=noise, solver=solver).log_prob(y)
+
+    return jax.value_and_grad(value, (0, 1, 2))(lengthscale, noise, mean)
+
+
+def parameters():
+    return jnp.asarray(1.1), jnp.asarray(0.1), jnp.asarray(0.3)
+
+
+@pytest.mark.parametrize("name", list(KERNELS))
+def test_value_and_gradient_are_those_of_dense_algebra(name):
+    """A11, at irregular and repeated times; the periodic kernel is cut off where double precision does not see it."""
+    y = Y.astype(float)
+    expected, slopes = value_and_grad(name, EXACT, y, *parameters())
+    found, found_slopes = value_and_grad(name, gp.statespace(parallel=False, order=14), y, *parameters())
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(found_slopes, slopes, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["Matern12", "Matern32", pytest.param("sum", marks=pytest.mark.slow)])
+def test_the_associative_scan_is_the_sequential_one(name):
+    """A11 in parallel, with missing data; the gradient of its value."""
+    y = Y.astype(float).at[3].set(jnp.nan)
+    expected, slopes = value_and_grad(name, gp.statespace(parallel=False), y, *parameters())
+    found, found_slopes = value_and_grad(name, gp.statespace(parallel=True), y, *parameters())
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(found_slopes, slopes, rtol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["Matern52", "sum"])
+def test_missing_data_are_left_out(name):
+    y = Y.astype(float).at[jnp.array([0, 7])].set(jnp.nan)
+    keep = np.isfinite(np.asarray(y))
+    process = gp.GP(KERNELS[name](1.1), TIMES.astype(float), noise=0.1, solver=gp.statespace())
+    rest = gp.GP(KERNELS[name](1.1), TIMES.astype(float)[keep], noise=0.1, solver=EXACT)
+    np.testing.assert_allclose(process.log_prob(y), rest.log_prob(y[keep]), rtol=1e-10)
+    new = jnp.array([-1.0, 3.0, 5.5, 12.0])
+    for found, expected in (
+        (process.condition(y, new), rest.condition(y[keep], new)),
+        (process.condition(y, new, full_cov=True), rest.condition(y[keep], new, full_cov=True)),
+    ):
+        np.testing.assert_allclose(found.mean, expected.mean, atol=1e-10)
+        np.testing.assert_allclose(found.variance, expected.variance, atol=1e-7)
+    student = gp.StudentTProcess(2.0, 3.0, KERNELS[name](1.1), TIMES.astype(float), noise=0.1, solver=gp.statespace())
+    expected = gp.StudentTProcess(2.0, 3.0, KERNELS[name](1.1), TIMES.astype(float)[keep], noise=0.1, solver=EXACT)
+    np.testing.assert_allclose(student.log_prob(y), expected.log_prob(y[keep]), rtol=1e-10)
+
+
+def test_paths_have_the_covariance_of_the_process():
+    """L of the filter is the Cholesky factor of the sorted covariance; so draws are exact."""
+    process = gp.GP(KERNELS["Matern52"](1.1), TIMES.astype(float), noise=0.1, solver=gp.statespace())
+    factor = process.factor.sqrt_matvec(jnp.eye(40))
+    expected = gp.Matern52(1.1)(TIMES.astype(float)) + 0.1 * jnp.eye(40)
+    np.testing.assert_allclose(factor @ factor.T, expected, atol=1e-12)
+    draws = process.sample(jax.random.key(0), (20_000,))
+    products = np.asarray(draws[:, :1] * draws[:, :5])
+    assert mean_p_value(products, np.asarray(expected[0, :5])) > FALSE_ALARM
+
+
+def test_float32_on_a_dense_grid():
+    """Ten thousand points at 1/1000 of the length scale, where forming the noise of a transition loses all digits."""
+    n = 10_000
+    times, noise = np.arange(n) / 1000.0, np.random.default_rng(3).normal(size=n)
+    y = np.sin(times) + 0.3 * noise
+    values = []
+    for dtype in (jnp.float32, jnp.float64):
+        with jax.enable_x64(dtype == jnp.float64):
+            process = gp.GP(
+                gp.Matern52(jnp.asarray(1.0, dtype)), jnp.asarray(times, dtype), noise=0.09, solver=gp.statespace()
+            )
+            values.append(float(process.log_prob(jnp.asarray(y, dtype))))
+    # a sum of n terms of order one, each known to sqrt(n) roundings
+    assert abs(values[0] - values[1]) < n * np.sqrt(n) * float(jnp.finfo(jnp.float32).eps)
+
+
+def test_batches_are_made_by_vmap():
+    def build(lengthscale):
+        return gp.GP(gp.Matern32(lengthscale), TIMES.astype(float), noise=0.1, solver=gp.statespace())
+
+    batch = jax.vmap(build)(jnp.array([0.5, 1.0]))
+    expected = [build(lengthscale).log_prob(Y) for lengthscale in (0.5, 1.0)]
+    np.testing.assert_allclose(batch.log_prob(Y), expected, rtol=1e-10)
+    assert batch.sample(jax.random.key(0), (3,)).shape == (3, 2, 40)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: gp.GP(gp.RBF(), TIMES, solver=gp.statespace()), "kernel must be made of Matern12"),
+        (lambda: gp.GP(gp.Matern32(), jnp.ones((3, 2)), solver=gp.statespace()), "X must be times"),
+        (lambda: gp.GP(gp.Matern32(jnp.ones((2, 1))), TIMES, solver=gp.statespace()), "lengthscale must be one number"),
+        (lambda: gp.statespace(parallel="yes"), "parallel must be one of"),
+        (lambda: gp.statespace(order=0), "order must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(build, match):
+    with pytest.raises(ValueError, match=match):
+        build()
