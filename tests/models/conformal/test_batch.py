@@ -231,6 +231,17 @@ def test_a_p_value_of_a_batch_is_that_of_its_rank(zeta):
     assert float(above_all) == pytest.approx(values[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("zeta", [1, 5, 9])
+def test_ties_make_a_p_value_conservative(zeta):
+    """Scores of three values: equal ones count for the batch."""
+    scores = np.random.default_rng(1).integers(0, 3, (4_000, 29)).astype(float)
+    run = jax.jit(jax.vmap(lambda cal, test: conformal.batch_p_value(cal, test, zeta).p))
+    p = np.asarray(run(jnp.asarray(scores[:, :20]), jnp.asarray(scores[:, 20:])))
+    for level in (0.05, 0.1, 0.3):
+        assert at_least(p > level, 1 - level) > FALSE_ALARM
+    assert conformal.batch_p_value(jnp.zeros(20), jnp.zeros(9), zeta).p == pytest.approx(1.0)
+
+
 def test_a_rank_that_counts_from_zero_is_found_out(monkeypatch):
     """The threshold one score lower, as where the test point itself is forgotten."""
     right = batch.batch_rank

@@ -142,6 +142,19 @@ def test_leave_one_out_residuals_cover_where_the_fit_has_many_parameters(monkeyp
     assert p_value_of_too_few(overfit_coverage()) < FALSE_ALARM
 
 
+def test_the_centre_is_the_mean_over_the_points_that_were_seen():
+    """Of a fit that returns how often each point was drawn; a missing point has no fits without it."""
+    y = jnp.where(jnp.arange(40) % 3 == 0, jnp.nan, 1.0)
+    fits = conformal.bootstrap_ensemble(
+        0, lambda x, y, weights: weights, lambda params, x: jnp.zeros(x.shape[0]), y, y, num_bootstrap=6
+    )
+    is_out = np.asarray(fits.params)[:, ~np.isnan(y)] == 0
+    num_out = is_out.sum(0)
+    expected = (is_out[:, num_out > 0] / num_out[num_out > 0]).mean(1)
+    np.testing.assert_allclose(fits.shares, expected, rtol=1e-5)
+    assert np.ptp(expected) > 0.01
+
+
 def test_missing_values_slide_nothing_and_are_not_fitted():
     y = jax.random.normal(jax.random.key(0), (60,)).at[jnp.array([3, 50])].set(jnp.nan)
     x = jnp.arange(60.0)[:, None]
