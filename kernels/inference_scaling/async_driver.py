@@ -4,7 +4,8 @@ The methods, the numbers and the result are those of `infer`. What differs is th
 are under way at once, some fail, the run may be stopped and gone on with, and it need not wait at every step:
 
     barrier        all have their step before anyone is chosen
-    speculative    who has a score begins the next step at once; what is not chosen is cancelled, and counts as wasted
+    speculative    who has a score begins the next step at once, while the budget is sure to last; what is not chosen is
+                   cancelled, and counts as wasted
     cascade        nobody waits: the particle cascade, whose evidence is unbiased
 
 Requests that fail cost their particles alone. A share of failures that does not depend on what would have been written

@@ -82,11 +82,8 @@ class CascadeRun:
 
         eves = [i if parent is None else parent.eve for i in range(num)]
         nodes = await self.tree.grow(parent, steps, eves, log_weight)
-        families: list[tuple[Node, int, float]] = []
-        for node in nodes:
-            self.requests.on_step(self)
-            if not node.is_done:
-                families.append((node, *self._branch(node)))
+        self.requests.on_step(self)
+        families = [(node, *self._branch(node)) for node in nodes if not node.is_done]
         await run_all([self._continue(*family) for family in families if family[1]])
 
     def _branch(self, node: Node) -> tuple[int, float]:

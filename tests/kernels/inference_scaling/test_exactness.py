@@ -35,6 +35,7 @@ from bayesinf.kernels.inference_scaling import (
     population,
     sweep,
 )
+from bayesinf.kernels.inference_scaling.infer import NO_BUDGET
 from bayesinf.kernels.inference_scaling.methods import exchange, run_tempered, swap
 from bayesinf.kernels.inference_scaling.population import found, keep_places
 from bayesinf.kernels.inference_scaling.sweep import draw_reference
@@ -45,7 +46,6 @@ chains = pytest.importorskip("benchmarks.inference_scaling.reasoning_chain", rea
 
 KINDS = ("step", "value", "terminal", "odds")
 SCHEMES = ("systematic", "stratified", "multinomial", "residual", "ssp", "killing")
-UNLIMITED = np.int32(2**31 - 1)
 NUM_STEPS, NUM_FORMS = 4, 2
 
 
@@ -74,7 +74,7 @@ def run(key, generator, potential, selection, num_particles, reference=None):
     """`run_sweep` without its own cache of programs, so that what a test plants is compiled."""
     potential = selection.prepare(potential)
     return sweep.run_sweep.__wrapped__(
-        key, generator, potential, selection, None, num_particles, jnp.asarray(UNLIMITED), reference
+        key, generator, potential, selection, None, num_particles, jnp.asarray(NO_BUDGET, jnp.int32), reference
     )
 
 
@@ -289,7 +289,7 @@ class TestEvidence:
         """The mean over islands, within the variance that it states; and answers by the islands' weights."""
         generator, target, num = chain(), potential("odds"), 400
         islands = Islands(Resample(1.0, scheme="multinomial"), num_islands=num)
-        runs = islands.run(jax.random.key(1), generator, target, None, 8, jnp.asarray(UNLIMITED))
+        runs = islands.run(jax.random.key(1), generator, target, None, 8, jnp.asarray(NO_BUDGET, jnp.int32))
         truth = chains.exact(generator, target)
         z = np.expm1(runs.log_evidence - float(truth.log_evidence)) / np.sqrt(runs.log_evidence_variance)
         assert 2 * scipy.stats.norm.sf(abs(z)) > FALSE_ALARM
@@ -394,7 +394,9 @@ class TestTempering:
             key_start, key_run, key_exchange = jax.random.split(key, 3)
             keys = jax.random.split(key_start, betas.shape[0])
             start = jax.vmap(lambda key, beta: chains.exact_draw(key, generator, target**beta))(keys, betas)
-            sweeps = run_tempered(key_run, generator, target, Resample(), None, 3, jnp.asarray(UNLIMITED), betas, start)
+            sweeps = run_tempered(
+                key_run, generator, target, Resample(), None, 3, jnp.asarray(NO_BUDGET, jnp.int32), betas, start
+            )
             return exchange.__wrapped__(key_exchange, generator, target, sweeps, betas, parity)
 
         return jax.vmap(one)(jax.random.split(jax.random.key(11), num))
