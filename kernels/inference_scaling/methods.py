@@ -196,8 +196,8 @@ class ParallelTempering(eqx.Module):
         references = None
         for j, key_sweep in enumerate(jax.random.split(key, self.num_sweeps)):
             key_run, key_exchange = jax.random.split(key_sweep)
-            left = budget - sum(int(jnp.sum(s.records.num_tokens)) for s in kept + others)
-            if left <= 0:
+            share = (budget - sum(int(jnp.sum(s.records.num_tokens)) for s in kept + others)) // num
+            if share <= 0:
                 break
             stacked = run_tempered(
                 key_run,
@@ -206,7 +206,7 @@ class ParallelTempering(eqx.Module):
                 self.selection,
                 prompt,
                 num_particles,
-                left // num,
+                share,
                 self.betas,
                 references,
             )

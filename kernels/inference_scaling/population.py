@@ -25,7 +25,16 @@ from bayesinf.kernels.inference_scaling.generator import StepInfo
 from bayesinf.kernels.inference_scaling.potential import AbstractPotential, PotentialState
 from bayesinf.resampling import gather
 
-__all__ = ["Population", "Record", "found", "inherit", "keep_places", "weigh"]
+__all__ = [
+    "Population",
+    "Record",
+    "found",
+    "inherit",
+    "keep_places",
+    "relative_variance",
+    "stack_records",
+    "weigh",
+]
 
 
 class Population(NamedTuple):

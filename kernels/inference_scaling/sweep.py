@@ -114,6 +114,7 @@ def run_sweep(
         if reference is not None:
             state, info = _retrace(generator, reference, state, info, t)
         log_scores = potential.scores(state)
+        _check_scores(log_scores, num_particles)
         population, record = weigh(population, potential, log_scores, info, ancestors, is_resampled)
         return state, population, record
 
@@ -166,6 +167,15 @@ def log_g_of(potential: AbstractPotential, population: Population, index: Int[Ar
     """Log G of an answer, with the exponents of this potential, whatever those of the run were."""
     parts = zip(potential.factors, population.potentials, strict=True)
     return sum((factor.raised(state.log_spent)[index] for factor, state in parts), jnp.zeros(()))
+
+
+def _check_scores(log_scores: tuple[Array, ...], num_particles: int) -> None:
+    for scores in log_scores:
+        if scores.shape != (num_particles,):
+            raise ValueError(
+                f"a score must be one number for each of {num_particles} particles, of shape ({num_particles},), "
+                f"got shape {scores.shape}"
+            )
 
 
 def _choose_with_reference(

@@ -634,6 +634,14 @@ class TestWhatIsCounted:
         expected = whole.log_votes[:32] - np.logaddexp.reduce(whole.log_votes[:32])
         np.testing.assert_allclose(cut.log_votes[:32], expected, atol=1e-5)  # rounding
 
+    def test_no_sweep_begins_with_less_than_a_token_for_each_chain(self):
+        betas = (1.0, 0.5)
+        spent = infer(0, chain(), potential(), method=ParallelTempering(betas, 1, 0), num_particles=8).tokens.generated
+        method = ParallelTempering(betas, 2, 0)
+        result = infer(0, chain(), potential(), method=method, num_particles=8, budget=spent + 1)
+        assert result.tokens.generated == spent
+        assert result.num_steps.shape == (1,)
+
     def test_a_first_sweep_that_was_cut_is_all_there_is(self):
         with pytest.warns(SamplingWarning, match="budget of 20 tokens was spent with"):
             cut = infer(0, chain(), potential(), method=Gibbs(4, 1), num_particles=16, budget=20)
@@ -667,6 +675,12 @@ class TestWhatIsCounted:
 
 
 class TestBadInput:
+    def test_scores_of_another_shape(self, unchecked):
+        column = Potential(lambda state: jnp.full((state.num_steps.shape[0], 1), 0.5))
+        for wrong, shape in ((column, r"\(16, 1\)"), (Potential(lambda state: 0.5), r"\(\)")):
+            with pytest.raises(ValueError, match=f"one number for each of 16 particles.* got shape {shape}"):
+                infer(0, chain(), wrong, num_particles=16)
+
     def test_steering(self, unchecked):
         for bad in ({"ess_threshold": 1.5}, {"spread": "min"}, {"every": 0}):
             with pytest.raises(ValueError, match=next(iter(bad))):
