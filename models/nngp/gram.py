@@ -11,12 +11,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from bayesinf import errors
 
-__all__ = ["gram"]
+__all__ = ["fill", "gram"]
 
 Kernel = Callable[..., Any]
 
@@ -73,11 +73,12 @@ def _inputs(name: str, X: object) -> Array:
 @eqx.filter_jit
 def _tiled(kernel: Kernel, X1: Array, X2: Array | None, block: int) -> Array:
     if X2 is not None:
-        return _fill(kernel, X1, X2, block, is_symmetric=False)
-    return _with_diagonal(kernel, X1, _fill(kernel, X1, X1, block, is_symmetric=True))
+        return fill(kernel, X1, X2, block, is_symmetric=False)
+    return _with_diagonal(kernel, X1, fill(kernel, X1, X1, block, is_symmetric=True))
 
 
-def _fill(kernel: Kernel, X1: Array, X2: Array, block: int, *, is_symmetric: bool) -> Array:
+def fill(kernel: Kernel, X1: Array, X2: Array, block: int, *, is_symmetric: bool) -> Array:
+    """The matrix tile by tile; `is_symmetric` computes one triangle, where X2 is X1."""
     rows, columns = min(block, X1.shape[0]), min(block, X2.shape[0])
     num_rows, num_columns = -(-X1.shape[0] // rows), -(-X2.shape[0] // columns)
     if num_rows == num_columns == 1:
@@ -128,11 +129,11 @@ def _sharded(kernel: Kernel, X1: Array, X2: Array | None, block: int, sharding: 
 
 @eqx.filter_jit
 def _spread(
-    arrays: Any, rest: Any, X1: Array, X2: Array, is_symmetric: bool, block: int, mesh: Mesh, names: Any
+    arrays: Any, rest: Any, X1: Array, X2: Array, is_symmetric: bool, block: int, mesh: Any, names: Any
 ) -> Array:
     def local(arrays: Any, X1: Array, X2: Array) -> Array:
         kernel = eqx.combine(arrays, rest)
-        matrix = _fill(kernel, X1, X2, block, is_symmetric=False)
+        matrix = fill(kernel, X1, X2, block, is_symmetric=False)
         return _with_diagonal(kernel, X1, matrix, jax.lax.axis_index(names) * len(X1)) if is_symmetric else matrix
 
     rows, everything = PartitionSpec(names), PartitionSpec()

@@ -17,7 +17,7 @@ References:
     Price, Adam, Nait Saada and Tanner (2024), arXiv:2402.16184.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,9 +136,10 @@ def sparse_init(kind: Literal["relu", "soft"], sparsity: float, v_prime: float =
     tau = float(norm.isf((1.0 - sparsity) / sides))
 
     def slope(m: float) -> float:
-        return 1.0 - m * norm.pdf(tau + m) / _between(tau, tau + m)
+        return float(1.0 - m * norm.pdf(tau + m) / _between(tau, tau + m))
 
-    clip = float(brentq(lambda m: slope(m) - v_prime, 1e-6, 40.0, xtol=1e-14, rtol=1e-14))
+    root: Any = brentq(lambda m: slope(m) - v_prime, 1e-6, 40.0, xtol=1e-14)
+    clip = float(root)
     top = tau + clip
     # E clip(x - tau, 0, m)^2
     rise = (1.0 + tau**2) * _between(tau, top) - (top * norm.pdf(top) - tau * norm.pdf(tau))

@@ -23,6 +23,7 @@ from jaxtyping import Array, ArrayLike, Float, Real
 from bayesinf import errors
 from bayesinf.models.nngp.covariance import Covariance, Head, check_inputs, input_covariance
 from bayesinf.models.nngp.duals.dual import Dual
+from bayesinf.models.nngp.gram import fill
 from bayesinf.models.nngp.layers import (
     Layer,
     Sequence,
@@ -193,9 +194,12 @@ def _flat(X: Array) -> Array:
 
 @partial(jax.jit, static_argnames="head")
 def _matrix(network: Layer, head: Head, X1: Array, X2: Array | None) -> Array:
-    other = X1 if X2 is None else X2
-    state = network.propagate(input_covariance(X1, other, head=head, has_pairs=network.needs_pairs))
-    matrix = _read(state)
+    def entries(left: Array, right: Array) -> Array:
+        return _read(network.propagate(input_covariance(left, right, head=head, has_pairs=network.needs_pairs)))
+
+    # on a CPU what stays in its cache is several times faster, and a symmetric matrix has half as much to compute
+    block = 512 if jax.default_backend() == "cpu" else max(X1.shape[0], 0 if X2 is None else X2.shape[0])
+    matrix = fill(entries, X1, X1 if X2 is None else X2, block, is_symmetric=X2 is None)
     if X2 is None:  # off the diagonal equal inputs are equal to rounding only
         index = jnp.arange(X1.shape[0])
         matrix = matrix.at[index, index].set(_diagonal(network, head, X1).astype(matrix.dtype))

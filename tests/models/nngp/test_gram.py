@@ -28,6 +28,14 @@ def test_tiles_make_the_matrix(block):
     assert np.array_equal(np.diagonal(nngp.gram(KERNEL, X, block=block)), KERNEL.diagonal(X))
 
 
+def test_large_matrices_of_a_kernel_are_whole():
+    many = jnp.asarray(np.sin(1.0 + np.arange(600 * 2) ** 1.25).reshape(600, 2), jnp.float32)
+    linear = nngp.serial(nngp.dense(2.0, 0.5))
+    expected = 0.5 + many @ many.T
+    assert close(linear(many), expected)
+    assert close(linear(many, many[:5]), expected[:, :5])
+
+
 def test_any_function_of_two_sets_of_inputs_is_a_kernel():
     assert close(nngp.gram(lambda X1, X2: X1 @ X2.T, X, block=10), X @ X.T)
 
