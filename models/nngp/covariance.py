@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from bayesinf import errors
@@ -106,7 +105,7 @@ def input_covariance(
     num_places = X1.ndim - 2
     dtype = jnp.result_type(X1, X2)
     X1, X2 = X1.astype(dtype), X2.astype(dtype)
-    scale = 1.0 / np.sqrt(X1.shape[-1])
+    scale = X1.shape[-1] ** -0.5
     X1, X2 = X1 * scale, X2 * scale
     here = "hw"[:num_places]
     there, both = ("uv"[:num_places], here + "uv"[:num_places]) if has_pairs else (here, here)

@@ -89,23 +89,30 @@ def edge_of_chaos(dual: Dual, *, q_star: Real[ArrayLike, ""] = 1.0) -> EdgeOfCha
     check_dual(dual)
     errors.check_positive_scalar("q_star", q_star)
     q = jnp.asarray(q_star, jnp.result_type(q_star, 1.0))
-    w_var = 1.0 / dual.vdot(q)
-    b_var = q - w_var * dual.v(q)
+    variance, slope_variance, slope, bend = _moments(dual, q)
+    w_var = 1.0 / slope_variance
+    b_var = q - w_var * variance
     margin = jnp.finfo(q.dtype).eps ** 0.5
     if errors.is_concrete(b_var) and not b_var >= -margin * q:
         raise ValueError(
             f"q_star must leave room for biases: chi = 1 there asks for w_var = {w_var:.4g} and b_var = {b_var:.4g}, "
             "which is negative; try another q_star, or another activation"
         )
-    slope = w_var * jax.grad(dual.v)(q)
     return EdgeOfChaos(
         w_var=w_var,
         b_var=jnp.maximum(b_var, 0.0),
-        chi1=w_var * dual.vdot(q),
-        v_prime=slope,
-        v_second=w_var * jax.grad(jax.grad(dual.v))(q),
-        is_stable=jnp.abs(slope) < 1.0 - margin,
+        chi1=w_var * slope_variance,
+        v_prime=w_var * slope,
+        v_second=w_var * bend,
+        is_stable=jnp.abs(w_var * slope) < 1.0 - margin,
     )
+
+
+@jax.jit
+def _moments(dual: Dual, q: Float[Array, ""]) -> tuple[Array, Array, Array, Array]:
+    """E phi^2 and E phi'^2, and the first two derivatives of the former."""
+    slope, bend = jax.value_and_grad(jax.grad(dual.v))(q)
+    return dual.v(q), dual.vdot(q), slope, bend
 
 
 def sparse_init(kind: Literal["relu", "soft"], sparsity: float, v_prime: float = 0.7) -> SparseInit:

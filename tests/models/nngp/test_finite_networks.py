@@ -63,6 +63,14 @@ def test_all_laws_have_the_same_limit(name):
     assert p_value(2 * wide - narrow, kernel(X)) > FALSE_ALARM
 
 
+@pytest.mark.parametrize(("m", "n"), [(8, 4), (4, 8)])
+def test_orthogonal_weights_of_any_shape(m, n):
+    weights = np.asarray(nngp.orthogonal().sample(jax.random.key(5), m, n))
+    inner = weights.T @ weights if m >= n else weights @ weights.T
+    # entries have variance 1 / n: the squares of all of them add up to m
+    assert np.allclose(inner, m / min(m, n) * np.eye(min(m, n)), atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(LAWS))
 def test_wide_networks_of_all_laws(name):

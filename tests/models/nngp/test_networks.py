@@ -153,7 +153,7 @@ def test_a_recurrent_kernel_is_its_recursion():
 
 
 def test_gradients_are_finite_at_duplicated_inputs_and_right():
-    X = jnp.asarray(wave(4, 3), "float32").at[1].set(wave(4, 3)[0])
+    X = jnp.asarray(wave(4, 3)[[0, 0, 2, 3]], "float32")
     weights = jnp.asarray(wave(4, 4), "float32")
 
     @jax.jit
