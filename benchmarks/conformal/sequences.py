@@ -9,8 +9,9 @@ Three simulations after the reference, of our own constants (a = 0.9 throughout,
     heteroskedastic   y_t = h(x_t) + (.1 + |x_t1|) z_t, of x_t autoregressive
 
 and the ELEC2 series of electricity transfers, if its CSV is at the path in the environment variable ELEC2_CSV: it comes
-with the code of the reference and is on no package registry. Rows from 17,760 on, half-hours 18 to 23 of each day; the
-transfer given both prices and demands.
+with the code of the reference, and in the source archive of scikit-multiflow 0.4.1 on PyPI, as
+src/skmultiflow/data/datasets/elec.csv. Rows from 17,760 on, half-hours 18 to 23 of each day; the transfer given both
+prices and demands.
 
 The centre is a bagged ridge regression on features and their squares. Widths are means over finite sets.
 
@@ -76,13 +77,15 @@ def heteroskedastic(rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.
 
 
 def elec2(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Features and transfers; the CSV names its columns, and has half-hours 0 to 47, or the same divided by 47."""
+    """Features and transfers; the CSV has half-hours 0 to 47, or the same divided by 47."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))[17_760:]
-    period = np.array([float(row["period"]) for row in rows])
+    columns = ("period", "nswprice", "nswdemand", "vicprice", "vicdemand", "transfer")
+    if columns[0] not in rows[0]:  # scikit-multiflow's
+        columns = tuple(f"feat_{i}" for i in range(1, 7))
+    period = np.array([float(row[columns[0]]) for row in rows])
     period = np.round(period * 47) if period.max() <= 1 else period
-    columns = ("nswprice", "nswdemand", "vicprice", "vicdemand", "transfer")
-    table = np.array([[float(row[name]) for name in columns] for row in rows])[(period > 17) & (period < 24)]
+    table = np.array([[float(row[name]) for name in columns[1:]] for row in rows])[(period > 17) & (period < 24)]
     return table[:, :-1], table[:, -1]
 
 

@@ -28,6 +28,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from bayesinf.kernels.inference_scaling import Independent, Potential, Resample, Selection, TokenGenerator, TokenState
+from bayesinf.kernels.inference_scaling.infer import NO_BUDGET
 from bayesinf.kernels.inference_scaling.sweep import run_sweep
 from bayesinf.models.language import CharTokenizer, Transformer
 from benchmarks.inference_scaling.budget import RESULTS, half_width, save
@@ -36,7 +37,6 @@ TOKENIZER = CharTokenizer("0123456789+=;")
 NUM_DIGITS = 4
 PROMPT_LENGTH = 2 * NUM_DIGITS + 2
 SOLUTION_LENGTH = 6 * NUM_DIGITS + NUM_DIGITS + 2
-UNLIMITED = np.int32(2**31 - 1)
 
 
 def write(key: Key[Array, ""], num: int) -> Int[Array, "n l"]:
@@ -132,7 +132,7 @@ def solve(
         prompt, solution = row[1][:PROMPT_LENGTH], row[1][PROMPT_LENGTH:]
         potential = Potential(NoisyVerifier(solution, key_noise), kind="odds")
         done = run_sweep(
-            key_run, generator, potential, selection, prompt, num_particles, jnp.asarray(UNLIMITED, jnp.int32)
+            key_run, generator, potential, selection, prompt, num_particles, jnp.asarray(NO_BUDGET, jnp.int32)
         )
         # the answer is the last line, behind the last semicolon
         state, at = done.state, jnp.arange(NUM_DIGITS + 2)

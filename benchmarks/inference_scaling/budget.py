@@ -72,14 +72,12 @@ class Contender(NamedTuple):
         method: the object.
         options: what its scores are taken for; None for what fits the regime.
         rule: by which its best answer is chosen.
-        share: of the answers that the budget pays for, those it begins with.
         is_on_host: whether it runs step by step on the host.
     """
 
     method: Any
     options: dict[str, str] | None
     rule: str
-    share: float = 1.0
     is_on_host: bool = False
 
 
@@ -103,9 +101,7 @@ def contenders() -> dict[str, Contender]:
     for name, build in METHODS.items():
         method = build()
         rule = getattr(method, "selection", method).rule
-        # the cascade's population grows and shrinks, and must end before the tokens do
-        share = 0.5 if name == "cascade" else 1.0
-        listed[name] = Contender(method, options.get(name), rule, share, hasattr(method, "start"))
+        listed[name] = Contender(method, options.get(name), rule, hasattr(method, "start"))
     listed["dvts_product"] = Contender(METHODS["dvts"](), {"kind": "odds", "aggregate": "prod"}, "weighted_majority")
     return listed
 
@@ -114,14 +110,12 @@ def solve(
     keys: Array, contender: Contender, chain: ReasoningChain, verifiers: Verifier, options: dict[str, str], budget: int
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Whether each rule solves each problem, and what it cost, for as many answers as the budget pays for."""
-    num: int | None = int(budget * contender.share) // getattr(contender.method, "num_populations", 1)
-    if contender.is_on_host and contender.share == 1.0:
-        num = None  # A*-decoding has a number of first steps of its own
+    # A*-decoding has a number of first steps of its own, and the cascade room to grow
+    num = None if contender.is_on_host else budget // getattr(contender.method, "num_populations", 1)
     right: dict[str, list[bool]] = {rule: [] for rule in ("weighted_majority", "argmax")}
     num_tokens = []
     for i, key in enumerate(keys):
         potential = Potential(jax.tree.map(lambda leaf, i=i: leaf[i], verifiers), **options)
-        sizes = {"num_particles": num, "budget": budget * chain.max_steps}
         with warnings.catch_warnings():  # what was not finished is not right
             warnings.simplefilter("ignore", SamplingWarning)
             result = infer(
@@ -129,8 +123,9 @@ def solve(
                 chain,
                 potential,
                 method=contender.method,
+                num_particles=num,
+                budget=budget * chain.max_steps,
                 throw=False,
-                **sizes,
             )
         for rule, found in right.items():
             found.append(result.best(rule) == RIGHT)

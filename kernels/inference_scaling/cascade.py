@@ -40,7 +40,7 @@ __all__ = ["Cascade", "num_children"]
 class Cascade(eqx.Module):
     """The particle cascade; on the host."""
 
-    num_populations = 1
+    num_populations = 2  # the population grows and shrinks, and must end before the tokens do
 
     @property
     def selection(self) -> Selection:

@@ -73,7 +73,7 @@ def begin_step(
     """Who goes on at step t: what they start from, the ancestors, whether they were chosen, and the key to move by."""
     key_choose, key_move = jax.random.split(jax.random.fold_in(key, t))
     if is_conditional:
-        choice = _choose_with_reference(key_choose, selection, population, t, max_steps)
+        choice = _choose_with_reference(key_choose, selection, population)
     else:
         choice = selection.choose(key_choose, population, t, max_steps)
     own = jnp.arange(population.is_done.shape[0], dtype=jnp.int32)
@@ -178,9 +178,7 @@ def _check_scores(log_scores: tuple[Array, ...], num_particles: int) -> None:
             )
 
 
-def _choose_with_reference(
-    key: Key[Array, ""], selection: Any, population: Population, t: Array, max_steps: int
-) -> tuple[Array, Array, Array]:
+def _choose_with_reference(key: Key[Array, ""], selection: Any, population: Population) -> tuple[Array, Array, Array]:
     num = population.log_weights.shape[0]
     is_resampled = weights.ess(population.log_weights) <= selection.ess_threshold * num
 
