@@ -11,6 +11,9 @@ from bayesinf.models.gp.covariances import Periodic as Periodic
 from bayesinf.models.gp.covariances import Product as Product
 from bayesinf.models.gp.covariances import RationalQuadratic as RationalQuadratic
 from bayesinf.models.gp.covariances import Sum as Sum
+from bayesinf.models.gp.deep_kernel_machine import DeepKernelFit as DeepKernelFit
+from bayesinf.models.gp.deep_kernel_machine import DeepKernelMachine as DeepKernelMachine
+from bayesinf.models.gp.deep_kernel_machine import GramKernel as GramKernel
 from bayesinf.models.gp.dense import dense as dense
 from bayesinf.models.gp.latent import gp_latent as gp_latent
 from bayesinf.models.gp.latent import latent_log_likelihood as latent_log_likelihood
