@@ -13,8 +13,8 @@ them, at no cost in KL:
 
     G_ti = K_ti K_ii^{-1} G_ii,     G_tt = K_tt - K_ti K_ii^{-1} K_it + K_ti K_ii^{-1} G_ii K_ii^{-1} K_it
 
-With inducing inputs Z the G_l are those of Z, the data are new inputs, and the likelihood is Titsias' bound. It is never
-above the maximum of the exact objective, equal to it at Z = X, and costs O(n m^2).
+With inducing inputs Z the G_l are those of Z, the data are new inputs, and the likelihood is Titsias' bound, which is
+never above the maximum of the exact objective, equal to it at Z = X, and of cost O(n m^2).
 
 References:
     Yang, Robeyns, Milsom, Anson, Schoots and Aitchison (2023), arXiv:2108.13097.
