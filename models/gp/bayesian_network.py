@@ -10,6 +10,7 @@ References:
     Neal (1996), doi:10.1007/978-1-4612-0745-0.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -64,7 +65,7 @@ class BayesianNetwork(eqx.Module):
     log_w_var: Float[Array, " layers"]
     log_b_var: Float[Array, " layers"]
 
-    def __init__(self, dual: Any, depth: int = 1, width: int = 100, w_var: ArrayLike = 1.0, b_var: ArrayLike = 1.0):
+    def __init__(self, dual: Any, depth: int = 1, width: int = 100, w_var: Any = 1.0, b_var: Any = 1.0):
         if not isinstance(dual, Dual):
             raise ValueError(f"dual must be that of an activation, such as nngp.relu(), got {dual!r}")
         self.dual, self.depth = dual, errors.check_count("depth", depth)
@@ -91,7 +92,7 @@ class BayesianNetwork(eqx.Module):
         X = _rows(X)
         sizes = [X.shape[1], *[self.width] * self.depth, 1]
         weights = {}
-        for layer, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for layer, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
             weights[f"weights_{layer}"] = jax.random.normal(keys[layer, 0], (fan_out, fan_in), X.dtype)
             weights[f"biases_{layer}"] = jax.random.normal(keys[layer, 1], (fan_out,), X.dtype)
         return weights
