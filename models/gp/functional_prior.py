@@ -38,7 +38,7 @@ from bayesinf.models.gp.lbfgs import minimise
 from bayesinf.models.gp.process import as_inputs
 from bayesinf.models.gp.solver import add_jitter
 
-__all__ = ["PriorMatch", "bures_distance", "match_prior"]
+__all__ = ["PriorMatch", "bures_distance", "drawn_divergence", "match_prior"]
 
 
 class PriorMatch(eqx.Module):
@@ -63,6 +63,15 @@ def bures_distance(A: Float[Array, "n n"], B: Float[Array, "n n"]) -> Float[Arra
         3.0
     """
     return _spread(A) + _spread(B) - 2.0 * _nuclear(_root(A), _root(B))
+
+
+def drawn_divergence(key: Array, network: Any, kernel: Any, sample_inputs: Any, num_functions: int) -> Float[Array, ""]:
+    """What is minimised with draws, for each input; its gradient has mean zero where both laws are the same."""
+    key_inputs, key_network, key_process = jax.random.split(key, 3)
+    X = sample_inputs(key_inputs)
+    F, F2 = jnp.split(_functions(key_network, network, X, 2 * num_functions), 2, axis=1)
+    G, G2 = jnp.split(_process(key_process, kernel, X, 2 * num_functions), 2, axis=1)
+    return (_nuclear(F, F2) + _nuclear(G, G2) - 2.0 * _nuclear(F, G)) / (num_functions * X.shape[0])
 
 
 def match_prior(
@@ -173,12 +182,7 @@ def _match_bures(
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, num_steps))  # type: ignore[arg-type]  # pyright: ignore
 
     def loss(free: Any, key: Array) -> Array:
-        key_inputs, key_network, key_process = jax.random.split(key, 3)
-        X = draw(key_inputs)
-        F = _functions(key_network, eqx.combine(free, fixed), X, 2 * num_functions)
-        G = _process(key_process, kernel, X, 2 * num_functions)
-        (F, F2), (G, G2) = jnp.split(F, 2, axis=1), jnp.split(G, 2, axis=1)
-        return (_nuclear(F, F2) + _nuclear(G, G2) - 2.0 * _nuclear(F, G)) / (num_functions * X.shape[0])
+        return drawn_divergence(key, eqx.combine(free, fixed), kernel, draw, num_functions)
 
     def step(carry: Any, key: Array) -> tuple[Any, Array]:
         free, state = carry
