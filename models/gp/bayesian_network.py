@@ -23,7 +23,7 @@ from bayesinf import errors
 from bayesinf.models.gp.process import as_inputs
 from bayesinf.models.nngp.duals.dual import Dual
 from bayesinf.models.nngp.kernel import serial
-from bayesinf.models.nngp.layers import activation, dense
+from bayesinf.models.nngp.layers import Layer, activation, dense
 from bayesinf.target import Target
 
 __all__ = ["BayesianNetwork"]
@@ -81,7 +81,7 @@ class BayesianNetwork(eqx.Module):
 
     def gram(self, X: Any) -> Float[Array, "n n"]:
         """Covariances of the outputs at infinite width; with one hidden layer, at any width."""
-        layers = [dense(jnp.exp(self.log_w_var[0]), jnp.exp(self.log_b_var[0]))]
+        layers: list[Layer] = [dense(jnp.exp(self.log_w_var[0]), jnp.exp(self.log_b_var[0]))]
         for w, b in zip(self.log_w_var[1:], self.log_b_var[1:], strict=True):
             layers += [activation(jax.lax.stop_gradient(self.dual)), dense(jnp.exp(w), jnp.exp(b))]
         return serial(*layers)(_rows(X))
@@ -111,7 +111,7 @@ class BayesianNetwork(eqx.Module):
         """A function of the prior, at n inputs."""
         return self.evaluate(self.sample_weights(key, X), X)
 
-    def target(self, X: Any, y: ArrayLike, *, noise: ArrayLike) -> Target:
+    def target(self, X: Any, y: Any, *, noise: ArrayLike) -> Target:
         """The posterior of W and B given y = f(X) + normal noise, for any kernel.
 
         Args:

@@ -145,7 +145,7 @@ class DeepKernelMachine(eqx.Module):
             )
         return DeepKernelFit(self, X, Y, Z, raw, value, is_converged)
 
-    def objective(self, raw: ArrayLike, X: Any, Y: ArrayLike, *, Z: Any = None) -> Float[Array, ""]:
+    def objective(self, raw: Any, X: Any, Y: Any, *, Z: Any = None) -> Float[Array, ""]:
         """L at given Gram matrices, differentiable in them and in all parameters.
 
         Args:
