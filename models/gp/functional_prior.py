@@ -59,7 +59,7 @@ def bures_distance(A: Float[Array, "n n"], B: Float[Array, "n n"]) -> Float[Arra
     Example:
         >>> import jax.numpy as jnp
         >>> from bayesinf.models import gp
-        >>> round(float(gp.bures_distance(4.0 * jnp.eye(3), jnp.eye(3))), 3)  # 3 (2 - 1)^2
+        >>> round(float(gp.bures_distance(4.0 * jnp.eye(3), jnp.eye(3))), 2)  # 3 (2 - 1)^2
         3.0
     """
     return _spread(A) + _spread(B) - 2.0 * _nuclear(_root(A), _root(B))
