@@ -1,5 +1,6 @@
 """Gaussian processes as NumPyro distributions: covariance functions, processes, and solvers."""
 
+from bayesinf.models.gp.bayesian_network import BayesianNetwork as BayesianNetwork
 from bayesinf.models.gp.covariances import RBF as RBF
 from bayesinf.models.gp.covariances import Constant as Constant
 from bayesinf.models.gp.covariances import Covariance as Covariance
@@ -11,7 +12,13 @@ from bayesinf.models.gp.covariances import Periodic as Periodic
 from bayesinf.models.gp.covariances import Product as Product
 from bayesinf.models.gp.covariances import RationalQuadratic as RationalQuadratic
 from bayesinf.models.gp.covariances import Sum as Sum
+from bayesinf.models.gp.deep_kernel_machine import DeepKernelFit as DeepKernelFit
+from bayesinf.models.gp.deep_kernel_machine import DeepKernelMachine as DeepKernelMachine
+from bayesinf.models.gp.deep_kernel_machine import GramKernel as GramKernel
 from bayesinf.models.gp.dense import dense as dense
+from bayesinf.models.gp.functional_prior import PriorMatch as PriorMatch
+from bayesinf.models.gp.functional_prior import bures_distance as bures_distance
+from bayesinf.models.gp.functional_prior import match_prior as match_prior
 from bayesinf.models.gp.latent import gp_latent as gp_latent
 from bayesinf.models.gp.latent import latent_log_likelihood as latent_log_likelihood
 from bayesinf.models.gp.latent import latent_target as latent_target
@@ -22,3 +29,8 @@ from bayesinf.models.gp.scale_mixture import ScaleMixtureGP as ScaleMixtureGP
 from bayesinf.models.gp.statespace import statespace as statespace
 from bayesinf.models.gp.student_t import StudentTProcess as StudentTProcess
 from bayesinf.models.gp.vecchia import vecchia as vecchia
+from bayesinf.models.gp.vector_field import ConnectionLaplacian as ConnectionLaplacian
+from bayesinf.models.gp.vector_field import ConnectionMatern as ConnectionMatern
+from bayesinf.models.gp.vector_field import VectorField as VectorField
+from bayesinf.models.gp.vector_field import VectorFieldPosterior as VectorFieldPosterior
+from bayesinf.models.gp.vector_field import connection_laplacian as connection_laplacian
