@@ -83,7 +83,7 @@ def test_an_outage_keeps_what_there_was_and_can_be_resumed(tmp_path):
         kernels.infer(0, down, POTENTIAL, "go", num_particles=2, save=path)
     assert sorted({len(text) for text in caught.value.result.texts}) == [2]
     assert caught.value.result.num_steps.tolist() == [2]
-    with pytest.warns(errors.SamplingWarning, match="no step could be had"):
+    with pytest.warns(errors.SamplingWarning, match="all requests of a step failed"):
         kernels.infer(0, down, POTENTIAL, "go", num_particles=2, throw=False)
     whole = kernels.infer(0, ChainTexts(end=""), POTENTIAL, "go", num_particles=2)
     assert kernels.infer(0, ChainTexts(end=""), POTENTIAL, "go", num_particles=2, resume=path).texts == whole.texts
