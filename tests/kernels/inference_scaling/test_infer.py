@@ -165,6 +165,21 @@ def test_unusable_scores_are_an_error_with_the_result():
         assert run(potential=strange, throw=False).status != "complete"
 
 
+def test_unusable_scores_of_populations_without_a_vote_are_counted():
+    strange = Potential(lambda state: jnp.where(state.last == 1, jnp.nan, 0.5), kind="step")
+    # the same sweeps, of which all count, or the last one alone
+    with pytest.warns(errors.SamplingWarning, match="scores were NaN"):
+        results = [run(Gibbs(3, burn_in), strange, throw=False) for burn_in in (0, 2)]
+    assert results[0].num_invalid == results[1].num_invalid > 0
+    method, key = ParallelTempering(num_sweeps=2), jax.random.key(0)
+    runs = method.run(key, CHAIN, strange, CHAIN.encode(None), NUM, jnp.asarray(10**6))
+    counts = [int(jnp.sum(sweep.records.num_invalid)) for sweep in (*runs.sweeps, *runs.others)]
+    assert len(counts) == 6
+    assert min(counts) > 0
+    with pytest.raises(errors.PotentialError, match=f"{sum(counts)} scores were NaN"):
+        run(method, strange)
+
+
 def votes_of(result):
     return result.texts, np.exp(result.log_votes)
 

@@ -9,7 +9,16 @@ import pytest
 from chain_texts import LENGTH, LETTERS, POTENTIAL, ChainTexts, HalfFails, law, next_letter, score
 
 from bayesinf import errors, kernels
-from bayesinf.kernels.inference_scaling import Beam, Inference, Potential, Resample, TextStep, infer_async
+from bayesinf.kernels.inference_scaling import (
+    Beam,
+    Gibbs,
+    Inference,
+    ParallelTempering,
+    Potential,
+    Resample,
+    TextStep,
+    infer_async,
+)
 from bayesinf.kernels.inference_scaling.run_requests import RunRequests, ScoreError
 
 RESAMPLE = Resample(1.0, scheme="multinomial")
@@ -166,6 +175,27 @@ def test_scores_that_are_none_raise_with_the_run(barrier):
     with pytest.raises(errors.PotentialError, match="ZeroDivisionError: of the scorer") as caught:
         kernels.infer(0, ChainTexts(), Potential(raises), "go", num_particles=8, barrier=barrier)
     assert any(caught.value.result.texts)
+
+
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [(Gibbs(2), 1), (ParallelTempering(num_sweeps=2), 1), (ParallelTempering(num_sweeps=2), 5)],
+    ids=["burn-in", "cold burn-in", "hot chain"],
+)
+def test_a_score_that_is_none_in_a_population_without_a_vote(method, call):
+    # one step an answer, one request a population: of this one alone an answer has no score
+    class OneStrange(ChainTexts):
+        max_steps = 1
+
+        async def step(self, prompt, prefix, num_samples, seed):
+            self.calls.append(num_samples)
+            is_strange = len(self.calls) == call
+            return [TextStep("x" if is_strange and i == 0 else "b", 1) for i in range(num_samples)]
+
+    potential = Potential(lambda prompt, texts: [np.nan if text == "x" else 0.5 for text in texts], kind="step")
+    with pytest.raises(errors.PotentialError, match="1 scores were NaN") as caught:
+        kernels.infer(0, OneStrange(), potential, "go", method=method, num_particles=4)
+    assert set(caught.value.result.texts) == {"b"}
 
 
 def test_all_particles_dead():
