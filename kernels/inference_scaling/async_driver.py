@@ -116,7 +116,7 @@ async def infer_async(
         >>> import asyncio
         >>> from bayesinf.kernels.inference_scaling import DiscreteChain, Potential, infer_async
         >>> walk = DiscreteChain([0.5, 0.5], [[0.9, 0.1], [0.2, 0.8]], max_steps=6)
-        >>> likes_b = Potential(lambda state: 0.1 + 0.8 * (state.last == 1))
+        >>> likes_b = Potential(lambda state: 0.1 + 0.8 * (state.last == 1), kind="step")
         >>> result = asyncio.run(infer_async(0, walk, likes_b, num_particles=100, barrier="speculative"))
         >>> result.best()
         'bbbbbb'

@@ -244,7 +244,7 @@ def test_a_server_that_goes_away_can_come_back(tmp_path):
     path = tmp_path / "run.json"
     with serve(faults=[None, *[500] * 50]) as server:
         generator = generator_at(server.url, max_retries=0, timeout=30.0)
-        no_end = Potential(lambda prompt, texts: [0.0 if END in text else 0.5 for text in texts])
+        no_end = Potential(lambda prompt, texts: [0.0 if END in text else 0.5 for text in texts], kind="step")
         with pytest.raises(errors.GenerationError, match="500"):
             kernels.infer(0, generator, no_end, PROMPT, num_particles=4, save=path)
     with serve() as server:
