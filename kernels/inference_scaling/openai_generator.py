@@ -234,7 +234,7 @@ class OpenAIGenerator(TextGenerator):
         Where one for all of them was given up `before`, each is sent once, and again only if some were answered: a
         server that is gone is not waited for twice.
         """
-        has_waited = before is not None and not before.is_final
+        given_up = None if before is None or before.is_final else before
 
         async def ask(seed: int, max_retries: int | None) -> TextStep | RequestError:
             try:
@@ -242,14 +242,15 @@ class OpenAIGenerator(TextGenerator):
             except RequestError as error:
                 return error
 
-        found = await asyncio.gather(*[ask(seed, 0 if has_waited else None) for seed in seeds])
-        if has_waited and any(isinstance(one, TextStep) for one in found):
+        found = await asyncio.gather(*[ask(seed, None if given_up is None else 0) for seed in seeds])
+        if given_up is not None and any(isinstance(one, TextStep) for one in found):
             lost = [i for i, one in enumerate(found) if isinstance(one, RequestError) and not one.is_final]
             for i, one in zip(lost, await asyncio.gather(*[ask(seeds[i], None) for i in lost]), strict=True):
                 found[i] = one
-        elif has_waited:
+        elif given_up is not None:
             # the same reason, with how often it was tried
-            found = [before if isinstance(one, RequestError) and one.status == before.status else one for one in found]
+            same = given_up.status
+            found = [given_up if isinstance(one, RequestError) and one.status == same else one for one in found]
         return [one if isinstance(one, TextStep) else failed_step(str(one)) for one in found]
 
     async def _request(
