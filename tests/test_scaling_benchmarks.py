@@ -63,14 +63,24 @@ def test_accuracy_is_what_it_must_be_on_a_small_chain(tmp_path, capsys):
 
 
 @pytest.mark.slow  # the host compiles a step for every number of children
-def test_methods_of_the_host_are_counted_alike(tmp_path):
-    rows = budget.main(tmp_path, (4,), 20, 5, names=("cascade", "a_star"), settings=SETTINGS)
-    assert {row["num_problems"] for row in rows} == {5}
+def test_methods_of_the_host_find_what_they_must(tmp_path):
+    num, right = 40, (1 - ERROR) ** NUM_STEPS
+    rows = budget.main(tmp_path, (10,), num, num, names=("cascade", "a_star"), settings=SETTINGS)
+    assert {(row["method"], row["num_problems"]) for row in rows} == {("cascade", num), ("a_star", num)}
     for row in rows:
         # a step begins only while tokens are left
-        assert 0 < row["num_tokens"] < 4 * NUM_STEPS + 8
-    # the verifier knows: whoever is right at the end has had the highest scores
-    assert max(row["accuracy"] for row in rows) > 0.0
+        assert 0 < row["num_tokens"] < 10 * NUM_STEPS + 8
+        num_right = round(row["accuracy"] * num)
+        p_single = scipy.stats.binomtest(num_right, num, right, alternative="greater").pvalue
+        if row["method"] == "a_star":
+            # four children each, of which a verifier that knows takes the right ones, older ones first: the tokens
+            # are enough for all children of the first four, and those of one of theirs
+            least = (1 - ERROR**4) ** NUM_STEPS
+            assert scipy.stats.binomtest(num_right, num, least, alternative="less").pvalue > FALSE_ALARM
+            assert p_single < FALSE_ALARM
+        # the cascade keeps a line that is right: it cannot be worse than one answer, and nothing right would be seen
+        assert scipy.stats.binomtest(num_right, num, right, alternative="less").pvalue > FALSE_ALARM
+    assert scipy.stats.binomtest(0, num, right, alternative="less").pvalue < FALSE_ALARM
 
 
 def test_solutions_are_sums():

@@ -8,8 +8,9 @@ are under way at once, some fail, the run may be stopped and gone on with, and i
                    cancelled, and counts as wasted
     cascade        nobody waits: the particle cascade, whose evidence is unbiased
 
-Requests that fail cost their particles alone. A share of failures that does not depend on what would have been written
-makes the evidence too small by it, and leaves the posterior of the answers as it is.
+Requests that fail cost their particles alone; a server is asked for those of a failed request one by one. A share of
+failures that does not depend on what would have been written makes the evidence too small by it, and leaves the
+posterior of the answers as it is.
 """
 
 import asyncio
@@ -115,7 +116,7 @@ async def infer_async(
         >>> import asyncio
         >>> from bayesinf.kernels.inference_scaling import DiscreteChain, Potential, infer_async
         >>> walk = DiscreteChain([0.5, 0.5], [[0.9, 0.1], [0.2, 0.8]], max_steps=6)
-        >>> likes_b = Potential(lambda state: 0.1 + 0.8 * (state.last == 1))
+        >>> likes_b = Potential(lambda state: 0.1 + 0.8 * (state.last == 1), kind="step")
         >>> result = asyncio.run(infer_async(0, walk, likes_b, num_particles=100, barrier="speculative"))
         >>> result.best()
         'bbbbbb'
@@ -249,7 +250,10 @@ class _HostRun:
                 else:
                     await run_text_method(self.key, self.method, self._make_sweep, self.potential, tokens)
         except OutageError as error:
-            self.outcome = (errors.GenerationError, f"no step could be had: {error}")
+            self.outcome = (
+                errors.GenerationError,
+                f"all requests of a step failed, and nobody is left; the last: {error}",
+            )
         except ScoreError as error:
             self.outcome = (errors.PotentialError, str(error))
         finally:

@@ -45,7 +45,7 @@ class Diverse(Selection):
         >>> from bayesinf.kernels.inference_scaling import DiscreteChain, Diverse, Potential
         >>> rows = [[0.9, 0.1, 0], [0.1, 0.9, 0], [0, 0, 1]]
         >>> walk = DiscreteChain([0.1, 0.1, 0.8], rows, max_steps=4)                   # most begin, and go on, with "c"
-        >>> even = Potential(lambda state: jnp.ones(state.last.shape))
+        >>> even = Potential(lambda state: jnp.ones(state.last.shape), kind="step")
         >>> letters = lambda state: 1.0 * (state.last[:, None] == jnp.arange(3))
         >>> method = Diverse(letters, num_survivors=3, cluster_steps=(1,))
         >>> result = bi.kernels.infer(0, walk, even, method=method, num_particles=60)

@@ -23,11 +23,12 @@ class RequestError(Exception):
 
     Attributes:
         status: of the reply; None where there was none.
+        is_final: whether it would fail again; else it was given up after the last attempt.
     """
 
-    def __init__(self, message: str, status: int | None = None):
+    def __init__(self, message: str, status: int | None = None, is_final: bool = True):
         super().__init__(message)
-        self.status = status
+        self.status, self.is_final = status, is_final
 
 
 async def post(
@@ -56,7 +57,7 @@ async def post(
     Raises:
         RequestError: the last attempt failed, or a refusal is final.
     """
-    reason, wait, status = "", 0.0, None
+    reason, wait, status, is_final = "", 0.0, None, False
     for attempt in range(max_retries + 1):
         if attempt:
             longest = min(backoff * 2.0 ** (attempt - 1), LONGEST_WAIT)
@@ -66,10 +67,11 @@ async def post(
         if reply is not None:
             return reply
         if status is not None and status < 500 and status not in PASSING and status != 200:
+            is_final = True
             break
-    else:
+    if not is_final and max_retries:
         reason += f", after {max_retries + 1} attempts"
-    raise RequestError(f"{url}: {reason}{_cure(status, reason)}", status)
+    raise RequestError(f"{url}: {reason}{_cure(status, reason)}", status, is_final)
 
 
 async def _attempt(

@@ -64,7 +64,7 @@ METHODS: dict[str, Callable[[], Any]] = {
     "a_star": AStar,
 }
 DEFAULT_PARTICLES = 16
-NO_BUDGET = np.iinfo(np.int32).max
+NO_BUDGET = np.iinfo(np.int32).max  # tokens are counted in 32 bits
 
 
 def infer(
@@ -129,7 +129,7 @@ def infer(
     generator, potential = prepare_potential(name, chosen, generator, potential)
     num_particles = population_size(generator, chosen, num_particles, budget)
     selection = chosen if isinstance(chosen, Selection) else chosen.selection
-    tokens = jnp.asarray(NO_BUDGET if budget is None else budget, jnp.int32)
+    tokens = jnp.asarray(NO_BUDGET if budget is None else min(budget, NO_BUDGET), jnp.int32)
     prompt = generator.encode(prompt)
     if isinstance(chosen, Selection):
         runs = run_single(key, generator, potential, chosen, prompt, num_particles, tokens)
@@ -188,7 +188,7 @@ def infer_batch(
     prepared = [prepare_potential(name, method, generator, one) for one in potentials]
     generator = prepared[0][0]
     num_particles = population_size(generator, method, num_particles, budget)
-    tokens = jnp.asarray(NO_BUDGET if budget is None else budget, jnp.int32)
+    tokens = jnp.asarray(NO_BUDGET if budget is None else min(budget, NO_BUDGET), jnp.int32)
 
     encoded = [generator.encode(prompt) for prompt in prompts]
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_prompts))

@@ -26,8 +26,10 @@ class TokenCount:
     Attributes:
         generated: in all.
         wasted: of those, in lines that no final answer descends from.
-        prompt: read, once for each reading.
-        cached: of prompts and prefixes, that particles shared and nobody read again.
+        prompt: read. In process the prompt, once for each population: what was written is never read again. Of a
+            server the prompt and the unfinished answer, of every request, as it counts them.
+        cached: need not be read, because others had read the same. In process the prompt, of all particles but one.
+            Of a server what it found in its cache, and what several samples of one request share.
     """
 
     generated: int
@@ -58,7 +60,7 @@ class Inference:
         log_weights: normalised, after every step, shape (R, T, N).
         num_tokens: of every step, shape (R, T, N).
         num_steps: that were taken, shape (R,).
-        num_invalid: how many scores were NaN, or out of their range.
+        num_invalid: how many scores were NaN, or out of their range, in all populations that were paid for.
         tokens: what it cost.
         num_calls: of the generator, one for every step of a particle.
         wall_time: in seconds, with compilation.

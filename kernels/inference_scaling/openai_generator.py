@@ -54,6 +54,9 @@ OPTIONAL = {
     "seed": "has_seed",
     "include_stop_str_in_output": "keeps_stop",
 }
+# who may not ask for many may not ask for one; who asks for too many may
+DENIED = (401, 403, 404)
+REFUSED = (400, 422)
 
 
 class OpenAIGenerator(TextGenerator):
@@ -75,7 +78,8 @@ class OpenAIGenerator(TextGenerator):
             grow exponentially with full jitter, and are at least what Retry-After says.
         backoff: seconds, the longest wait before the first retry.
         has_log_probs: ask for log probabilities, which also tell the end of an answer and count tokens.
-        has_many: ask for several samples in one request. Such a request has no seed: of one seed, some servers would
+        has_many: ask for several samples in one request; if it fails, they are asked for one by one, and if that
+            happens twice in a row, they are from then on. Such a request has no seed: of one seed, some servers would
             make the same text several times. Without, every sample is a request with a seed of its own, and a run can
             be repeated where the server's seeds decide.
         extra: further fields of every request, such as {"top_k": 0, "min_p": 0.0} for llama.cpp.
@@ -140,6 +144,7 @@ class OpenAIGenerator(TextGenerator):
         self.has_log_probs, self.has_many = has_log_probs, has_many
         self.capabilities = Capabilities()
         self._echoes = True  # until a reply shows the contrary
+        self._num_failed = 0  # requests for many, in a row, whose samples could be had one by one
         # of every event loop: the client, what bounds its requests, and how many use it
         self._open: dict[asyncio.AbstractEventLoop, tuple[Any, asyncio.Semaphore, int]] = {}
 
@@ -165,18 +170,23 @@ class OpenAIGenerator(TextGenerator):
 
     async def step(self, prompt: Any, prefix: Prefix, num_samples: int, seed: int) -> list[TextStep]:
         steps: list[TextStep] = []
+        failure: RequestError | None = None
         has_asked = num_samples > 1 and self.has_many and self.capabilities.has_many is not False
         if has_asked:
             try:
                 steps = await self._request(prompt, prefix, num_samples, None)
+                self._num_failed = 0
             except RequestError as error:
-                # of more samples than there is room for; or of something for which one is refused as well
-                if error.status not in (400, 422):
-                    raise
-        missing = range(len(steps), num_samples)
-        more = await asyncio.gather(*[self._one(prompt, prefix, (seed + i) % 2**31) for i in missing])
+                if error.status in DENIED:
+                    return [failed_step(str(error))] * num_samples
+                # one request must not cost all its particles: each is asked for by itself
+                failure = error
+        more = await self._singly(prompt, prefix, [(seed + i) % 2**31 for i in range(len(steps), num_samples)], failure)
         if has_asked and len(steps) <= 1 and any(step.failure is None for step in more):
-            self._learn(has_many=False)
+            # what passes for one sample is refused for many; once, the server may have been busy
+            self._num_failed += failure is not None
+            if failure is None or failure.status in REFUSED or self._num_failed > 1:
+                self._learn(has_many=False)
         return [*steps, *more]
 
     async def probe(self, prompt: Any = "1, 2, 3,") -> Capabilities:
@@ -216,16 +226,43 @@ class OpenAIGenerator(TextGenerator):
     def _learn(self, **found: bool) -> None:
         self.capabilities = self.capabilities._replace(**found)
 
-    async def _one(self, prompt: Any, prefix: Prefix, seed: int) -> TextStep:
-        try:
-            return (await self._request(prompt, prefix, 1, seed))[0]
-        except RequestError as error:
-            return failed_step(str(error))
+    async def _singly(
+        self, prompt: Any, prefix: Prefix, seeds: Sequence[int], before: RequestError | None
+    ) -> list[TextStep]:
+        """A request for every sample.
+
+        Where one for all of them was given up `before`, each is sent once, and again only if some were answered: a
+        server that is gone is not waited for twice.
+        """
+        given_up = None if before is None or before.is_final else before
+
+        async def ask(seed: int, max_retries: int | None) -> TextStep | RequestError:
+            try:
+                return (await self._request(prompt, prefix, 1, seed, max_retries))[0]
+            except RequestError as error:
+                return error
+
+        found = await asyncio.gather(*[ask(seed, None if given_up is None else 0) for seed in seeds])
+        if given_up is not None and any(isinstance(one, TextStep) for one in found):
+            lost = [i for i, one in enumerate(found) if isinstance(one, RequestError) and not one.is_final]
+            for i, one in zip(lost, await asyncio.gather(*[ask(seeds[i], None) for i in lost]), strict=True):
+                found[i] = one
+        elif given_up is not None:
+            # the same reason, with how often it was tried
+            same = given_up.status
+            found = [given_up if isinstance(one, RequestError) and one.status == same else one for one in found]
+        return [one if isinstance(one, TextStep) else failed_step(str(one)) for one in found]
 
     async def _request(
-        self, prompt: Any, prefix: Prefix, num_samples: int, seed: int | None, **changes: Any
+        self,
+        prompt: Any,
+        prefix: Prefix,
+        num_samples: int,
+        seed: int | None,
+        max_retries: int | None = None,
+        **changes: Any,
     ) -> list[TextStep]:
-        reply = await self._reply(prompt, prefix, num_samples, seed, **changes)
+        reply = await self._reply(prompt, prefix, num_samples, seed, max_retries, **changes)
         try:
             return self._read(reply, self.text(prefix))
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -233,13 +270,19 @@ class OpenAIGenerator(TextGenerator):
             raise RequestError(f"{self.url} sent JSON that is no completion ({error!r}): {shown}") from error
 
     async def _reply(
-        self, prompt: Any, prefix: Prefix, num_samples: int, seed: int | None, **changes: Any
+        self,
+        prompt: Any,
+        prefix: Prefix,
+        num_samples: int,
+        seed: int | None,
+        max_retries: int | None = None,
+        **changes: Any,
     ) -> dict[str, Any]:
         """What the server answers; a field that it refuses by name is left out, in this request and all later ones."""
         while True:
             body = self._body(prompt, prefix, num_samples, seed) | changes
             try:
-                return await self._ask(body)
+                return await self._ask(body, self.max_retries if max_retries is None else max_retries)
             except RequestError as error:
                 field = refused_field(error, [name for name in OPTIONAL if name in body and name not in self.extra])
                 if field is None:
@@ -253,7 +296,7 @@ class OpenAIGenerator(TextGenerator):
         """Where requests go."""
         return self.base_url + ("/completions" if self.mode == "completions" else "/chat/completions")
 
-    async def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, body: dict[str, Any], max_retries: int) -> dict[str, Any]:
         client, semaphore, _ = self._open[asyncio.get_running_loop()]
         return await post(
             client,
@@ -261,7 +304,7 @@ class OpenAIGenerator(TextGenerator):
             body,
             semaphore=semaphore,
             timeout=self.timeout,
-            max_retries=self.max_retries,
+            max_retries=max_retries,
             backoff=self.backoff,
             jitter=random.random,
         )

@@ -60,7 +60,8 @@ def collect(
         log_weights=stacked("log_weights"),
         num_tokens=num_tokens,
         num_steps=num_steps,
-        num_invalid=int(stacked("num_invalid").sum()),
+        # of others too: the evidence is that of a burn-in sweep, and what counts went on from hot chains' answers
+        num_invalid=sum(int(np.asarray(s.records.num_invalid).sum()) for s in (*sweeps, *runs.others)),
         tokens=TokenCount(
             generated, generated - int(num_tokens[used].sum()), length * num_runs, length * num_runs * (num - 1)
         ),

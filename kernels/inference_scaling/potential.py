@@ -7,11 +7,19 @@ A score r_t says something of the first t steps of an answer. Particles of x_{1:
     terminal    r_T >= 0 rewards the complete answer           G_t = 1 before the end, and r_T there
     odds        r_t in [0, 1], of the whole answer so far      G_t = r_t / (1 - r_t), as published by Puri et al.
 
+More than one score may make the reward: A_t is the product, least, or last one of r_1 ... r_t (`aggregate`), and is in
+the weights, not in the ranking alone:
+
+    step, value     G_t = A_t / A_{t-1}, A_0 = 1    terminal    G_T = A_T    the product is A_T; odds are of r_t alone
+
+With the product for steps and the last score for the others, the defaults, these are the weights above. Steps with the
+last score telescope: they are values.
+
 A finished answer gets no further weight. That is what the user must say, and cannot be guessed from numbers: telescoped
 probabilities of steps forget all steps but the last, products of values count the early ones many times over, and odds
 target the product of all odds, not the final reward.
 
-The reward by which complete answers are ranked is the aggregate of the scores: their product, least, or last one.
+The reward by which complete answers are ranked is A_T, of odds too.
 
 References:
     Puri et al. (2025), https://arxiv.org/abs/2502.01618 (odds, and the aggregates).
@@ -43,6 +51,10 @@ __all__ = [
 
 # what G_t is made of by default: the aggregate A_t of the scores up to t
 AGGREGATES = {"step": "prod", "value": "last", "terminal": "last", "odds": "last"}
+MEANINGS = (
+    "'step' (the probability that the last step is right), 'value' (a guess of the final reward), 'terminal' (the "
+    "reward of a finished answer) or 'odds' (the probability that all so far is right)"
+)
 SPREADS = ("difference", "max", "sum")
 # odds of a certain answer are infinite; the published code clips scores too
 SMALLEST_DOUBT = 1e-6
@@ -126,18 +138,18 @@ class Potential(AbstractPotential):
         score: a function of the generator's state to scores of shape (N,); of a generator of texts, a function of the
             prompt and a list of texts to as many numbers, which may be a coroutine.
         exponent: beta, to which the potential is raised.
-        kind: "step", "value", "terminal" or "odds". Static. A value of 0 is the end of a particle, whatever the final
-            reward would have been.
-        aggregate: how the scores of an answer become one reward: "prod", "min", "last", or "model", for which a scorer
-            of texts is shown the whole answer as a single step. By default the product for steps, else the last one.
-            Static.
+        kind: "step", "value", "terminal" or "odds"; there is no default. Static. A value of 0 is the end of a particle,
+            whatever the final reward would have been.
+        aggregate: how the scores of an answer become one reward A: "prod", "min", "last", or "model", for which a
+            scorer of texts is shown the whole answer as a single step. By default the product for steps, else the last
+            one. The posterior is p A / Z with it, but for odds, where it is for the ranking alone. Static.
         spread: how a value is spread over the steps. Static.
             "difference": G_t = r_t / r_{t-1}. "max": G_t = max_{s <= t} r_s, "sum": G_t = r_1 ... r_t, and at the end
             what makes the product of all r_T; both push harder, early on.
         is_log: whether scores are logarithms, such as beta times a reward of any sign. Static.
 
     Raises:
-        ValueError: an unknown kind, aggregate or spread, or one that does not go with the kind.
+        ValueError: no kind, an unknown kind, aggregate or spread, or one that does not go with the kind.
 
     Example:
         >>> import jax.numpy as jnp
@@ -156,7 +168,7 @@ class Potential(AbstractPotential):
     """
 
     score: Callable[..., Any] = eqx.field(converter=as_pytree)
-    kind: str = eqx.field(static=True, default="step")
+    kind: str = eqx.field(static=True, default="")  # none: without one there is an error that says what there is
     aggregate: str | None = eqx.field(static=True, default=None)
     spread: str = eqx.field(static=True, default="difference", kw_only=True)
     is_log: bool = eqx.field(static=True, default=False, kw_only=True)
@@ -167,6 +179,8 @@ class Potential(AbstractPotential):
     def __check_init__(self):
         if not callable(self.score):
             raise ValueError(f"score must be a function of the generator's state, got {type(self.score).__name__}")
+        if not self.kind:
+            raise ValueError(f"kind must say what the score means, got none; take {MEANINGS}")
         errors.check_choice("kind", self.kind, tuple(AGGREGATES))
         if self.aggregate is not None:
             errors.check_choice("aggregate", self.aggregate, ("prod", "min", "last", "model"))

@@ -80,7 +80,7 @@ class TextGenerator(ABC):
         ...     max_steps, max_tokens_per_step = 3, 1
         ...     async def step(self, prompt, prefix, num_samples, seed):
         ...         return [TextStep(f"{len(prefix) + 1} ", 1) for _ in range(num_samples)]
-        >>> likes_short = Potential(lambda prompt, texts: [0.5 for text in texts])
+        >>> likes_short = Potential(lambda prompt, texts: [0.5 for text in texts], kind="step")
         >>> result = infer(0, Counts(), likes_short, "Count to three.", num_particles=2)
         >>> result.texts, round(result.log_evidence, 3)                                     # log 0.5^3
         (['1 2 3 ', '1 2 3 '], -2.079)
@@ -156,7 +156,7 @@ def as_text_generator(generator: StepGenerator, prompt: PyTree = None) -> TextGe
     Example:
         >>> from bayesinf.kernels.inference_scaling import DiscreteChain, Potential, as_text_generator, infer
         >>> chain = DiscreteChain([0.5, 0.5], [[0.5, 0.5], [0.5, 0.5]], max_steps=4)
-        >>> likes_b = Potential(lambda state: 1.0 * (state.last == 1))
+        >>> likes_b = Potential(lambda state: 1.0 * (state.last == 1), kind="step")
         >>> infer(0, as_text_generator(chain), likes_b, num_particles=64).best()
         'bbbb'
     """

@@ -83,7 +83,7 @@ def test_it_is_a_generator_as_others_are():
         return last_number(prompt, texts)
 
     both = ConformalAcceptance(Numbers(0.0), Numbers(0.0), slow, np.linspace(-2, 2, 20))
-    likes = Potential(lambda prompt, texts: [0.5] * len(texts))
+    likes = Potential(lambda prompt, texts: [0.5] * len(texts), kind="step")
     result = kernels.infer(0, both, likes, "go", num_particles=8, barrier="cascade")
     assert result.log_evidence == pytest.approx(2 * np.log(0.5), rel=1e-5)
     assert result.tokens.generated == 3 * (16 + both.num_continued)

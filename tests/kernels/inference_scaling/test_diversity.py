@@ -152,7 +152,7 @@ class TestDiverse:
 
     CHAIN = DiscreteChain([0.05, 0.05, 0.9], [[1, 0, 0], [0, 1, 0], [0, 0, 1]], max_steps=3)
     LETTERS = staticmethod(lambda state: 1.0 * (state.last[:, None] == jnp.arange(3)))
-    LIKES_A = Potential(lambda state: jnp.array([0.9, 0.1, 0.1])[state.last])
+    LIKES_A = Potential(lambda state: jnp.array([0.9, 0.1, 0.1])[state.last], kind="step")
 
     def run(self, potential=LIKES_A, **options):
         method = Diverse(self.LETTERS, Resample(1.0, scheme="systematic"), num_survivors=3, **options)

@@ -676,8 +676,8 @@ class TestWhatIsCounted:
 
 class TestBadInput:
     def test_scores_of_another_shape(self, unchecked):
-        column = Potential(lambda state: jnp.full((state.num_steps.shape[0], 1), 0.5))
-        for wrong, shape in ((column, r"\(16, 1\)"), (Potential(lambda state: 0.5), r"\(\)")):
+        column = Potential(lambda state: jnp.full((state.num_steps.shape[0], 1), 0.5), kind="step")
+        for wrong, shape in ((column, r"\(16, 1\)"), (Potential(lambda state: 0.5, kind="step"), r"\(\)")):
             with pytest.raises(ValueError, match=f"one number for each of 16 particles.* got shape {shape}"):
                 infer(0, chain(), wrong, num_particles=16)
 

@@ -24,7 +24,7 @@ from bayesinf.kernels.inference_scaling import (
 
 # three letters, of which "c" ends the answer: lengths differ
 CHAIN = DiscreteChain([0.5, 0.4, 0.1], [[0.6, 0.2, 0.2], [0.3, 0.5, 0.2], [0, 0, 1]], max_steps=5, end="c")
-LIKES_B = Potential(lambda state: jnp.array([0.2, 0.9, 0.6])[state.last])
+LIKES_B = Potential(lambda state: jnp.array([0.2, 0.9, 0.6])[state.last], kind="step")
 NUM = 64
 
 
@@ -156,8 +156,16 @@ def test_a_budget_is_kept_and_shared():
     assert all((answer is None) == (not done) for answer, done in zip(cut.answers, cut.is_done, strict=True))
 
 
+def test_a_budget_larger_than_integers_is_none():
+    plain, large = run(), run(budget=2**40)
+    assert (large.texts, large.log_evidence) == (plain.texts, plain.log_evidence)
+    (batched,) = infer_batch(0, CHAIN, LIKES_B, [None], num_particles=NUM, budget=2**40)
+    assert batched.status == "complete"
+    assert run(budget=2**40, barrier="barrier").status == "complete"
+
+
 def test_unusable_scores_are_an_error_with_the_result():
-    strange = Potential(lambda state: jnp.where(state.last == 1, 1.5, 0.5))
+    strange = Potential(lambda state: jnp.where(state.last == 1, 1.5, 0.5), kind="step")
     with pytest.raises(errors.PotentialError, match="scores were NaN or out of the range of their kind") as caught:
         run(potential=strange)
     assert "b" not in "".join(text for text, vote in zip(*votes_of(caught.value.result), strict=True) if vote > 0)
@@ -165,12 +173,27 @@ def test_unusable_scores_are_an_error_with_the_result():
         assert run(potential=strange, throw=False).status != "complete"
 
 
+def test_unusable_scores_of_populations_without_a_vote_are_counted():
+    strange = Potential(lambda state: jnp.where(state.last == 1, jnp.nan, 0.5), kind="step")
+    # the same sweeps, of which all count, or the last one alone
+    with pytest.warns(errors.SamplingWarning, match="scores were NaN"):
+        results = [run(Gibbs(3, burn_in), strange, throw=False) for burn_in in (0, 2)]
+    assert results[0].num_invalid == results[1].num_invalid > 0
+    method, key = ParallelTempering(num_sweeps=2), jax.random.key(0)
+    runs = method.run(key, CHAIN, strange, CHAIN.encode(None), NUM, jnp.asarray(10**6))
+    counts = [int(jnp.sum(sweep.records.num_invalid)) for sweep in (*runs.sweeps, *runs.others)]
+    assert len(counts) == 6
+    assert min(counts) > 0
+    with pytest.raises(errors.PotentialError, match=f"{sum(counts)} scores were NaN"):
+        run(method, strange)
+
+
 def votes_of(result):
     return result.texts, np.exp(result.log_votes)
 
 
 def test_a_dead_population_is_an_error_with_the_result():
-    impossible = Potential(lambda state: jnp.where(state.num_letters >= 3, 0.0, 0.5) * (state.last != 2))
+    impossible = Potential(lambda state: jnp.where(state.num_letters >= 3, 0.0, 0.5) * (state.last != 2), kind="step")
     with pytest.raises(errors.DegenerateWeightsError, match=f"All {NUM} particles died at step 3") as caught:
         run(potential=impossible)
     result = caught.value.result
@@ -186,7 +209,7 @@ def test_a_changed_score_is_read_anew():
     def score(state):
         return jnp.where(state.last == 1, weights["b"], 0.5)
 
-    potential = Potential(score)
+    potential = Potential(score, kind="step")
     before = run(potential=potential).log_evidence
     weights["b"] = 0.1
     assert run(potential=potential).log_evidence < before

@@ -41,7 +41,9 @@ def score(state):
         ({"kind": "value", "spread": "max"}, lambda r: r[-1], lambda r: r[-1]),
         ({"kind": "value", "spread": "sum"}, lambda r: r[-1], lambda r: r[-1]),
         ({"kind": "value", "aggregate": "model"}, lambda r: r[-1], lambda r: r[-1]),
+        ({"kind": "value", "aggregate": "prod"}, np.prod, np.prod),
         ({"kind": "terminal"}, lambda r: r[-1], lambda r: r[-1]),
+        ({"kind": "terminal", "aggregate": "min"}, np.min, np.min),
         ({"kind": "odds"}, lambda r: np.prod(r / (1 - r)), lambda r: r[-1]),
         ({"kind": "odds", "aggregate": "prod"}, lambda r: np.prod(r / (1 - r)), np.prod),
     ],
@@ -115,16 +117,24 @@ def test_scores_out_of_range_are_nan(kind, is_log):
     np.testing.assert_allclose(potential.log_scores(good), expected, rtol=1e-6)
 
 
+def test_a_score_without_a_meaning_is_refused():
+    # what it could mean is told; telescoped steps and multiplied values are errors that nothing else would show
+    with pytest.raises(ValueError, match="kind must say what the score means, got none") as caught:
+        Potential(score)
+    for kind in ("'step' (the prob", "'value' (a guess", "'terminal' (the rew", "'odds' (the prob"):
+        assert kind in str(caught.value)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="kind must be one of 'step', 'value', 'terminal', 'odds', got 'prm'"):
         Potential(score, "prm")
     with pytest.raises(ValueError, match="aggregate must be one of"):
-        Potential(score, aggregate="mean")
+        Potential(score, "step", aggregate="mean")
     with pytest.raises(ValueError, match="spread='max' is for values, got kind='step'"):
-        Potential(score, spread="max")
+        Potential(score, "step", spread="max")
     with pytest.raises(ValueError, match="score must be a function"):
-        Potential(0.5)
+        Potential(0.5, "step")
     with pytest.raises(ValueError, match="exponent must be finite and not negative"):
-        Potential(score) ** -1.0
+        Potential(score, "step") ** -1.0
     with pytest.raises(TypeError, match="wrap it"):
-        Potential(score) * 2.0
+        Potential(score, "step") * 2.0

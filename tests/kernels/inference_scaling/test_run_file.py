@@ -61,7 +61,7 @@ def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(tmp_path, method, ba
 
 
 def test_a_run_in_process_goes_on_from_its_seeds(tmp_path):
-    likes_a = Potential(lambda state: jnp.where(state.last == 0, 0.9, 0.2))
+    likes_a = Potential(lambda state: jnp.where(state.last == 0, 0.9, 0.2), kind="step")
     path = tmp_path / "run.json"
     whole = kernels.infer(0, as_text_generator(CHAIN), likes_a, num_particles=6, method=RESAMPLE)
 
@@ -83,7 +83,7 @@ def test_an_outage_keeps_what_there_was_and_can_be_resumed(tmp_path):
         kernels.infer(0, down, POTENTIAL, "go", num_particles=2, save=path)
     assert sorted({len(text) for text in caught.value.result.texts}) == [2]
     assert caught.value.result.num_steps.tolist() == [2]
-    with pytest.warns(errors.SamplingWarning, match="no step could be had"):
+    with pytest.warns(errors.SamplingWarning, match="all requests of a step failed"):
         kernels.infer(0, down, POTENTIAL, "go", num_particles=2, throw=False)
     whole = kernels.infer(0, ChainTexts(end=""), POTENTIAL, "go", num_particles=2)
     assert kernels.infer(0, ChainTexts(end=""), POTENTIAL, "go", num_particles=2, resume=path).texts == whole.texts
@@ -152,7 +152,7 @@ def test_generators_say_what_their_law_depends_on(tmp_path):
 
 def test_a_step_that_is_drawn_otherwise_is_refused(tmp_path):
     # as by another version of JAX, or another device
-    likes_a = Potential(lambda state: jnp.where(state.last == 0, 0.9, 0.2))
+    likes_a = Potential(lambda state: jnp.where(state.last == 0, 0.9, 0.2), kind="step")
     path = tmp_path / "run.json"
     saved(path, CHAIN, likes_a, None)
     content = json.loads(path.read_text())

@@ -9,7 +9,16 @@ import pytest
 from chain_texts import LENGTH, LETTERS, POTENTIAL, ChainTexts, HalfFails, law, next_letter, score
 
 from bayesinf import errors, kernels
-from bayesinf.kernels.inference_scaling import Beam, Inference, Potential, Resample, TextStep, infer_async
+from bayesinf.kernels.inference_scaling import (
+    Beam,
+    Gibbs,
+    Inference,
+    ParallelTempering,
+    Potential,
+    Resample,
+    TextStep,
+    infer_async,
+)
 from bayesinf.kernels.inference_scaling.run_requests import RunRequests, ScoreError
 
 RESAMPLE = Resample(1.0, scheme="multinomial")
@@ -47,17 +56,17 @@ def test_a_text_is_scored_once():
         seen.extend(texts)
         return score(prompt, texts)
 
-    kernels.infer(0, ChainTexts(), Potential(slow_score), "go", num_particles=32)
+    kernels.infer(0, ChainTexts(), Potential(slow_score, kind="step"), "go", num_particles=32)
     assert len(seen) == len(set(seen))
     seen.clear()
-    kernels.infer(0, ChainTexts(), Potential(slow_score), "go", num_particles=32, barrier="cascade")
+    kernels.infer(0, ChainTexts(), Potential(slow_score, kind="step"), "go", num_particles=32, barrier="cascade")
     assert len(seen) == len(set(seen))
 
 
 @pytest.mark.parametrize("method", ["cascade", "a_star", "particle_filter"])
 def test_what_is_ready_at_once_is_scored_at_once(method):
     calls = []
-    counting = Potential(lambda prompt, texts: calls.append(texts) or score(prompt, texts))
+    counting = Potential(lambda prompt, texts: calls.append(texts) or score(prompt, texts), kind="step")
     generator = ChainTexts(end="")
     kernels.infer(0, generator, counting, "go", num_particles=32, method=method)
     assert sorted(calls[0]) == list(LETTERS)
@@ -67,7 +76,7 @@ def test_what_is_ready_at_once_is_scored_at_once(method):
 
 def test_who_is_late_is_not_waited_for():
     seen = []
-    counting = Potential(lambda prompt, texts: seen.extend(texts) or score(prompt, texts))
+    counting = Potential(lambda prompt, texts: seen.extend(texts) or score(prompt, texts), kind="step")
     kernels.infer(0, ChainTexts(delays={"a": 50}, end=""), counting, "go", num_particles=32, method="cascade")
     lengths = [len(text) for text in seen]
     assert lengths != sorted(lengths)
@@ -79,7 +88,7 @@ def test_a_scorer_that_fails_fails_all_who_wait_for_it():
         raise ZeroDivisionError("of the scorer")
 
     async def body():
-        requests = RunRequests(ChainTexts(), Potential(raises), "go")
+        requests = RunRequests(ChainTexts(), Potential(raises, kind="step"), "go")
         prefixes = [(TextStep("a", 1),), (TextStep("b", 1),)]
         waiting = [requests.scores(prefixes), requests.scores(prefixes[:1]), requests.scores(prefixes[1:])]
         found = await asyncio.gather(*waiting, return_exceptions=True)
@@ -95,7 +104,7 @@ def test_who_is_cancelled_takes_no_score_from_others():
         return [0.5] * len(texts)
 
     async def body():
-        requests = RunRequests(ChainTexts(), Potential(slow), "go")
+        requests = RunRequests(ChainTexts(), Potential(slow, kind="step"), "go")
         prefix = (TextStep("a", 1),)
         first = asyncio.create_task(requests.scores([prefix]))
         second = asyncio.create_task(requests.scores([prefix]))
@@ -144,17 +153,17 @@ def test_no_method_answers_with_the_dead(method):
 
 @pytest.mark.parametrize("barrier", ["barrier", "speculative", "cascade"])
 def test_scores_that_are_none_raise_with_the_run(barrier):
-    bad = Potential(lambda prompt, texts: [np.nan if text.endswith("b") else 0.5 for text in texts])
+    bad = Potential(lambda prompt, texts: [np.nan if text.endswith("b") else 0.5 for text in texts], kind="step")
     with pytest.raises(errors.PotentialError, match="NaN or out of the range") as caught:
         kernels.infer(0, ChainTexts(), bad, "go", num_particles=8, barrier=barrier)
     assert caught.value.result.num_invalid > 0
-    large = Potential(lambda prompt, texts: [1.5 if text.endswith("b") else 0.5 for text in texts])
+    large = Potential(lambda prompt, texts: [1.5 if text.endswith("b") else 0.5 for text in texts], kind="step")
     with pytest.raises(errors.PotentialError, match="NaN or out of the range") as caught:
         kernels.infer(0, ChainTexts(), large, "go", num_particles=8, barrier=barrier)
     result = caught.value.result
     assert any(result.texts)
     assert not any(text.endswith("b") for text in result.posterior)
-    few = Potential(lambda prompt, texts: [0.5, 0.5, 0.5])
+    few = Potential(lambda prompt, texts: [0.5, 0.5, 0.5], kind="step")
     with pytest.raises(errors.PotentialError, match="gave 3 numbers"):
         kernels.infer(0, ChainTexts(), few, "go", num_particles=8, barrier=barrier)
 
@@ -164,12 +173,33 @@ def test_scores_that_are_none_raise_with_the_run(barrier):
         return [0.5] * len(texts)
 
     with pytest.raises(errors.PotentialError, match="ZeroDivisionError: of the scorer") as caught:
-        kernels.infer(0, ChainTexts(), Potential(raises), "go", num_particles=8, barrier=barrier)
+        kernels.infer(0, ChainTexts(), Potential(raises, kind="step"), "go", num_particles=8, barrier=barrier)
     assert any(caught.value.result.texts)
 
 
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [(Gibbs(2), 1), (ParallelTempering(num_sweeps=2), 1), (ParallelTempering(num_sweeps=2), 5)],
+    ids=["burn-in", "cold burn-in", "hot chain"],
+)
+def test_a_score_that_is_none_in_a_population_without_a_vote(method, call):
+    # one step an answer, one request a population: of this one alone an answer has no score
+    class OneStrange(ChainTexts):
+        max_steps = 1
+
+        async def step(self, prompt, prefix, num_samples, seed):
+            self.calls.append(num_samples)
+            is_strange = len(self.calls) == call
+            return [TextStep("x" if is_strange and i == 0 else "b", 1) for i in range(num_samples)]
+
+    potential = Potential(lambda prompt, texts: [np.nan if text == "x" else 0.5 for text in texts], kind="step")
+    with pytest.raises(errors.PotentialError, match="1 scores were NaN") as caught:
+        kernels.infer(0, OneStrange(), potential, "go", method=method, num_particles=4)
+    assert set(caught.value.result.texts) == {"b"}
+
+
 def test_all_particles_dead():
-    zero = Potential(lambda prompt, texts: [0.0] * len(texts))
+    zero = Potential(lambda prompt, texts: [0.0] * len(texts), kind="step")
     for barrier in ("barrier", "speculative", "cascade"):
         with pytest.raises(errors.DegenerateWeightsError, match="particles died at step 1") as caught:
             kernels.infer(0, ChainTexts(), zero, "go", num_particles=8, barrier=barrier)

@@ -25,7 +25,7 @@ def population(log_weights, log_reward=None, is_done=None):
     num = len(log_weights)
     log_weights = jnp.asarray(log_weights, float)
     log_weights = log_weights - jax.scipy.special.logsumexp(log_weights)
-    start = found(Potential(lambda state: state), num)
+    start = found(Potential(lambda state: state, kind="step"), num)
     return start._replace(
         log_weights=log_weights,
         log_reward=log_weights if log_reward is None else jnp.asarray(log_reward, float),

@@ -80,7 +80,7 @@ def test_in_process_generators_follow_the_same_law():
         before = jnp.where(state.num_letters > 1, jnp.take_along_axis(state.letters, at[:, None], 1)[:, 0], -1)
         return jnp.array([0.9, 0.2, 0.6])[state.last] * jnp.where(before == state.last, 0.5, 1.0)
 
-    potential = Potential(of_state)
+    potential = Potential(of_state, kind="step")
     jitted = [kernels.infer(s, CHAIN, potential, method=RESAMPLE, num_particles=4) for s in range(60)]
     rows, truth = estimates(jitted)
     assert p_value_of_means(rows, truth) > FALSE_ALARM
