@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from bayesinf import errors
-from bayesinf.models.hmm.inputs import Chain, as_chain, check_rows, over_series
+from bayesinf.models.hmm.inputs import Chain, as_chain, check_row, check_rows, over_series
 from bayesinf.models.hmm.recursion import METHODS, Method, log_normalize, log_total
 from bayesinf.models.hmm.statistics import forward
 
@@ -127,7 +127,8 @@ def hmm_start(log_init: Float[Array, " k"], log_lik: Float[Array, " k"]) -> HMMB
         The belief, for `hmm_step`.
 
     Raises:
-        ValueError: the probabilities do not sum to one.
+        ValueError: the probabilities do not sum to one, or a likelihood is NaN. Under `jit` and `scan` no value is
+            known: NaN makes the belief NaN, from there on.
 
     Example:
         >>> import jax.numpy as jnp
@@ -137,6 +138,7 @@ def hmm_start(log_init: Float[Array, " k"], log_lik: Float[Array, " k"]) -> HMMB
         [0.8, 0.2]
     """
     check_rows("log_init", log_init)
+    check_row(log_lik)
     zero = jnp.zeros((), jnp.result_type(log_init, log_lik))
     return _absorb(log_init, log_lik, zero, zero)
 
@@ -156,7 +158,8 @@ def hmm_step(belief: HMMBelief, log_lik: Float[Array, " k"], log_trans: Float[Ar
         The belief after y_t; -inf throughout where y_t is impossible.
 
     Raises:
-        ValueError: the probabilities do not sum to one.
+        ValueError: the probabilities do not sum to one, or a likelihood is NaN. Under `jit` and `scan` no value is
+            known: NaN makes the belief NaN, from there on.
 
     Example:
         >>> import jax.numpy as jnp
@@ -169,6 +172,7 @@ def hmm_step(belief: HMMBelief, log_lik: Float[Array, " k"], log_trans: Float[Ar
         [0.559, 0.441]
     """
     check_rows("log_trans", log_trans)
+    check_row(log_lik)
     log_predicted = log_total(belief.log_filtered[:, None] + log_trans, axis=0)
     return _absorb(log_predicted, log_lik, belief.log_evidence, belief.rounding)
 

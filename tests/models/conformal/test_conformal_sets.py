@@ -334,10 +334,17 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="groups must have the shape"):
         conformal.calibrate(scores, groups=jnp.zeros(3, int))
     with pytest.raises(ValueError, match="label must have the shape"):
-        conformal.lac(jnp.ones((3, 2)), jnp.zeros(2, int))
+        conformal.lac(jnp.full((3, 2), 0.5), jnp.zeros(2, int))
     for wrong in (-1, 2):
         with pytest.raises(ValueError, match=r"label must be in \[0, 2\)"):
             conformal.aps(jnp.full((3, 2), 0.5), 0.5, jnp.array([0, 1, wrong]))
+    for wrong in (jnp.ones((3, 2)), jnp.array([1.5, -0.5]), jnp.array([0.5, jnp.nan])):
+        for score in (lambda probs: conformal.aps(probs, 0.5), lambda probs: conformal.raps(probs, 0.5), conformal.lac):
+            with pytest.raises(ValueError, match="probs must hold probabilities that sum to 1"):
+                score(wrong)
+    for wrong in (-0.1, 1.1, jnp.nan):
+        with pytest.raises(ValueError, match=r"u must be uniforms in \[0, 1\]"):
+            conformal.aps(jnp.full((3, 2), 0.5), wrong)
     with pytest.raises(ValueError, match="cdf_before and u"):
         conformal.pit_score(0.5, u=0.5)
     with pytest.raises(ValueError, match=r"predictions must have shape \(..., n\)"):

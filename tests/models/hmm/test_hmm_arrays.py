@@ -429,3 +429,16 @@ def test_bad_input_is_named(unchecked, change, message):
         }
     with pytest.raises(ValueError, match=message):
         hmm_filter(**(good | change))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_likelihood_of_a_stream_that_is_none_is_named(value):
+    """Unless it is traced, where nobody can look."""
+    log_trans, log_lik = jnp.log(jnp.full((2, 2), 0.5)), jnp.array([0.0, value])
+    with pytest.raises(ValueError, match=r"log_lik must hold log densities below infinity.*pass zeros"):
+        hmm_start(log_trans[0], log_lik)
+    belief = hmm_start(log_trans[0], jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"log_lik must hold log densities below infinity.*pass zeros"):
+        hmm_step(belief, log_lik, log_trans)
+    if np.isnan(value):
+        assert bool(jnp.isnan(jax.jit(hmm_step)(belief, log_lik, log_trans).log_evidence))
