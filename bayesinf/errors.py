@@ -241,16 +241,14 @@ def check_positive_scalar(name: str, value: Any) -> None:
     check_positive(name, value)
 
 
-def check_not_nan(name: str, value: Any) -> None:
+def check_not_nan(name: str, value: Any, *, cure: str = "leave missing ones out") -> None:
     """Refuses NaN, and says where; skipped while traced."""
     if not is_concrete(value):
         return
     is_nan = np.isnan(np.asarray(value, dtype=float))
     if np.any(is_nan):
         where = np.argwhere(is_nan)[:5].squeeze(-1 if is_nan.ndim == 1 else ()).tolist()
-        raise ValueError(
-            f"{name} must not be NaN, got {int(is_nan.sum())} that are, at {where}; leave missing ones out"
-        )
+        raise ValueError(f"{name} must not be NaN, got {int(is_nan.sum())} that are, at {where}; {cure}")
 
 
 def check_positive(name: str, value: Any) -> None:

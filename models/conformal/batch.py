@@ -233,14 +233,14 @@ def batch_mean_bound(
         m: number of test points.
         alpha: the level, known before compilation.
         h0: n + 1 whole numbers that do not depend on `cal` or the test scores; r - 1 if left out.
-        sup: an upper bound of all scores. Without one there is none of the mean: it is +inf as soon as one test score
-            may be above all of calibration.
+        sup: an upper bound of all scores, of calibration and of the test points. Without one there is none of the
+            mean: it is +inf as soon as one test score may be above all of calibration.
 
     Returns:
         The bound.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, a score is NaN, or one is above `sup`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -254,6 +254,12 @@ def batch_mean_bound(
         Lee, Tchetgen Tchetgen and Dobriban (2024), https://arxiv.org/abs/2409.13990.
     """
     n = len(cal)
+    errors.check_not_nan("cal", cal)
+    if n and errors.is_concrete((cal, sup)) and not np.max(np.asarray(cal)) <= np.asarray(sup):
+        raise ValueError(
+            f"sup must be an upper bound of all scores, got {float(sup):g} and a score of {np.max(np.asarray(cal)):g} "
+            "in cal; clip the scores of calibration and test points alike, or pass a bound that holds"
+        )
     h0 = np.arange(n + 1) if h0 is None else np.asarray(h0)
     h0 = h0 - h0.min() if h0.size else h0  # m times the least adds nothing
     law = np.cumsum(rank_sum_pmf(n, m, h0))
@@ -286,7 +292,7 @@ def batch_selection(
         The selection.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or a score is NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -303,6 +309,8 @@ def batch_selection(
     errors.check_count("num_false", num_false, minimum=0)
     if num_false >= m:
         raise ValueError(f"num_false must be less than the {m} test points, got {num_false}")
+    errors.check_not_nan("scores", scores)
+    errors.check_not_nan("test_scores", test_scores)
     found = batch_quantile_bound(
         jnp.where(jnp.asarray(is_null), jnp.asarray(scores), -jnp.inf), m, m - num_false, alpha
     )
@@ -329,7 +337,7 @@ def batch_p_value(
         p, with P(p <= alpha) <= alpha.
 
     Raises:
-        ValueError: `zeta` is out of its range.
+        ValueError: `zeta` is out of its range, or a score is NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -341,6 +349,8 @@ def batch_p_value(
     References:
         Lee, Tchetgen Tchetgen and Dobriban (2024), https://arxiv.org/abs/2409.13990.
     """
+    errors.check_not_nan("cal", cal)
+    errors.check_not_nan("test", test)
     tails = np.cumsum(rank_pmf(len(cal), len(test), zeta)[::-1])[::-1]  # P(r > t), t = 0, ..., n
     num_below = jnp.sum(jnp.asarray(cal) < jnp.sort(jnp.asarray(test))[zeta - 1])
     p = jnp.minimum(jnp.asarray(tails, float)[num_below], 1.0)

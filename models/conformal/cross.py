@@ -17,8 +17,10 @@ References:
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Real
 
+from bayesinf import errors
 from bayesinf.models.conformal.guarantee import Guarantee
 from bayesinf.models.conformal.quantiles import conformal_quantile
+from bayesinf.models.conformal.ranking import Missing, check_missing
 from bayesinf.models.conformal.split import Interval
 
 __all__ = ["cv_plus", "jackknife_after_bootstrap", "jackknife_minmax", "jackknife_plus"]
@@ -27,17 +29,26 @@ _ALIKE = "points are exchangeable, and the fit does not look at their order"
 
 
 def jackknife_plus(
-    residuals: Float[Array, " n"], predictions: Float[Array, "... n"], alpha: Real[Array, ""] | float
+    residuals: Float[Array, " n"],
+    predictions: Float[Array, "... n"],
+    alpha: Real[Array, ""] | float,
+    *,
+    missing: Missing = "raise",
 ) -> Interval:
     """The jackknife+: P(y in interval) >= 1 - 2 alpha.
 
     Args:
-        residuals: R_i = |y_i - mu_{-i}(x_i)|, shape (n,); NaN leaves a point out.
+        residuals: R_i = |y_i - mu_{-i}(x_i)|, shape (n,).
         predictions: mu_{-i}(x) for the test points, shape (..., n).
         alpha: the level; half of what may be missed.
+        missing: what to do with residuals and predictions that are NaN: "raise", or "drop" to leave them out. Under
+            `jit` nobody can look, and they are left out.
 
     Returns:
         Interval of shape (...).
+
+    Raises:
+        ValueError: shapes do not fit, or a residual or prediction is NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,6 +63,7 @@ def jackknife_plus(
         Barber, Candès, Ramdas and Tibshirani (2021), doi:10.1214/20-AOS1965.
     """
     _check_points("predictions", residuals, predictions)
+    check_missing(missing, residuals=residuals, predictions=predictions)
     return _plus(residuals, predictions, alpha, Guarantee("exact", "P(y in set) >= 1 - 2 alpha", _ALIKE))
 
 
@@ -60,19 +72,26 @@ def cv_plus(
     predictions: Float[Array, "... f"],
     folds: Int[Array, " n"],
     alpha: Real[Array, ""] | float,
+    *,
+    missing: Missing = "raise",
 ) -> Interval:
     """CV+: the jackknife+ with one fit for each of a few folds of equal size.
 
     P(y in interval) >= 1 - 2 alpha - sqrt(2 / n); that of few folds is closer to 1 - 2 alpha.
 
     Args:
-        residuals: |y_i - mu_{-fold(i)}(x_i)|, shape (n,); NaN leaves a point out.
+        residuals: |y_i - mu_{-fold(i)}(x_i)|, shape (n,).
         predictions: mu_{-f}(x) of each of F fits for the test points, shape (..., F).
         folds: the fold of each point, in 0, ..., F - 1, shape (n,).
         alpha: the level; half of what may be missed.
+        missing: what to do with residuals and predictions that are NaN: "raise", or "drop" to leave them out. Under
+            `jit` nobody can look, and they are left out.
 
     Returns:
         Interval of shape (...).
+
+    Raises:
+        ValueError: shapes do not fit, or a residual or prediction is NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -87,23 +106,33 @@ def cv_plus(
     """
     if folds.shape != residuals.shape:
         raise ValueError(f"folds must have the shape {residuals.shape} of residuals, got {folds.shape}")
+    check_missing(missing, residuals=residuals, predictions=predictions)
     statement = "P(y in set) >= 1 - 2 alpha - sqrt(2 / n)"
     guarantee = Guarantee("exact", statement, f"{_ALIKE}; folds of equal size")
     return _plus(residuals, predictions[..., folds], alpha, guarantee)
 
 
 def jackknife_minmax(
-    residuals: Float[Array, " n"], predictions: Float[Array, "... n"], alpha: Real[Array, ""] | float
+    residuals: Float[Array, " n"],
+    predictions: Float[Array, "... n"],
+    alpha: Real[Array, ""] | float,
+    *,
+    missing: Missing = "raise",
 ) -> Interval:
     """The jackknife-minmax: P(y in interval) >= 1 - alpha, for wider intervals.
 
     Args:
-        residuals: R_i = |y_i - mu_{-i}(x_i)|, shape (n,); NaN leaves a point out.
-        predictions: mu_{-i}(x) for the test points, shape (..., n); NaN is left out.
+        residuals: R_i = |y_i - mu_{-i}(x_i)|, shape (n,).
+        predictions: mu_{-i}(x) for the test points, shape (..., n).
         alpha: the level.
+        missing: what to do with residuals and predictions that are NaN: "raise", or "drop" to leave them out. Under
+            `jit` nobody can look, and they are left out.
 
     Returns:
         Interval of shape (...).
+
+    Raises:
+        ValueError: shapes do not fit, or a residual or prediction is NaN.
 
     Example:
         >>> import jax.numpy as jnp
@@ -116,7 +145,8 @@ def jackknife_minmax(
         Barber, Candès, Ramdas and Tibshirani (2021), doi:10.1214/20-AOS1965.
     """
     _check_points("predictions", residuals, predictions)
-    reach = conformal_quantile(residuals, alpha)
+    check_missing(missing, residuals=residuals, predictions=predictions)
+    reach = conformal_quantile(residuals, alpha, missing="drop")
     lowest = jnp.min(predictions, -1, where=~jnp.isnan(predictions), initial=jnp.inf)
     highest = jnp.max(predictions, -1, where=~jnp.isnan(predictions), initial=-jnp.inf)
     is_all = jnp.isinf(reach)  # of nothing the least prediction is +inf, too
@@ -145,6 +175,9 @@ def jackknife_after_bootstrap(
     Returns:
         Interval of shape (...).
 
+    Raises:
+        ValueError: shapes do not fit, or a value is NaN.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from bayesinf.models import conformal
@@ -165,6 +198,8 @@ def jackknife_after_bootstrap(
             f"fitted and is_drawn must have shape (B, n), and predictions (..., B), for y of shape {y.shape}; got "
             f"{fitted.shape}, {is_drawn.shape} and {predictions.shape}"
         )
+    for name, values in (("y", y), ("fitted", fitted), ("predictions", predictions)):
+        errors.check_not_nan(name, values)
     is_out = (~is_drawn).astype(predictions.dtype)
     num_out = jnp.sum(is_out, 0)
     share = jnp.where(num_out > 0, is_out / jnp.maximum(num_out, 1), jnp.nan)
@@ -177,8 +212,9 @@ def jackknife_after_bootstrap(
 
 
 def _plus(residuals: Array, predictions: Array, alpha: Real[Array, ""] | float, guarantee: Guarantee) -> Interval:
-    lower = -conformal_quantile(residuals - predictions, alpha)
-    return Interval(lower, conformal_quantile(residuals + predictions, alpha), guarantee)
+    lower = -conformal_quantile(residuals - predictions, alpha, missing="drop")
+    upper = conformal_quantile(residuals + predictions, alpha, missing="drop")
+    return Interval(lower, upper, guarantee)
 
 
 def _check_points(name: str, residuals: Array, predictions: Array) -> None:

@@ -86,14 +86,15 @@ def continuous_state_set(
         num_states: K.
         alpha: the probability of missing the truth that is allowed.
         log_likelihood: `log_likelihood(obs, members)` of shape (N, K) from all N observations and the states' one-hot
-            indicators; finite. It must not depend on the order of time.
+            indicators; finite: where it is NaN, so is the score of a candidate, and its p-value is 1. It must not
+            depend on the order of time.
         num_draws: M, of ends for every candidate.
 
     Returns:
         The set.
 
     Raises:
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or an observation is NaN.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -116,6 +117,8 @@ def continuous_state_set(
             f"{len(states)}, {len(obs)} and {len(obs_new)}"
         )
     check_states("states", states, num_states)
+    errors.check_not_nan("obs", obs)
+    errors.check_not_nan("obs_new", obs_new)
     candidates = jnp.asarray(sequences(num_states, len(obs_new)))
     y = jnp.concatenate([jnp.asarray(obs), jnp.asarray(obs_new)])
     judge = partial(_p_value, errors.as_key(key), jnp.asarray(states), y, num_states, log_likelihood, num_draws)

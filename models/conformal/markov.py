@@ -137,7 +137,7 @@ def markov_p_value(
         num_states: K.
         score: `score(tail, counts)` of the last h + 1 states and the K x K transition counts of the whole path; high is
             strange. Minus the log probability of the tail, with transitions estimated by (F_ij + 1/2) / (F_i. + K/2),
-            where it is left out.
+            where it is left out. NaN counts as stranger than what was observed; where that is NaN itself, p is 1.
         horizon: h.
         group: "type", over all paths with the same first state and counts, or "block", over the orders of the blocks
             that end where the last state is visited, for h = 1: fewer paths, hence less power.
@@ -207,7 +207,8 @@ def weighted_p_value(
     # one evaluation of every score: recomputed in another loop, a tie may differ in its last bit
     scores = jax.lax.optimization_barrier(scores)
     u = 1.0 if key is None else jax.random.uniform(errors.as_key(key))
-    above, level = scores > scores[observed], scores == scores[observed]
+    # of NaN nobody knows whether it is higher: it counts as if it were
+    above, level = ~(scores <= scores[observed]), scores == scores[observed]
     return jnp.minimum(jnp.sum(weights, where=above) + u * jnp.sum(weights, where=level), 1.0)
 
 

@@ -23,7 +23,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from bayesinf import errors
-from bayesinf.models.conformal.ranking import level_and_slack, mass_above, rank, sort_scores, threshold_below
+from bayesinf.models.conformal.ranking import (
+    Missing,
+    check_missing,
+    level_and_slack,
+    mass_above,
+    rank,
+    sort_scores,
+    threshold_below,
+)
 
 __all__ = ["conformal_quantile", "conformal_rank", "p_value"]
 
@@ -63,6 +71,7 @@ def conformal_quantile(
     *,
     weights: Real[ArrayLike, "*b n"] | None = None,
     test_weight: Real[ArrayLike, "..."] | None = None,
+    missing: Missing = "raise",
 ) -> Float[Array, "..."]:
     """The threshold that the score of a new point exceeds with probability at most alpha.
 
@@ -74,17 +83,19 @@ def conformal_quantile(
     shifted law.
 
     Args:
-        scores: shape (..., n); NaN are missing, and are left out.
+        scores: shape (..., n).
         alpha: the level. Any real number: for 0 and less the threshold is +inf, for 1 and more it is -inf.
         weights: of the scores, not negative; all equal unless given.
         test_weight: of the test point, by default 1. For m test points of one calibration, shape (m,).
+        missing: what to do with scores that are NaN: "raise", or "drop" to leave them out. Under `jit` nobody can
+            look, and they are left out.
 
     Returns:
         Thresholds, of the leading shape of the scores broadcast with alpha and test_weight; +inf where there are too
         few scores, or the test point has too much of the weight.
 
     Raises:
-        ValueError: a weight is negative or not finite, or test_weight is given without weights.
+        ValueError: a score is NaN, a weight is negative or not finite, or test_weight is given without weights.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,6 +110,7 @@ def conformal_quantile(
         Tibshirani, Barber, Candès and Ramdas (2019), https://arxiv.org/abs/1904.06019.
     """
     s = errors.as_array("scores", is_floating=True)(scores)
+    check_missing(missing, scores=s)
     if s.ndim == 0:
         raise ValueError("scores must have an axis of calibration points, got a scalar")
     if weights is None:
@@ -123,6 +135,7 @@ def p_value(
     group: Int[ArrayLike, " n"] | None = None,
     test_group: Int[ArrayLike, "..."] | None = None,
     key: errors.KeyLike | None = None,
+    missing: Missing = "raise",
 ) -> Float[Array, "*m"]:
     """How strange a score is among those of calibration: small where it is large.
 
@@ -133,20 +146,23 @@ def p_value(
     groups, within each group. U is uniform, drawn anew for every test score. O((n + m) log n).
 
     Args:
-        calibration_scores: shape (n,); NaN are missing, and are left out.
+        calibration_scores: shape (n,).
         test_score: any shape. Of NaN the p-value is NaN.
         weights: of the calibration scores, not negative; all equal unless given.
         test_weight: of the test points, by default 1; broadcasts against test_score.
         group: of each calibration score, whole numbers: then a test score is compared within its own group alone.
         test_group: of each test point; broadcasts against test_score.
         key: PRNG key or seed for the smoothed p-value, which is exactly uniform even where scores are tied.
+        missing: what to do with calibration scores that are NaN: "raise", or "drop" to leave them out. Under `jit`
+            nobody can look, and they are left out.
 
     Returns:
         p-values of the shape of test_score; 1 where nothing is there to compare with, and conservative without a key.
 
     Raises:
-        ValueError: a weight is negative or not finite; or of the pairs weights and test_weight, group and test_group,
-            the second is given without the first, or the group without that of the test points.
+        ValueError: a calibration score is NaN; a weight is negative or not finite; or of the pairs weights and
+            test_weight, group and test_group, the second is given without the first, or the group without that of the
+            test points.
 
     Example:
         >>> import jax.numpy as jnp
@@ -156,6 +172,7 @@ def p_value(
     """
     scores = errors.as_array("calibration_scores", is_floating=True)(calibration_scores)
     asked = errors.as_array("test_score", is_floating=True)(test_score)
+    check_missing(missing, calibration_scores=scores)
     if scores.ndim != 1:
         raise ValueError(f"calibration_scores must have shape (n,), got {scores.shape}; vmap for more axes")
     if weights is None and test_weight is not None:

@@ -8,14 +8,27 @@ scores falls on a boundary and an error of rounding there would be an error of a
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 
-__all__ = ["Ranked", "level_and_slack", "mass_above", "rank", "sort_scores", "threshold_below"]
+from bayesinf import errors
+
+__all__ = [
+    "Missing",
+    "Ranked",
+    "check_missing",
+    "level_and_slack",
+    "mass_above",
+    "rank",
+    "sort_scores",
+    "threshold_below",
+]
+
+Missing = Literal["raise", "drop"]
 
 
 class Ranked(NamedTuple):
@@ -30,6 +43,14 @@ class Ranked(NamedTuple):
     scores: Float[Array, " n_and_1"]
     groups: Int[Array, " n_and_1"] | None
     cumulative: Float[Array, " n_and_1"]
+
+
+def check_missing(missing: str, **arrays: ArrayLike) -> None:
+    """Refuses NaN unless they are to be left out; while traced they are left out, as nobody can look."""
+    errors.check_choice("missing", missing, ("raise", "drop"))
+    if missing == "raise":
+        for name, values in arrays.items():
+            errors.check_not_nan(name, values, cure="leave missing ones out, or have it done by missing='drop'")
 
 
 def sort_scores(

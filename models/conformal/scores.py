@@ -142,6 +142,9 @@ def lac(probs: Float[Array, "*b k"], label: Int[ArrayLike, "..."] | None = None)
     Returns:
         Scores of the labels, or of all, shape (..., K).
 
+    Raises:
+        ValueError: a row is no law, or label is out of range; values are not looked at under `jit`.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from bayesinf.models import conformal
@@ -151,6 +154,7 @@ def lac(probs: Float[Array, "*b k"], label: Int[ArrayLike, "..."] | None = None)
     References:
         Sadinle, Lei and Wasserman (2019), doi:10.1080/01621459.2017.1395341.
     """
+    _check_probs(probs)
     return _of_label(1.0 - probs, label)
 
 
@@ -168,6 +172,10 @@ def aps(
 
     Returns:
         Scores of the labels, or of all, shape (..., K).
+
+    Raises:
+        ValueError: a row is no law, u is outside of [0, 1], or label is out of range; values are not looked at under
+            `jit`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -201,6 +209,10 @@ def raps(
     Returns:
         Scores of the labels, or of all, shape (..., K).
 
+    Raises:
+        ValueError: a row is no law, u is outside of [0, 1], or label is out of range; values are not looked at under
+            `jit`.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from bayesinf.models import conformal
@@ -211,12 +223,29 @@ def raps(
         Angelopoulos, Bates, Malik and Jordan (2021), https://arxiv.org/abs/2009.14193.
     """
     errors.check_nonnegative("penalty", penalty)
+    _check_probs(probs)
+    if errors.is_concrete(u) and not np.all((np.asarray(u) >= 0) & (np.asarray(u) <= 1)):
+        raise ValueError(f"u must be uniforms in [0, 1], one for each point, got {np.asarray(u)}")
     order = jnp.argsort(-probs, axis=-1)
     place = jnp.argsort(order, axis=-1)  # of each label among the sorted, from zero
     ordered = jnp.take_along_axis(probs, order, -1)
     before = jnp.take_along_axis(jnp.cumsum(ordered, -1) - ordered, place, -1)
     excess = jnp.maximum(place + 1 - num_free, 0)
     return _of_label(before + jnp.asarray(u)[..., None] * probs + penalty * excess, label)
+
+
+def _check_probs(probs: Array) -> None:
+    """Rows of probabilities; skipped while traced."""
+    if not errors.is_concrete(probs) or not probs.size:
+        return
+    values = np.asarray(probs)
+    slack = values.shape[-1] * float(jnp.finfo(values.dtype).eps) ** 0.5
+    off = np.abs(np.sum(values, -1, dtype=float) - 1)
+    if not (np.all(values >= -slack) and np.all(off <= slack)):
+        worst = values.reshape(-1, values.shape[-1])[np.argmax(np.where(np.isnan(off), np.inf, off))]
+        raise ValueError(
+            f"probs must hold probabilities that sum to 1 in every row, got {worst}; of logits take jax.nn.softmax"
+        )
 
 
 def _of_label(scores: Array, label: ArrayLike | None) -> Array:

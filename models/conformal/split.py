@@ -23,7 +23,14 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Real
 from bayesinf import errors
 from bayesinf.models.conformal.guarantee import Guarantee
 from bayesinf.models.conformal.quantiles import ranked_p_value
-from bayesinf.models.conformal.ranking import level_and_slack, rank, sort_scores, threshold_below
+from bayesinf.models.conformal.ranking import (
+    Missing,
+    check_missing,
+    level_and_slack,
+    rank,
+    sort_scores,
+    threshold_below,
+)
 
 __all__ = ["Calibrated", "Interval", "LabelSet", "calibrate", "interval", "label_set", "quantile_interval"]
 
@@ -194,20 +201,23 @@ def calibrate(
     *,
     weights: Real[ArrayLike, " n"] | None = None,
     groups: Int[ArrayLike, " n"] | None = None,
+    missing: Missing = "raise",
 ) -> Calibrated:
     """Calibration scores, sorted once, for `interval`, `label_set` and `PredictiveDistribution`.
 
     Args:
-        scores: of points that the score was not fitted to, larger where stranger, shape (n,); NaN are missing.
+        scores: of points that the score was not fitted to, larger where stranger, shape (n,).
         weights: likelihood ratios dP_test / dP_calibration of the points, up to a factor, if the law of x has shifted;
             those of the test points go by `test_weight` then.
         groups: whole numbers: the promise is kept within each. Of few scores a group has infinite sets.
+        missing: what to do with scores that are NaN: "raise", or "drop" to leave them out. Under `jit` nobody can
+            look, and they are left out.
 
     Returns:
         Calibrated.
 
     Raises:
-        ValueError: a shape is another than that of the scores, or a weight is negative or not finite.
+        ValueError: a score is NaN, a shape is another than that of the scores, or a weight is negative or not finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -219,6 +229,7 @@ def calibrate(
         exact: P(y in set | group) >= 1 - alpha, if calibration and test points are exchangeable within each group
     """
     s = errors.as_array("scores", is_floating=True)(scores)
+    check_missing(missing, scores=s)
     if s.ndim != 1:
         raise ValueError(f"scores must have shape (n,), got {s.shape}; vmap for more axes")
     errors.check_nonnegative("weights", 0.0 if weights is None else weights)

@@ -114,6 +114,7 @@ def climb_from_starts(
     num_starts = errors.check_count("num_starts", num_starts)
     max_iterations = errors.check_count("max_iterations", max_iterations)
     errors.check_positive("tolerance", tolerance)
+    _check_modes(model)
     steps = expect, maximize
     found = _fit(key, model, data._replace(is_single=None), num_starts, max_iterations, jnp.asarray(tolerance), steps)
     if not errors.is_concrete(found.objectives):
@@ -191,7 +192,7 @@ def _climb(model, data, rows, max_iterations, tolerance, steps) -> _Climb:
         objective = log_evidence + model.log_prior()
         gain = objective - climb.objective
         rounding = 4 * jnp.finfo(objective.dtype).eps * jnp.abs(objective)
-        is_converged = gain <= jnp.maximum(tolerance, rounding)
+        is_converged = (gain <= jnp.maximum(tolerance, rounding)) & jnp.isfinite(objective)
         # NaN, or data that are impossible: nothing to learn from
         is_done = is_converged | ~jnp.isfinite(objective)
         better = eqx.filter(maximize(model, data, rows, statistics), eqx.is_array)
@@ -233,6 +234,26 @@ def _expect(model, data, *, method: Method) -> tuple[Float[Array, ""], tuple[Arr
 
 def _maximize(model, data, rows, statistics) -> Any:
     return maximize_chain(model, data, rows, *statistics)
+
+
+def _check_modes(model) -> None:
+    """Refuses priors whose density is unbounded where a probability is zero: there is no largest to climb to."""
+    named = {"initial_prior": model.initial_prior}
+    named["transition_prior"] = jnp.where(model.can_follow, model.transition_prior, 1.0)
+    parts = {"emission": model.emission, "emission.components": getattr(model.emission, "components", None)}
+    parts["duration"] = getattr(model, "duration", None)
+    for part, law in parts.items():
+        prior = getattr(law, "prior", None)
+        # a tuple is of several parameters: that of a Gamma law has a shape, others have nothing of the kind
+        values, field = (getattr(prior, "shape", None), ".shape") if isinstance(prior, tuple) else (prior, "")
+        if values is not None:
+            named[f"{part}.prior{field}"] = values
+    for name, values in named.items():
+        if errors.is_concrete(values) and np.any(np.asarray(values) < 1.0):
+            raise ValueError(
+                f"{name} must be at least 1 for fit, got {np.min(np.asarray(values)):g}: below, the posterior density "
+                "is unbounded where a parameter is zero; raise it, or sample with HMMGibbs or the model's target"
+            )
 
 
 def _why_impossible(model, data: Observations, log_evidence: Array) -> str:

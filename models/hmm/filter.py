@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from bayesinf import errors
-from bayesinf.models.hmm.inputs import Chain, as_chain, check_rows, over_series
+from bayesinf.models.hmm.inputs import Chain, as_chain, check_row, check_rows, over_series
 from bayesinf.models.hmm.recursion import METHODS, Method, log_normalize, log_total
 from bayesinf.models.hmm.statistics import forward
 
@@ -63,8 +63,8 @@ def hmm_filter(
         mask: True where y_t is observed, shape (..., T) or (T,); what `log_lik` holds elsewhere is not looked at.
         lengths: of the series where they differ, shape (...); rows of `log_lik` after the end are not looked at.
         method: "scan"; "blocked", in O(sqrt(T)) steps, or "associative", in O(log T), with K times the work and more:
-            for accelerators; "auto" takes the first on a CPU, where it is the fastest at every size, and the second for
-            series of 256 and more elsewhere, where nothing was measured.
+            for accelerators; "auto" takes the first on a CPU, the fastest there at T = 1e5 and K = 10, and the second
+            for series of 256 and more elsewhere, where nothing was measured.
 
     Returns:
         The filtered and predicted laws, and the log evidence with its increments.
@@ -127,7 +127,8 @@ def hmm_start(log_init: Float[Array, " k"], log_lik: Float[Array, " k"]) -> HMMB
         The belief, for `hmm_step`.
 
     Raises:
-        ValueError: the probabilities do not sum to one.
+        ValueError: the probabilities do not sum to one, or a likelihood is NaN. Under `jit` and `scan` no value is
+            known: NaN makes the belief NaN, from there on.
 
     Example:
         >>> import jax.numpy as jnp
@@ -137,6 +138,7 @@ def hmm_start(log_init: Float[Array, " k"], log_lik: Float[Array, " k"]) -> HMMB
         [0.8, 0.2]
     """
     check_rows("log_init", log_init)
+    check_row(log_lik)
     zero = jnp.zeros((), jnp.result_type(log_init, log_lik))
     return _absorb(log_init, log_lik, zero, zero)
 
@@ -156,7 +158,8 @@ def hmm_step(belief: HMMBelief, log_lik: Float[Array, " k"], log_trans: Float[Ar
         The belief after y_t; -inf throughout where y_t is impossible.
 
     Raises:
-        ValueError: the probabilities do not sum to one.
+        ValueError: the probabilities do not sum to one, or a likelihood is NaN. Under `jit` and `scan` no value is
+            known: NaN makes the belief NaN, from there on.
 
     Example:
         >>> import jax.numpy as jnp
@@ -169,6 +172,7 @@ def hmm_step(belief: HMMBelief, log_lik: Float[Array, " k"], log_trans: Float[Ar
         [0.559, 0.441]
     """
     check_rows("log_trans", log_trans)
+    check_row(log_lik)
     log_predicted = log_total(belief.log_filtered[:, None] + log_trans, axis=0)
     return _absorb(log_predicted, log_lik, belief.log_evidence, belief.rounding)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from bayesinf import errors
 
-__all__ = ["Chain", "as_chain", "check_rows", "each", "over_series"]
+__all__ = ["Chain", "as_chain", "check_lengths", "check_row", "check_rows", "each", "over_series"]
 
 
 class Chain(NamedTuple):
@@ -99,6 +99,26 @@ def check_rows(name: str, log_p: Array) -> None:
     raise ValueError(f"{name} must hold log probabilities whose exponentials sum to 1, got a sum of {worst:.6g}{hint}")
 
 
+def check_lengths(lengths: Array, num_steps: int) -> None:
+    """Of series within the rows that there are; skipped while traced."""
+    if not errors.is_concrete(lengths):
+        return
+    values = np.asarray(lengths)
+    if np.any((values < 1) | (values > num_steps)):
+        raise ValueError(f"lengths must lie between 1 and T = {num_steps}, got {values}")
+
+
+def check_row(log_lik: Array) -> None:
+    """The log densities of one observation; skipped while traced, where NaN gives NaN."""
+    if not errors.is_concrete(log_lik):
+        return
+    values = np.asarray(log_lik)
+    if np.any(np.isnan(values) | (values == np.inf)):
+        raise ValueError(
+            f"log_lik must hold log densities below infinity, got {values}; where y_t is missing, pass zeros"
+        )
+
+
 def _mask(mask: Any, shape: tuple[int, ...]) -> Array:
     if mask is None:
         return jnp.ones(shape, bool)
@@ -119,10 +139,7 @@ def _before_end(lengths: Any, shape: tuple[int, ...]) -> Array:
             f"lengths must be whole numbers of shape {shape[:-1]}, one for every series of log_lik, got "
             f"{lengths.dtype} of shape {lengths.shape}"
         )
-    if errors.is_concrete(lengths):
-        values = np.asarray(lengths)
-        if np.any((values < 1) | (values > shape[-1])):
-            raise ValueError(f"lengths must lie between 1 and T = {shape[-1]}, got {values}")
+    check_lengths(lengths, shape[-1])
     return jnp.arange(shape[-1]) < lengths[..., None]
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bayesinf import errors
 from bayesinf.models.hmm.emission import Emission
-from bayesinf.models.hmm.inputs import each
+from bayesinf.models.hmm.inputs import check_lengths, each
 from bayesinf.models.hmm.recursion import Method
 from bayesinf.models.hmm.statistics import forward
 
@@ -46,8 +46,8 @@ def observe(
         lengths: of several series, shape (B,).
 
     Raises:
-        ValueError: a shape does not fit, a value is infinite, or a row is partly missing and the emission cannot
-            integrate that out.
+        ValueError: a shape does not fit, a length is out of range, a value or covariate is infinite, or a row is
+            partly missing and the emission cannot integrate that out.
     """
     series: Array = errors.as_array("ys", is_floating=True)(ys)
     event_ndim = emission.event_ndim
@@ -68,6 +68,7 @@ def observe(
     is_seen = ~jnp.all(is_nan, -1) if emission.takes_partial else ~jnp.any(is_nan, -1)
     features = each(emission.features, series, given)
     if features is not None:
+        _check_features(features, is_real)
         is_seen = is_seen & ~jnp.any(jnp.isnan(features), -1)
         features = _where_rows(is_seen, features, 0.0)
     if not emission.takes_partial:
@@ -113,11 +114,23 @@ def _lengths(lengths: Any, shape: tuple[int, ...]) -> Array:
         raise ValueError(
             f"lengths must be whole numbers of shape {shape[:1]}, got {counts.dtype} of shape {counts.shape}"
         )
+    check_lengths(counts, shape[1])
     return counts
 
 
 def _where_rows(is_kept: Array, rows: Array, otherwise: float) -> Array:
     return jnp.where(is_kept.reshape(is_kept.shape + (1,) * (rows.ndim - 2)), rows, otherwise)
+
+
+def _check_features(features: Array, is_real: Array) -> None:
+    if not errors.is_concrete((features, is_real)):
+        return
+    is_infinite = np.isinf(np.asarray(features)).reshape(*is_real.shape, -1).any(-1) & np.asarray(is_real)
+    if is_infinite.any():
+        raise ValueError(
+            "covariates must be finite, or NaN where missing, got infinite values at (series, step) "
+            f"{np.argwhere(is_infinite)[:5].tolist()}"
+        )
 
 
 def _check_values(emission: Emission, ys: Array, is_nan: Array) -> None:

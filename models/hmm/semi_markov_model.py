@@ -146,7 +146,8 @@ class HiddenSemiMarkovModel(HiddenChainModel):
         All starts have the model's own durations and transitions, and emissions guessed from the data.
 
         Raises:
-            ValueError: an argument is out of its range, or a shape does not fit.
+            ValueError: an argument is out of its range, a shape does not fit, or a concentration of a prior is below 1,
+                where the posterior density has no maximum; `HMMGibbs` and `target` take it.
             InitializationError: no start explains the data; `result` holds the fit.
 
         Warns:

@@ -263,3 +263,21 @@ def test_bad_sizes_are_named():
         conformal.batch_selection(jnp.arange(3.0), jnp.arange(3) > 1, jnp.arange(2.0), 2, 0.1)
     with pytest.raises(ValueError, match="zeta_low must be at most zeta_high, got 3 and 2"):
         conformal.batch_rank_pair(10, 3, 3, 2, 0.1)
+    with pytest.raises(ValueError, match="sup must be an upper bound of all scores, got 1 and a score of 5 in cal"):
+        conformal.batch_mean_bound(jnp.arange(6.0), 2, 0.1, sup=1.0)
+    with pytest.raises(ValueError, match="sup must be an upper bound of all scores, got nan"):
+        conformal.batch_mean_bound(jnp.arange(6.0), 2, 0.1, sup=np.nan)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_scores_that_are_nan_are_named():
+    good, bad = jnp.arange(9.0), jnp.arange(9.0).at[2].set(jnp.nan)
+    for name, call in (
+        ("cal", lambda: conformal.batch_mean_bound(bad, 2, 0.1)),
+        ("cal", lambda: conformal.batch_p_value(bad, good, 1)),
+        ("test", lambda: conformal.batch_p_value(good, bad, 1)),
+        ("scores", lambda: conformal.batch_selection(bad, good > 4, good, 1, 0.1)),
+        ("test_scores", lambda: conformal.batch_selection(good, good > 4, bad, 1, 0.1)),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must not be NaN, got 1 that are, at \[2\]"):
+            call()

@@ -90,10 +90,13 @@ def test_missing_scores_are_left_out():
     weights = jnp.array([1.0, 7.0, 2.0, 1.0, 9.0])
     for alpha in (0.2, 0.3, 0.6):
         kept = ~jnp.isnan(scores)
-        assert conformal_quantile(scores, alpha) == conformal_quantile(scores[kept], alpha)
-        found = conformal_quantile(scores, alpha, weights=weights)
+        assert conformal_quantile(scores, alpha, missing="drop") == conformal_quantile(scores[kept], alpha)
+        found = conformal_quantile(scores, alpha, weights=weights, missing="drop")
         assert found == conformal_quantile(scores[kept], alpha, weights=weights[kept])
-    np.testing.assert_array_equal(p_value(scores, jnp.array([2.0, jnp.nan])), np.array([0.75, np.nan], np.float32))
+    found = p_value(scores, jnp.array([2.0, jnp.nan]), missing="drop")
+    np.testing.assert_array_equal(found, np.array([0.75, np.nan], np.float32))
+    # nobody can look into what is traced
+    assert jax.jit(conformal_quantile)(scores, 0.3) == conformal_quantile(scores, 0.3, missing="drop")
 
 
 def test_weighted_thresholds_and_p_values_by_their_definition():

@@ -334,10 +334,17 @@ def test_what_does_not_fit_is_said():
     with pytest.raises(ValueError, match="groups must have the shape"):
         conformal.calibrate(scores, groups=jnp.zeros(3, int))
     with pytest.raises(ValueError, match="label must have the shape"):
-        conformal.lac(jnp.ones((3, 2)), jnp.zeros(2, int))
+        conformal.lac(jnp.full((3, 2), 0.5), jnp.zeros(2, int))
     for wrong in (-1, 2):
         with pytest.raises(ValueError, match=r"label must be in \[0, 2\)"):
             conformal.aps(jnp.full((3, 2), 0.5), 0.5, jnp.array([0, 1, wrong]))
+    for wrong in (jnp.ones((3, 2)), jnp.array([1.5, -0.5]), jnp.array([0.5, jnp.nan])):
+        for score in (lambda probs: conformal.aps(probs, 0.5), lambda probs: conformal.raps(probs, 0.5), conformal.lac):
+            with pytest.raises(ValueError, match="probs must hold probabilities that sum to 1"):
+                score(wrong)
+    for wrong in (-0.1, 1.1, jnp.nan):
+        with pytest.raises(ValueError, match=r"u must be uniforms in \[0, 1\]"):
+            conformal.aps(jnp.full((3, 2), 0.5), wrong)
     with pytest.raises(ValueError, match="cdf_before and u"):
         conformal.pit_score(0.5, u=0.5)
     with pytest.raises(ValueError, match=r"predictions must have shape \(..., n\)"):
@@ -355,7 +362,7 @@ def test_the_crps_is_the_integral(is_weighted):
     scores, groups = rng.normal(size=30).round(1), rng.integers(0, 3, 30)
     scores[[3, 17]] = np.nan
     weights = rng.exponential(size=30) if is_weighted else None
-    calibrated = conformal.calibrate(scores, weights=weights, groups=groups)
+    calibrated = conformal.calibrate(scores, weights=weights, groups=groups, missing="drop")
     centre, scale, group = np.array([0.0, 1.0, -2.0, 0.5]), np.array([1.0, 2.0, 0.5, 1.0]), np.array([0, 1, 2, 0])
     y = np.array([0.3, -4.0, -1.9, 9.0])
     found = conformal.predictive_distribution(calibrated, centre, scale, test_group=group)
@@ -398,9 +405,30 @@ def test_infinite_sets_have_a_reason():
 def test_scores_that_are_nan_are_missing_or_refused():
     """Never ranked as if they were large, or small."""
     scores = np.array([0.5, np.nan, 2.0, 1.0])
-    assert float(conformal.calibrate(scores).threshold(0.5)) == float(
-        conformal.calibrate(scores[[0, 2, 3]]).threshold(0.5)
-    )
+    kept = scores[[0, 2, 3]]
+    dropped = conformal.calibrate(scores, missing="drop")
+    assert float(dropped.threshold(0.5)) == float(conformal.calibrate(kept).threshold(0.5))
+    zeros, folds = np.zeros(4), np.zeros(4, int)
+    for name, call in (
+        ("scores", lambda **how: conformal.calibrate(scores, **how)),
+        ("scores", lambda **how: conformal.conformal_quantile(scores, 0.5, **how)),
+        ("calibration_scores", lambda **how: conformal.p_value(scores, 1.0, **how)),
+        ("residuals", lambda **how: conformal.jackknife_plus(jnp.asarray(scores), jnp.asarray(zeros), 0.5, **how)),
+        ("predictions", lambda **how: conformal.jackknife_minmax(jnp.asarray(zeros), jnp.asarray(scores), 0.5, **how)),
+        (
+            "residuals",
+            lambda **how: conformal.cv_plus(jnp.asarray(scores), jnp.zeros(1), jnp.asarray(folds), 0.5, **how),
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must not be NaN, got 1 that are, at \[1\].*missing='drop'"):
+            call()
+        call(missing="drop")
+    with pytest.raises(ValueError, match="missing must be one of 'raise', 'drop', got 'skip'"):
+        conformal.calibrate(scores, missing="skip")
+    with pytest.raises(ValueError, match="y must not be NaN"):
+        conformal.jackknife_after_bootstrap(
+            jnp.asarray(scores), jnp.zeros((2, 4)), jnp.zeros((2, 4), bool), jnp.zeros(2), 0.5
+        )
     for call in (
         lambda: conformal.pac_threshold(scores, 0.5, 0.5),
         lambda: conformal.batch_quantile_bound(scores, m=1, zeta=1, alpha=0.5),

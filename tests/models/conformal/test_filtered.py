@@ -102,6 +102,15 @@ def test_intervals_are_the_sets_of_the_scores(stream):
     assert (sets.lower > sets.upper)[is_none].all()
 
 
+# the table of docs/conformal_series.md
+OIL_THIRDS = {
+    "volatility": [0.871, 0.916, 0.915],
+    "volatility, ACI": [0.911, 0.901, 0.891],
+    "gaussian": [0.738, 0.906, 0.980],
+    "gaussian, ACI": [0.901, 0.941, 0.866],
+}
+
+
 @pytest.mark.slow
 def test_sets_around_a_filter_hold_on_oil_returns_where_those_of_one_gaussian_miss():
     """What `docs/conformal_series.md` says: fitted to the first 400 returns, judged on the 605 others."""
@@ -127,16 +136,23 @@ def test_sets_around_a_filter_hold_on_oil_returns_where_those_of_one_gaussian_mi
     state, _ = filtering.init(jax.random.key(1), ys[0])
     pit = jax.lax.scan(step, state, ys[1:])[1]
     gaussian = jax.scipy.stats.norm.cdf((ys[1:] - ys[:train].mean()) / ys[:train].std())
-    is_covered = {}
+    is_covered, near = {}, np.zeros(0)
     for name, values in {"volatility": pit, "gaussian": gaussian}.items():
         scores = conformal.pit_score(values)
         past, test = scores[: train - 1], scores[train - 1 :]
         is_covered[name] = np.asarray(test) <= 0.45
+        if name == "volatility":  # where other draws of the filter may decide otherwise
+            near = np.abs(np.asarray(test) - 0.45) < 3 * np.sqrt(0.05 * 0.95 / 1_000)
         is_covered[name + ", ACI"] = conformal.run_online(conformal.ACI(0.1, gamma=0.02), test, past=past).is_covered
     shares = {name: np.mean(covered) for name, covered in is_covered.items()}
     assert all(abs(shares[name] - 0.9) <= 0.02 for name in ("volatility", "volatility, ACI", "gaussian, ACI"))
     for part in np.array_split(is_covered["volatility"], 3):
         assert scipy.stats.binomtest(int(part.sum()), len(part), 0.9).pvalue > FALSE_ALARM
+    for name, published in OIL_THIRDS.items():
+        of_thirds = [np.mean(part) for part in np.array_split(np.asarray(is_covered[name], float), 3)]
+        slack = [part.mean() for part in np.array_split(near, 3)] if name.startswith("volatility") else [0.0] * 3
+        for found, expected, allowed in zip(of_thirds, published, slack, strict=True):
+            assert abs(found - expected) <= allowed + 0.0005, (name, of_thirds)  # the table has three digits
     wild, _, _ = np.array_split(is_covered["gaussian"], 3)
     assert scipy.stats.binomtest(int(wild.sum()), len(wild), 0.9, alternative="less").pvalue < FALSE_ALARM
 

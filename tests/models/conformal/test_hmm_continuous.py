@@ -95,3 +95,16 @@ def test_bad_series_of_numbers_are_named():
         conformal.continuous_state_set(0, x, y[:2], y[:1], 3, 0.1)
     with pytest.raises(ValueError, match="num_draws must be at least 1, got 0"):
         conformal.continuous_state_set(0, x, y, y[:1], 3, 0.1, num_draws=0)
+    for name, obs, new in (("obs", y.at[1].set(jnp.nan), y[:1]), ("obs_new", y, jnp.array([jnp.nan]))):
+        with pytest.raises(ValueError, match=f"{name} must not be NaN"):  # the set was empty, and said to be exact
+            conformal.continuous_state_set(0, x, obs, new, 3, 0.1)
+
+
+def test_a_density_that_is_nan_excludes_nothing():
+    def nowhere(obs, members):
+        return jnp.full(members.shape, jnp.nan)
+
+    found = conformal.continuous_state_set(
+        0, jnp.array([0, 1, 1]), jnp.zeros(3), jnp.zeros(1), 2, 0.1, log_likelihood=nowhere, num_draws=9
+    )
+    assert found.p.tolist() == [1.0, 1.0]

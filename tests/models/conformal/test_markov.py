@@ -186,3 +186,13 @@ def test_bad_arguments_are_named():
         markov_p_value(path, 2, group="block", horizon=2)
     with pytest.raises(ValueError, match=r"last must lie in 0\.\.1, got 2"):
         log_whittle(jnp.eye(2), 0, 2)
+
+
+@pytest.mark.parametrize("group", ["type", "block"])
+def test_a_score_that_is_nan_rejects_nothing(group):
+    path = jnp.array([0, 1, 1, 0, 1, 0, 0, 1])
+    assert markov_p_value(path, 2, lambda tail, counts: jnp.nan + tail[0], group=group, key=0).p == 1.0
+    # of other paths than what was observed, it counts as stranger
+    before = path[-2]
+    nan_elsewhere = markov_p_value(path, 2, lambda tail, counts: jnp.where(tail[0] == before, 0.0, jnp.nan))
+    assert nan_elsewhere.p == 1.0

@@ -183,8 +183,86 @@ def test_no_probability_is_floored(method):
     with np.errstate(divide="ignore"):
         log_trans = np.log(np.array([[1.0, 1e-20], [1e-20, 1.0]]))
         log_lik = np.log(np.array([[1.0, 0.0], [0.0, 1.0]]))
-    filtered = hmm_filter(np.log([1.0, 1e-300 if jnp.result_type(float) == jnp.float64 else 1e-30]), log_trans, log_lik)
+    log_init = np.log([1.0, 1e-300 if jnp.result_type(float) == jnp.float64 else 1e-30])
+    filtered = hmm_filter(log_init, log_trans, log_lik, method=method)
     assert abs(float(filtered.log_evidence) + 20 * np.log(10)) < 1e-4
+
+
+SMALLEST = np.log(float(jnp.finfo(jnp.result_type(float)).tiny))  # -87.3, or -708.4
+
+
+def lost_at_the_start():
+    """Series where what underflows at first is scaled up after: large messages alone do not prove that it was kept."""
+    step = float(jnp.finfo(jnp.result_type(float)).eps)
+    with np.errstate(divide="ignore"):
+        of_two, of_three = np.log([[0.9, 0.1], [0.1, 0.9]]), np.log(np.full((3, 3), 0.1) + 0.7 * np.eye(3))
+        start = np.log([0.99, 0.01, 0.0])
+    yield np.array([0.0, SMALLEST - 0.2]), of_two, np.array([[SMALLEST + 0.1, 0.0], [0.0, -3.0], [0.0, 0.0]])
+    yield start, of_three, np.array([[SMALLEST - 0.1, SMALLEST + 5.4, 0.0], np.zeros(3), np.zeros(3)])
+    # the message before is large too: 4 tiny / eps
+    rare = SMALLEST - np.log(step) + np.log(5.0)
+    with np.errstate(divide="ignore"):
+        rarely = np.array([[np.log1p(-np.exp(rare)), rare + np.log(2.0)], [-np.inf, 0.0]])
+    yield np.array([rare, 0.0]), rarely, np.array([[0.0, SMALLEST - 5.0], [1.5 * SMALLEST, 0.0], [0.0, 0.0]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_underflows_and_is_scaled_up_is_not_lost(method):
+    for chain in lost_at_the_start():
+        exact = enumerate_paths(*chain)
+        smoothed = hmm_smoother(*chain, method=method)
+        close(float(smoothed.log_evidence) / exact.log_evidence, 1.0)
+        atol = CLOSE * abs(SMALLEST)  # probabilities are as right as logarithms of this size
+        np.testing.assert_allclose(jnp.exp(smoothed.log_smoothed), exact.smoothed, atol=atol)
+        predicted = hmm_filter(*chain, method=method).log_predicted
+        unseen = enumerate_paths(chain[0], chain[1], np.r_[chain[2][:1], np.zeros((1, len(chain[0])))])
+        np.testing.assert_allclose(jnp.exp(predicted[1]), unseen.smoothed[1], atol=atol)
+
+
+def extremes(rng, shape, reach, *, share_never):
+    """Logarithms over ranges of up to `reach`, many of them where products begin to underflow, and -inf."""
+    log_p = -reach * rng.choice([0.001, 0.1, 1.0], (*shape[:-1], 1)) * rng.random(shape)
+    edges = SMALLEST * rng.choice([0.0, 0.5, 1.0], shape) + rng.uniform(-5.0, 5.0, shape)
+    log_p = np.where(rng.random((*shape[:-1], 1)) < 0.5, log_p, edges)
+    log_p = np.where(rng.random(shape) < share_never, -np.inf, log_p)
+    never = np.all(log_p == -np.inf, -1, keepdims=True)
+    return np.where(never, 0.0, log_p - np.where(never, 0.0, np.max(log_p, -1, keepdims=True)))
+
+
+def by_logarithms(log_init, log_trans, log_lik):
+    """Log predicted laws and log evidence, by the definition and in float64."""
+    message, evidence, messages = log_init, 0.0, []
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for row in log_lik:
+            messages.append(message)
+            total = np.logaddexp.reduce(message + row)
+            evidence += total
+            if total == -np.inf:
+                message = np.full_like(message, -np.inf)
+            else:
+                message = np.logaddexp.reduce((message + row - total)[:, None] + log_trans, axis=0)
+    return np.stack(messages), evidence
+
+
+@pytest.mark.parametrize("times", [1.0, 2.0, 10.0])
+def test_a_scan_is_right_over_any_range(times):
+    """Starts, transitions and likelihoods that a number cannot hold, and exact zeros."""
+    rng = np.random.default_rng(int(times))
+    num_steps, reach = 6, -times * SMALLEST
+    for _ in range(300):
+        chain = [extremes(rng, shape, reach, share_never=0.1) for shape in ((3,), (num_steps, 3))]
+        # every other time moves are common, so that messages are large whatever was lost
+        moves = rng.normal(size=(3, 3)) if rng.random() < 0.5 else extremes(rng, (3, 3), reach, share_never=0.1)
+        chain.insert(1, moves)
+        with np.errstate(divide="ignore"):
+            chain[:2] = [log_p - np.logaddexp.reduce(log_p, -1, keepdims=True) for log_p in chain[:2]]
+        chain = [np.asarray(jnp.asarray(log_p, float), np.float64) for log_p in chain]
+        messages, evidence = by_logarithms(*chain)
+        found = hmm_filter(*chain, method="scan")
+        # a few roundings at every step, of numbers as large as a path's likelihood
+        atol = 8 * num_steps * float(jnp.finfo(jnp.result_type(float)).eps) * 3 * num_steps * reach
+        np.testing.assert_allclose(found.log_predicted, messages, rtol=0, atol=atol)
+        np.testing.assert_allclose(found.log_evidence, evidence, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -351,3 +429,16 @@ def test_bad_input_is_named(unchecked, change, message):
         }
     with pytest.raises(ValueError, match=message):
         hmm_filter(**(good | change))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_likelihood_of_a_stream_that_is_none_is_named(value):
+    """Unless it is traced, where nobody can look."""
+    log_trans, log_lik = jnp.log(jnp.full((2, 2), 0.5)), jnp.array([0.0, value])
+    with pytest.raises(ValueError, match=r"log_lik must hold log densities below infinity.*pass zeros"):
+        hmm_start(log_trans[0], log_lik)
+    belief = hmm_start(log_trans[0], jnp.zeros(2))
+    with pytest.raises(ValueError, match=r"log_lik must hold log densities below infinity.*pass zeros"):
+        hmm_step(belief, log_lik, log_trans)
+    if np.isnan(value):
+        assert bool(jnp.isnan(jax.jit(hmm_step)(belief, log_lik, log_trans).log_evidence))

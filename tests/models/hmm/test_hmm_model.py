@@ -12,6 +12,8 @@ from bayesinf import errors
 from bayesinf.conformance import FALSE_ALARM, evidence_is_unbiased
 from bayesinf.datasets import earthquakes
 from bayesinf.models import hmm
+from bayesinf.models.hmm import em
+from bayesinf.models.hmm.observations import observe
 
 # fmt: off
 NILE = np.array([
@@ -33,6 +35,23 @@ def test_earthquakes_as_in_zucchini_and_macdonald(num_states, published):
     assert abs(float(fitted.log_evidence) - published) < 1e-3
     rates = {1: [19.364], 2: [15.42, 26.02], 3: [13.13, 19.71, 29.71]}[num_states]
     np.testing.assert_allclose(np.sort(fitted.model.emission.rate), rates, atol=0.05)  # flat near the top
+
+
+def test_four_states_of_earthquakes_are_no_worse_than_a_reference():
+    """Of four states there are many optima: -327.3586 from one start, and higher ones from others."""
+    fitted = bi.models.HiddenMarkovModel(hmm.Poisson(np.linspace(10.0, 30.0, 4))).fit(0, QUAKES, tolerance=1e-5)
+    assert fitted.log_evidence > -327.3586 - 1e-3
+    initial, transition, rate = (
+        np.asarray(values, np.float64)
+        for values in (fitted.model.initial, fitted.model.transition, fitted.model.emission.rate)
+    )
+    law, evidence = initial / initial.sum(), 0.0
+    for y in QUAKES:
+        joint = law * scipy.stats.poisson.pmf(y, rate)
+        evidence += np.log(joint.sum())
+        law = joint / joint.sum() @ (transition / transition.sum(1, keepdims=True))
+    rounding = 4 * len(QUAKES) * float(jnp.finfo(fitted.log_evidence.dtype).eps) * abs(evidence)
+    assert abs(float(fitted.log_evidence) - evidence) < rounding
 
 
 @pytest.mark.parametrize(("num_states", "published"), [(1, -654.516), (2, -629.804)])
@@ -110,6 +129,55 @@ def test_impossible_data_are_named():
         model.fit(0, np.array([3.0, 4.0, -1.0, 2.0]))
     assert caught.value.result.model.num_states == 2
     assert model.fit(0, np.array([3.0, -1.0]), throw=False).log_evidence == -jnp.inf
+
+
+def test_priors_without_a_mode_are_refused_by_a_fit_and_taken_by_samplers():
+    """The density is unbounded where a probability is zero: EM stopped there at once and said that it had converged."""
+    poisson, table = hmm.Poisson(np.array([15.0, 26.0])), np.full((2, 3), 1 / 3)
+    stays = hmm.CategoricalDuration(table, prior=0.5)
+    for name, model in {
+        "initial_prior": bi.models.HiddenMarkovModel(poisson, initial_prior=0.5),
+        "transition_prior": bi.models.HiddenMarkovModel(poisson, transition_prior=np.array([[2.0, 0.5], [1.0, 1.0]])),
+        "emission.prior": bi.models.HiddenMarkovModel(hmm.Categorical(table, prior=0.5)),
+        "emission.prior.shape": bi.models.HiddenMarkovModel(hmm.Poisson(poisson.rate, prior=hmm.GammaPrior(0.5, 1.0))),
+        "duration.prior": bi.models.HiddenSemiMarkovModel(poisson, stays),
+    }.items():
+        ys = np.array([0.0, 1.0, 2.0, 1.0])
+        with pytest.raises(ValueError, match=rf"{name} must be at least 1 for fit, got 0\.5"):
+            model.fit(0, ys, num_starts=1)
+    sparse = bi.models.HiddenMarkovModel(hmm.Poisson(poisson.rate, prior=PRIOR), initial_prior=0.5)
+    assert sparse.target(QUAKES, {"rate": dist.Gamma(2.0, 0.1)}) is not None
+    assert hmm.HMMGibbs(sparse, QUAKES).model is sparse
+
+
+def test_an_infinite_objective_is_no_convergence():
+    model = bi.models.HiddenMarkovModel(hmm.Poisson(np.array([0.0, 26.0]), prior=hmm.GammaPrior(0.5, 1.0)))
+    data = observe(model.emission, np.zeros(4))
+    steps = jax.tree_util.Partial(em._expect, method="scan"), em._maximize
+    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (data.ys, data.is_seen, data.features))
+    assert not em._climb(model, data._replace(is_single=None), rows, 5, jnp.asarray(1e-4), steps).is_converged
+
+
+@pytest.mark.parametrize("lengths", [[5, 3], [0, 3], [-1, 4]])
+def test_lengths_beyond_the_rows_are_refused_everywhere(lengths):
+    model, ys = bi.models.HiddenMarkovModel(hmm.Poisson(np.array([15.0, 26.0]))), np.ones((2, 4))
+    lengths = np.array(lengths)
+    for use in (
+        lambda: model.fit(0, ys, lengths=lengths),
+        lambda: model.target(ys, {"rate": dist.Gamma(2.0, 0.1)}, lengths=lengths),
+        lambda: hmm.HMMGibbs(model, ys, lengths=lengths),
+    ):
+        with pytest.raises(ValueError, match="lengths must lie between 1 and T = 4, got"):
+            use()
+
+
+def test_infinite_covariates_are_refused():
+    model = bi.models.HiddenMarkovModel(hmm.LinearRegression(np.ones((2, 1)), np.zeros(2), np.ones(2)))
+    covariates = np.array([[1.0], [np.inf], [np.nan]])
+    with pytest.raises(ValueError, match=r"covariates must be finite.*at \(series, step\) \[\[0, 1\]\]"):
+        model.fit(0, np.zeros(3), covariates=covariates)
+    unseen = np.array([True, False, True])
+    assert np.isfinite(model.log_prob(np.zeros(3), covariates=np.where(unseen[:, None], covariates, np.nan)))
 
 
 def test_a_fit_that_has_not_converged_says_so():
