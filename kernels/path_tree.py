@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from bayesinf import errors, resampling
+from bayesinf.kernels.filter_steps import check_single
 
 __all__ = ["PathTree", "default_capacity", "grow", "plant", "trace_paths"]
 
@@ -133,7 +134,7 @@ def trace_paths(key: errors.KeyLike, filtered: Any, num_paths: int) -> PyTree:
         States with leading axes (num_paths, T).
 
     Raises:
-        ValueError: the filter stored neither its tree nor its whole history.
+        ValueError: `filtered` is a batch of filters, or stored neither its tree nor its whole history.
         DegenerateWeightsError: the filter lost all its weights (not while traced).
 
     Example:
@@ -149,6 +150,7 @@ def trace_paths(key: errors.KeyLike, filtered: Any, num_paths: int) -> PyTree:
         Jacob, Murray and Rubenthaler (2015), doi:10.1007/s11222-013-9445-x.
     """
     errors.check_count("num_paths", num_paths)
+    check_single(filtered)
     history, num_steps = getattr(filtered, "history", None), filtered.ess.shape[0]
     is_whole = isinstance(history, PathTree) or (history is not None and history.log_weights.shape[0] == num_steps)
     if not is_whole:
