@@ -48,9 +48,14 @@ class PathTree(NamedTuple):
     is_overflowed: Bool[Array, ""]
 
 
-def default_capacity(num_steps: int, num_particles: int) -> int:
-    """T + 4 N (log N + 3): about twice what is expected where the filter resamples at every second step."""
-    return num_steps + math.ceil(4 * num_particles * (math.log(num_particles) + 3))
+def default_capacity(num_steps: int, num_particles: int, num_between: float = 1.0) -> int:
+    """T + 4 N k (log N + 3), or the T N of the whole genealogy if those are fewer.
+
+    With k = 1 it is about twice what is expected where the filter resamples at every second step; k, `num_between`, is
+    how many steps go by from one resampling to the next.
+    """
+    room = num_steps + math.ceil(4 * num_particles * num_between * (math.log(num_particles) + 3))
+    return min(room, num_steps * num_particles)
 
 
 def plant(particles: PyTree, capacity: int) -> PathTree:
