@@ -297,7 +297,7 @@ def _as_part(name: str, part: Any, target: Target) -> Kernel:
     """A kernel of theta, which can be rebound to the target of every sweep."""
     if not isinstance(part, Kernel) and callable(part):
         make = part
-        if isinstance(make, type) and issubclass(make, Kernel) and not _has_target(make):
+        if _is_without_target(make):
             raise ValueError(f"{name} must be a kernel with a target, got the class {make.__name__}, which has none")
         try:
             part = make(target)
@@ -318,8 +318,11 @@ def _as_part(name: str, part: Any, target: Target) -> Kernel:
     return part.with_target(target)
 
 
-def _has_target(kernel: type) -> bool:
-    return "target" in {field.name for field in fields(kernel)} or hasattr(kernel, "target")
+def _is_without_target(make: Any) -> bool:
+    """Whether it is the class of a kernel that samples no target, as those on paths do."""
+    if not isinstance(make, type) or not issubclass(make, Kernel):
+        return False
+    return "target" not in {field.name for field in fields(make)} and not hasattr(make, "target")
 
 
 def _describe(position: Any) -> str:
