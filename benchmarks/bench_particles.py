@@ -102,6 +102,11 @@ feynman_kac = state_space_models.Bootstrap(ssm=model, data=ys)
 """
 PARTICLES_FILTER = f"particles.SMC(feynman_kac, N={NUM_PARTICLES}, ESSrmin=0.5, collect='off').run()"
 PARTICLES_PARIS = f"particles.SMC(feynman_kac, N={NUM_PARTICLES}, collect=[collectors.Paris(Nparis=2)]).run()"
+# compiles what numba compiles, before a clock starts that runs once
+PARTICLES_PARIS_WARM = """
+few = state_space_models.Bootstrap(ssm=model, data=ys[:2])
+particles.SMC(few, N=10, collect=[collectors.Paris(Nparis=2)]).run()
+"""
 PARTICLES_SWEEP = """
 sweep = mcmc.CSMC(fk=feynman_kac, N=100, xstar=np.zeros(len(ys)))
 sweep.run()
@@ -110,9 +115,9 @@ path = sweep.hist.extract_one_trajectory()
 PARTICLES_BACKWARD = PARTICLES_SWEEP.replace("extract_one_trajectory()", "backward_sampling_ON2(1)")
 
 
-def run_particles(interpreter, ys, work, repetitions=3):
-    """The seconds of the last of a few repetitions, in a process of its own: the first ones compile with numba."""
-    timed = f"for _ in range({repetitions}):\n    start = time.perf_counter()\n"
+def run_particles(interpreter, ys, work, repetitions=3, warm=""):
+    """The seconds of the last of a few repetitions, in a process of its own: `warm` or the first compile with numba."""
+    timed = warm + f"for _ in range({repetitions}):\n    start = time.perf_counter()\n"
     timed += textwrap.indent(work.strip(), "    ") + "\nprint(time.perf_counter() - start)"
     series = " ".join(map(str, ys.tolist()))
     command = [interpreter, "-c", PARTICLES_HEADER + timed]
@@ -198,7 +203,9 @@ def bench_backward_draws(compare, model, ys):
     calls["dense Gumbel maxima, N x N"] = partial(run_dense_paris, key, model, ys)
     if "PARTICLES_PYTHON" in os.environ:
         python = os.environ["PARTICLES_PYTHON"]
-        calls["particles Paris"] = lambda: run_particles(python, ys, PARTICLES_PARIS, repetitions=1)
+        calls["particles Paris"] = lambda: run_particles(
+            python, ys, PARTICLES_PARIS, repetitions=1, warm=PARTICLES_PARIS_WARM
+        )
 
     def note(name, medians):
         exact, mcmc = (medians[name] / medians[f"bayesinf paris, {method}"] for method in ("exact", "mcmc"))

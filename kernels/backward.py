@@ -87,7 +87,7 @@ def backward_sample(
         `BackwardCounts`.
 
     Raises:
-        ValueError: the filter did not store its history.
+        ValueError: `filtered` is a batch of filters, or did not store its history.
         DegenerateWeightsError: the filter lost all its weights (not while traced).
 
     Example:

@@ -31,6 +31,7 @@ __all__ = [
     "PROPOSALS",
     "check_lookahead",
     "check_proposal",
+    "check_single",
     "check_threshold",
     "choose_ancestors",
     "cure_of_vanished",
@@ -187,6 +188,13 @@ def check_lookahead(model: StateSpaceModel, lookahead: bool) -> None:
             f"lookahead=True needs a method lookahead(x_prev, y, t) of the model {type(model).__name__}, which has "
             "none; define it as the log of a guess of p(y_t | x_{t-1}), or leave lookahead=False"
         )
+
+
+def check_single(filtered: Any) -> None:
+    """What a single filter found, and not a batch of them as `jax.vmap` returns it."""
+    batch = jnp.shape(filtered.log_weights)[:-1]
+    if batch:
+        raise ValueError(f"filtered must be of one filter, got a batch of shape {batch}; vmap this function too")
 
 
 def check_threshold(ess_threshold: Any) -> None:

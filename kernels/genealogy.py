@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bayesinf import errors
 from bayesinf.captured import captured
+from bayesinf.kernels.filter_steps import check_single
 from bayesinf.kernels.particle_filter import FilterResult, History
 from bayesinf.resampling import gather
 
@@ -45,7 +46,8 @@ def evidence_variance(filtered: FilterResult) -> Float[Array, ""]:
         then a few particles at time 0 are the ancestors of all.
 
     Raises:
-        ValueError: the filter did not store its history, or has a single particle, of which no spread can be seen.
+        ValueError: `filtered` is a batch of filters, did not store its history, or has a single particle, of which no
+            spread can be seen.
 
     Example:
         >>> import bayesinf as bi
@@ -79,8 +81,8 @@ def estimate_variance(
         Variances of the structure of the estimates, with leading axis T.
 
     Raises:
-        ValueError: the filter did not store its history, or has a single particle, or `lag` is no whole number of at
-            least 0.
+        ValueError: `filtered` is a batch of filters, did not store its history, or has a single particle, or `lag` is
+            no whole number of at least 0.
 
     Example:
         >>> import bayesinf as bi
@@ -118,7 +120,8 @@ def fixed_lag_smoother(
         Estimates with leading axis T, or the window.
 
     Raises:
-        ValueError: the filter did not store its history, or `lag` is no whole number of at least 0.
+        ValueError: `filtered` is a batch of filters, or did not store its history, or `lag` is no whole number of
+            at least 0.
 
     Example:
         >>> import bayesinf as bi
@@ -208,9 +211,10 @@ def _fixed_lag(history: History, functional: Callable | None, lag: int) -> PyTre
 
 
 def history_of(filtered: Any, *, is_whole: bool = True) -> History:
-    """The history of a filter that stored one, of all steps or, where that will do, of the last ones."""
+    """The history of a single filter that stored one, of all steps or, where that will do, of the last ones."""
     if not isinstance(filtered, FilterResult) or not isinstance(filtered.history, History):
         raise ValueError("filtered must hold its history; call particle_filter with store='full'")
+    check_single(filtered)
     num_steps, num_stored = filtered.ess.shape[-1], filtered.history.log_weights.shape[-2]
     if is_whole and num_stored < num_steps:
         raise ValueError(

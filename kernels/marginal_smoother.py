@@ -39,7 +39,7 @@ def marginal_smoother(model: StateSpaceModel, filtered: FilterResult) -> Float[A
         have come from has weight zero; -inf throughout where the filter lost all its weights.
 
     Raises:
-        ValueError: the filter did not store its history.
+        ValueError: `filtered` is a batch of filters, or did not store its history.
 
     Example:
         >>> import jax.numpy as jnp

@@ -121,7 +121,9 @@ def particle_filter(
             "window" that of the last steps, "tree" what has offspring at the end: paths in memory O(T + N log N).
         window: how many steps "window" keeps.
         tree_capacity: how many states "tree" has room for; T + 4 N (log N + 3) by default, enough for independent draws
-            of ancestors at every step. Paths coalesce k times as slowly where every k-th step resamples.
+            of ancestors at every step. Paths coalesce k times as slowly where every k-th step resamples: where the
+            default is too small the filter runs once more, with the same key, in 4 N k (log N + 3) places (not while
+            traced: then `history.is_overflowed` tells).
         functional: of one state; its filter expectations are the estimates. By default mean and sd of the state, as
             `weights.Moments`, or what `model.summarize` says. A new function compiles anew.
         throw: whether to raise when no weight is left.
@@ -131,7 +133,8 @@ def particle_filter(
 
     Raises:
         DegenerateWeightsError: at some t all weights were zero (not while traced); its `result` is the FilterResult.
-        SamplingError: the tree had no room (not while traced); the error's `draws` is the FilterResult.
+        SamplingError: the tree had no room in `tree_capacity` places (not while traced); the error's `draws` is the
+            FilterResult.
         ValueError: an argument is out of its range, or the model lacks the proposal asked for.
 
     Example:
@@ -159,6 +162,15 @@ def particle_filter(
         functional=functional,
     )
     result = _filter(current(one), key, ys, store, size)
+    if store == "tree" and tree_capacity is None:
+        # how often it resamples, and with it the room that its paths need, is known after a run
+        while errors.is_concrete(result) and np.any(result.history.is_overflowed):
+            num_steps = result.ess.shape[0]
+            num_between = num_steps / (1 + int(np.sum(result.is_resampled)))
+            size = max(
+                default_capacity(num_steps, num_particles, num_between), min(2 * size, num_steps * num_particles)
+            )
+            result = _filter(current(one), key, ys, store, size)
     if throw and errors.is_concrete(result):
         _raise_if_degenerate(result, model, ys, num_particles, proposal)
         if isinstance(result.history, PathTree) and np.any(result.history.is_overflowed):

@@ -21,7 +21,7 @@ References:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -297,6 +297,8 @@ def _as_part(name: str, part: Any, target: Target) -> Kernel:
     """A kernel of theta, which can be rebound to the target of every sweep."""
     if not isinstance(part, Kernel) and callable(part):
         make = part
+        if _is_without_target(make):
+            raise ValueError(f"{name} must be a kernel with a target, got the class {make.__name__}, which has none")
         try:
             part = make(target)
         except TypeError as error:
@@ -314,6 +316,13 @@ def _as_part(name: str, part: Any, target: Target) -> Kernel:
             f"functools.partial(MALA, step_size=0.05); got {part!r}"
         )
     return part.with_target(target)
+
+
+def _is_without_target(make: Any) -> bool:
+    """Whether it is the class of a kernel that samples no target, as those on paths do."""
+    if not isinstance(make, type) or not issubclass(make, Kernel):
+        return False
+    return "target" not in {field.name for field in fields(make)} and not hasattr(make, "target")
 
 
 def _describe(position: Any) -> str:

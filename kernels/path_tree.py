@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PyTree
 
 from bayesinf import errors, resampling
+from bayesinf.kernels.filter_steps import check_single
 
 __all__ = ["PathTree", "default_capacity", "grow", "plant", "trace_paths"]
 
@@ -47,9 +48,14 @@ class PathTree(NamedTuple):
     is_overflowed: Bool[Array, ""]
 
 
-def default_capacity(num_steps: int, num_particles: int) -> int:
-    """T + 4 N (log N + 3): about twice what is expected where the filter resamples at every second step."""
-    return num_steps + math.ceil(4 * num_particles * (math.log(num_particles) + 3))
+def default_capacity(num_steps: int, num_particles: int, num_between: float = 1.0) -> int:
+    """T + 4 N k (log N + 3), or the T N of the whole genealogy if those are fewer.
+
+    With k = 1 it is about twice what is expected where the filter resamples at every second step; k, `num_between`, is
+    how many steps go by from one resampling to the next.
+    """
+    room = num_steps + math.ceil(4 * num_particles * num_between * (math.log(num_particles) + 3))
+    return min(room, num_steps * num_particles)
 
 
 def plant(particles: PyTree, capacity: int) -> PathTree:
@@ -133,7 +139,7 @@ def trace_paths(key: errors.KeyLike, filtered: Any, num_paths: int) -> PyTree:
         States with leading axes (num_paths, T).
 
     Raises:
-        ValueError: the filter stored neither its tree nor its whole history.
+        ValueError: `filtered` is a batch of filters, or stored neither its tree nor its whole history.
         DegenerateWeightsError: the filter lost all its weights (not while traced).
 
     Example:
@@ -149,6 +155,7 @@ def trace_paths(key: errors.KeyLike, filtered: Any, num_paths: int) -> PyTree:
         Jacob, Murray and Rubenthaler (2015), doi:10.1007/s11222-013-9445-x.
     """
     errors.check_count("num_paths", num_paths)
+    check_single(filtered)
     history, num_steps = getattr(filtered, "history", None), filtered.ess.shape[0]
     is_whole = isinstance(history, PathTree) or (history is not None and history.log_weights.shape[0] == num_steps)
     if not is_whole:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int, PyTree
 
 from bayesinf import errors, resampling
+from bayesinf.kernels.filter_steps import check_single
 from bayesinf.kernels.online_filter import FilterState
 from bayesinf.kernels.paris import ParisResult, ParisState
 from bayesinf.kernels.particle_filter import FilterResult
@@ -56,7 +57,8 @@ def predict(
         A Forecast; quantiles of its observations over the draws are predictive intervals.
 
     Raises:
-        ValueError: `horizon` or `num_draws` is no whole number of at least 1, or an observation law has no sampler.
+        ValueError: `horizon` or `num_draws` is no whole number of at least 1, `filtered` is a batch of filters, or an
+            observation law has no sampler.
         DegenerateWeightsError: the filter lost all its weights (not while traced).
 
     Example:
@@ -84,6 +86,7 @@ def predict(
             "filtered must be of particle_filter or paris, or the state of ParticleFilter or Paris, got "
             f"{type(filtered).__name__}"
         )
+    check_single(filtered)
     if num_draws is None:
         num_draws = filtered.log_weights.shape[0]
     errors.check_count("num_draws", num_draws)

@@ -29,7 +29,7 @@ from bayesinf.kernels.backward import backward_sample
 from bayesinf.kernels.particle_filter import particle_filter
 from bayesinf.models.state_space import StateSpaceModel, log_joint, log_prob, observation_log_prob
 
-__all__ = ["InformationResult", "observed_information", "score_functional"]
+__all__ = ["InformationResult", "check_law", "observed_information", "score_functional"]
 
 LAWS = ("model", "proposal")
 
@@ -88,7 +88,7 @@ def score_functional(
         An AdditiveFunctional that is given the data, of the structure of theta.
 
     Raises:
-        ValueError: `theta` is not floating point, or `of` is neither.
+        ValueError: `theta` is not floating point, `of` is neither, or the model lacks the proposal asked for.
 
     Example:
         >>> import jax.numpy as jnp
@@ -103,11 +103,21 @@ def score_functional(
     References:
         Poyiadjis, Doucet and Singh (2011), doi:10.1093/biomet/asq062.
     """
-    errors.check_choice("of", of, LAWS)
     errors.check_arguments("build", build, "theta")
     theta = errors.as_arrays("theta", theta)
     errors.check_floating("theta", theta)
+    check_law(of, build, theta)
     return AdditiveFunctional(_FirstScore(build, of, theta), _Score(build, of, theta), is_given_data=True)
+
+
+def check_law(of: str, build: Callable[[PyTree], StateSpaceModel], theta: PyTree) -> None:
+    """A known law, and one that the model at theta has."""
+    errors.check_choice("of", of, LAWS)
+    if of == "proposal" and not hasattr(model := build(theta), "proposal"):
+        raise ValueError(
+            f"of='proposal' needs a method proposal(x_prev, y, t) of the model {type(model).__name__}, which has none; "
+            "define it, or use of='model'"
+        )
 
 
 class InformationResult(NamedTuple):

@@ -23,7 +23,7 @@ from bayesinf import errors
 from bayesinf.captured import captured
 from bayesinf.kernels.chunks import iterate
 from bayesinf.kernels.learning import Freely, LearningResult, Smoother, check_optimizer, select_finite, settle
-from bayesinf.kernels.score import LAWS, score_functional
+from bayesinf.kernels.score import check_law, score_functional
 from bayesinf.models.state_space import StateSpaceModel, check_observations
 
 __all__ = ["score_ascent"]
@@ -89,7 +89,7 @@ def score_ascent(
 
     Raises:
         DegenerateWeightsError: at some iteration all weights vanished; its `result` is the LearningResult.
-        ValueError: an argument is out of its range.
+        ValueError: an argument is out of its range, or the model lacks the proposal that `of` asks for.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -110,13 +110,13 @@ def score_ascent(
     """
     errors.check_arguments("build", build, "theta")
     errors.check_count("num_iterations", num_iterations)
-    errors.check_choice("of", of, LAWS)
     check_optimizer(optimizer)
     theta = errors.as_arrays("theta", theta)
     freely = Freely(build, constraints)
     smoother = Smoother(ys, estimator, num_particles, num_sweeps, burn_in, num_backward, method, proposal)
     ascent = _Ascent(smoother, freely, captured(optimizer), of)
     free = freely.free(theta)
+    check_law(of, build, theta)
     check_observations(build(theta), ys)
     key_path, key_steps = jax.random.split(errors.as_key(key))
     state = (free, optimizer.init(free), smoother.start(key_path, build(theta), initial_path))

@@ -54,10 +54,17 @@ def tail_index(filtered: FilterResult | FilterState | ParisState) -> Float[np.nd
     """
     if isinstance(filtered, ParisState):
         filtered = filtered.filter
-    is_state = isinstance(filtered, FilterState)
-    log_weights = filtered.log_weights if is_state else history_of(filtered, is_whole=False).log_weights
-    if not errors.is_concrete(log_weights) or log_weights.ndim != 2 - is_state:
-        raise ValueError(f"filtered must be a single filter outside of compiled functions, got {log_weights.shape}")
-    if is_state:
-        return weights.pareto_k(np.asarray(log_weights))
-    return np.array([weights.pareto_k(row) for row in np.asarray(log_weights)])
+    if not isinstance(filtered, FilterResult | FilterState):
+        raise ValueError(
+            "filtered must be of particle_filter, or the state of a ParticleFilter or Paris, got "
+            f"{type(filtered).__name__}"
+        )
+    shape = np.shape(filtered.log_weights)
+    if not errors.is_concrete(filtered.log_weights) or len(shape) != 1:
+        raise ValueError(
+            f"filtered must be a single filter outside of compiled functions, got weights of shape {shape}"
+        )
+    if isinstance(filtered, FilterState):
+        return weights.pareto_k(np.asarray(filtered.log_weights))
+    log_weights = np.asarray(history_of(filtered, is_whole=False).log_weights)
+    return np.array([weights.pareto_k(row) for row in log_weights])

@@ -12,6 +12,7 @@ from bayesinf.kernels import (
     AdditiveFunctional,
     Paris,
     ParticleFilter,
+    backward_sample,
     estimate_variance,
     evidence_variance,
     fixed_lag_smoother,
@@ -19,6 +20,8 @@ from bayesinf.kernels import (
     paris,
     particle_filter,
     predict,
+    tail_index,
+    trace_paths,
 )
 from bayesinf.kernels.genealogy import trace_ancestors
 from bayesinf.models import LinearGaussian, StateSpaceModel, kalman_filter, rts_smoother
@@ -177,6 +180,23 @@ def test_bad_arguments():
             function(alone)
         with pytest.raises(ValueError, match="filtered must hold at least 2 particles, got 1"):
             jax.jit(lambda history, function=function: function(alone._replace(history=history)))(alone.history)
+    batch = jax.vmap(lambda key: particle_filter(key, MODEL, YS, num_particles=4, store="full"))(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    for function in (
+        evidence_variance,
+        estimate_variance,
+        lambda found: fixed_lag_smoother(found, 1),
+        lambda found: marginal_smoother(MODEL, found),
+        lambda found: backward_sample(0, MODEL, found, 2),
+        lambda found: trace_paths(0, found, 2),
+        lambda found: predict(0, MODEL, found, 2),
+    ):
+        with pytest.raises(ValueError, match=r"filtered must be of one filter, got a batch of shape \(3,\); vmap this"):
+            function(batch)
+        assert jax.tree.leaves(jax.vmap(function)(batch))[0].shape[0] == 3
+    with pytest.raises(ValueError, match="filtered must be a single filter outside of compiled functions"):
+        tail_index(batch)
     lost = particle_filter(0, MODEL, YS.at[1].set(FAR), num_particles=4, throw=False)
     with pytest.raises(errors.DegenerateWeightsError, match="nothing to predict from"):
         predict(0, MODEL, lost, 3)

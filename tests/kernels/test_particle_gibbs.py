@@ -16,7 +16,7 @@ from ppg_models import Scalar, assert_published, learning_series, mean_and_error
 import bayesinf as bi
 from bayesinf import kernels
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels import MALA, NUTS, ParticleGibbs, Repeat
+from bayesinf.kernels import MALA, NUTS, ConditionalSMC, ParticleGibbs, Repeat
 from bayesinf.kernels.innovations import innovations, path_of
 
 # ---- a Gaussian model of a level and a path, whose joint posterior is Gaussian ----
@@ -403,6 +403,10 @@ def test_a_prior_given_as_a_function_needs_starting_parameters():
         (lambda: _variances_kernel(parameter_kernel=0.1), "parameter_kernel must be a kernel"),
         (lambda: _variances_kernel(parameter_kernel=lambda target: 3), "parameter_kernel must be a kernel"),
         (lambda: _variances_kernel(parameter_kernel=MALA), "parameter_kernel=MALA needs more than a target"),
+        (
+            lambda: _variances_kernel(parameter_kernel=ConditionalSMC),
+            "parameter_kernel must be a kernel with a target, got the class ConditionalSMC, which has none",
+        ),
         (lambda: _variances_kernel(refresh="all"), "refresh must be one of"),
         (lambda: _variances_kernel(proposal="best"), "proposal must be one of"),
         (lambda: _variances_kernel().init({"theta": {"q2": jnp.zeros(())}}), '"theta" and "path"'),

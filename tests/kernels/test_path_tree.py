@@ -63,6 +63,32 @@ def test_a_long_series_takes_a_place_a_step():
     assert trace_paths(2, found, num_paths=3).shape == (3, 5_000, 1)
 
 
+@pytest.mark.parametrize("throw", [True, False])
+def test_a_tree_makes_room_where_paths_coalesce_slowly(throw):
+    """A filter that resamples every tenth step or so needs about ten times the room, which a second run has."""
+    model = StochasticVolatility(mean=-1.0, persistence=0.97, scale=0.2)
+    _, ys = simulate(0, model, num_steps=800)
+    options = {"num_particles": 50, "ess_threshold": 0.4, "throw": throw}
+    tree, full = (particle_filter(1, model, ys, store=store, **options) for store in ("tree", "full"))
+    assert 4 * int(np.sum(tree.is_resampled)) < 800
+    assert default_capacity(800, 50) < tree.history.parents.shape[0] < 800 * 50
+    np.testing.assert_array_equal(tree.log_evidence_increments, full.log_evidence_increments)
+    paths = [trace_paths(2, filtered, num_paths=100) for filtered in (tree, full)]
+    np.testing.assert_allclose(*paths, rtol=1e-5, atol=1e-6)
+
+
+def test_a_short_series_takes_no_more_than_its_whole_genealogy():
+    found = particle_filter(1, MODEL, YS[:3], num_particles=30, ess_threshold=0.0, store="tree")
+    assert found.history.parents.shape == (90,)
+    assert not found.history.is_overflowed
+
+
+def test_while_traced_there_is_one_run_whose_tree_tells():
+    """Where nothing is resampled nothing coalesces: the default has no room for it."""
+    found = jax.jit(lambda: run("tree", ess_threshold=0.0))()
+    assert found.history.is_overflowed
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_a_tree_without_room_is_told_with_the_result():
     with pytest.raises(errors.SamplingError, match="no room in 100 places; pass a larger tree_capacity") as caught:

@@ -128,7 +128,8 @@ def test_the_gradient_is_unbiased_at_any_proposal():
 
 
 @pytest.mark.slow
-def test_ascent_finds_the_optimum_of_the_inclusive_divergence():
+@pytest.mark.parametrize(("estimator", "num_runs"), [("ppg", 16), ("gibbs", 40)])
+def test_ascent_finds_the_optimum_of_the_inclusive_divergence(estimator, num_runs):
     """By steps l^-0.8 of the natural gradient, the last of 0.003: what they leave is of that order.
 
     None of them is clipped: the noise is skewed, and the mean of what is cut off would be a bias. The
@@ -143,9 +144,10 @@ def test_ascent_finds_the_optimum_of_the_inclusive_divergence():
 
     def run(key):
         options = {"num_particles": 16, "num_iterations": 1_500, "proposal": "guided", "throw": False}
+        options["estimator"] = estimator
         return score_ascent(key, build, jnp.asarray(POOR), YS, optimizer=optimizer, of="proposal", **options).theta
 
-    found = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(2), 16)), np.float64)
+    found = np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(2), num_runs)), np.float64)
     optimum, tolerance = EXACT.optimum(), 0.02
     for values, exact in zip(found.T, optimum, strict=True):
         assert_published(mean_and_error(values), exact, tolerance)

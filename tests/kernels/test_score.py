@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import optax
 import pytest
 from ppg_models import Scalar, assert_published, exact_paths, learning_series, mean_and_error, smooth
 
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
-from bayesinf.kernels import observed_information, paris, ppg, score_functional
+from bayesinf.kernels import observed_information, paris, ppg, score_ascent, score_functional
 from bayesinf.models.state_space import StateSpaceModel, log_joint
 
 SHORT = learning_series()[:8]
@@ -121,8 +122,8 @@ def test_the_roll_out_gives_the_score_where_paris_is_biased(theta, num, num_swee
     assert mean_p_value(once, 0.0) < FALSE_ALARM
 
 
-class Tilted(StateSpaceModel):
-    """Its proposal has a parameter of its own, and there is none for the start."""
+class Shifted(StateSpaceModel):
+    """A walk whose only proposal is its transition."""
 
     shift: jax.Array
 
@@ -134,6 +135,10 @@ class Tilted(StateSpaceModel):
 
     def observation(self, x, t):
         return dist.Normal(x, 1.0)
+
+
+class Tilted(Shifted):
+    """Its proposal has a parameter of its own, and there is none for the start."""
 
     def proposal(self, x_prev, y, t):
         return dist.Normal(0.9 * x_prev + self.shift * y, 0.5)
@@ -152,6 +157,11 @@ def test_bad_arguments():
         score_functional(build, jnp.arange(3))
     with pytest.raises(ValueError, match="of must be one of 'model', 'proposal'"):
         score_functional(build, 1.0, of="path")
+    with pytest.raises(ValueError, match=r"of='proposal' needs a method proposal\(x_prev, y, t\) of the model Shifted"):
+        score_functional(Shifted, 1.0, of="proposal")
+    options = {"optimizer": optax.sgd(0.1), "num_particles": 4, "num_iterations": 1, "of": "proposal"}
+    with pytest.raises(ValueError, match=r"of='proposal' needs a method proposal\(x_prev, y, t\) of the model Shifted"):
+        score_ascent(0, Shifted, 1.0, SHORT, **options)
     with pytest.raises(ValueError, match="build must be called as"):
         score_functional(lambda: None, 1.0)
     with pytest.raises(ValueError, match="num_paths must be at least 2"):
