@@ -75,7 +75,26 @@ def _color_back(tril: Array, flat: Array) -> Array:
     return flat @ tril if tril.ndim == 2 else tril * flat
 
 
-class PCN(Kernel):
+class _CrankNicolson(Kernel):
+    """What `PCN` and `PCNLangevin` are made with; `order` is that of the derivatives they ask for."""
+
+    order: ClassVar[int]
+
+    target: Target = eqx.field(converter=as_target)
+    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
+    prior_mean: Float[Array, "..."] = eqx.field(default=0.0, converter=errors.as_array("prior_mean", is_floating=True))
+    prior_tril: Float[Array, "..."] = eqx.field(default=1.0, converter=errors.as_array("prior_tril", is_floating=True))
+
+    def __check_init__(self):
+        _check(self)
+
+    def init(self, position: PyTree) -> LangevinState:
+        position = as_position(position)
+        _check_position(self, position)
+        return LangevinState(position, self.target.evaluate(position, order=self.order))
+
+
+class PCN(_CrankNicolson):
     """Preconditioned Crank-Nicolson: a random walk that leaves the Gaussian prior alone.
 
     Attributes:
@@ -99,18 +118,7 @@ class PCN(Kernel):
 
     target_acceptance: ClassVar[float | None] = 0.3
 
-    target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
-    prior_mean: Float[Array, "..."] = eqx.field(default=0.0, converter=errors.as_array("prior_mean", is_floating=True))
-    prior_tril: Float[Array, "..."] = eqx.field(default=1.0, converter=errors.as_array("prior_tril", is_floating=True))
-
-    def __check_init__(self):
-        _check(self)
-
-    def init(self, position: PyTree) -> LangevinState:
-        position = as_position(position)
-        _check_position(self, position)
-        return LangevinState(position, self.target.evaluate(position))
+    order: ClassVar[int] = 0
 
     def step(self, key: Key[Array, ""], state: LangevinState) -> tuple[LangevinState, Info]:
         key_move, key_accept = jax.random.split(key)
@@ -129,7 +137,7 @@ class PCN(Kernel):
         return accept(key_accept, log_ratio, proposed, state, num_gradients=0)
 
 
-class PCNLangevin(Kernel):
+class PCNLangevin(_CrankNicolson):
     """Preconditioned Crank-Nicolson Langevin: `PCN` that follows the gradient of the likelihood.
 
     Attributes:
@@ -152,18 +160,7 @@ class PCNLangevin(Kernel):
 
     target_acceptance: ClassVar[float | None] = 0.574
 
-    target: Target = eqx.field(converter=as_target)
-    step_size: Float[Array, ""] = eqx.field(converter=errors.as_array("step_size"))
-    prior_mean: Float[Array, "..."] = eqx.field(default=0.0, converter=errors.as_array("prior_mean", is_floating=True))
-    prior_tril: Float[Array, "..."] = eqx.field(default=1.0, converter=errors.as_array("prior_tril", is_floating=True))
-
-    def __check_init__(self):
-        _check(self)
-
-    def init(self, position: PyTree) -> LangevinState:
-        position = as_position(position)
-        _check_position(self, position)
-        return LangevinState(position, self.target.evaluate(position, order=1))
+    order: ClassVar[int] = 1
 
     def step(self, key: Key[Array, ""], state: LangevinState) -> tuple[LangevinState, Info]:
         key_move, key_accept = jax.random.split(key)
