@@ -120,6 +120,19 @@ def test_posteriors_of_fields_of_the_prior_are_calibrated(laplacian):
     assert 2 * min(chi2(600).sf(total), chi2(600).cdf(total)) > FALSE_ALARM
 
 
+def test_draws_have_the_mean_and_covariance_of_the_posterior(laplacian):
+    """Whitened draws at a point are standard normal: their mean and squares by chi-squared tests."""
+    field = gp.VectorField(gp.ConnectionMatern(laplacian, 1.5, 0.7), 0.1)
+    posterior, at = field.condition(SEEN[:10], FLOW[SEEN[:10]]), HELD[:1]
+    T = np.asarray(laplacian.frames)[HELD[0]]
+    residuals = np.asarray(posterior.sample(0, at, 2_000) - posterior.mean(at))[:, 0] @ T
+    tril = np.linalg.cholesky(T.T @ np.asarray(posterior.covariance(at))[0] @ T)
+    white = np.linalg.solve(tril, residuals.T)
+    total = np.sum(white**2)
+    assert 2 * min(chi2(4_000).sf(total), chi2(4_000).cdf(total)) > FALSE_ALARM
+    assert chi2(2).sf(2_000 * np.sum(white.mean(axis=1) ** 2)) > FALSE_ALARM
+
+
 def test_a_smooth_field_is_recovered_with_fitted_parameters(laplacian):
     """Held-out errors are below the noise of one observation, and within the posterior's own variance."""
     noise = 0.2 * np.random.default_rng(5).normal(size=FLOW.shape)
