@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bayesinf import errors
 
-__all__ = ["PADDING", "as_tokens", "check_tokens", "draw_tokens", "is_in", "least_kept", "truncate"]
+__all__ = ["PADDING", "as_tokens", "check_tokens", "draw_tokens", "in_nucleus", "is_in", "truncate"]
 
 PADDING = -1
 
@@ -55,9 +55,7 @@ def truncate(
         least = jnp.max(log_probs, axis=1, keepdims=True) + jnp.log(min_p).astype(log_probs.dtype)
         log_probs = jax.nn.log_softmax(jnp.where(log_probs >= least, log_probs, -jnp.inf))
     if top_p is not None:
-        probs = jnp.exp(log_probs)
-        is_kept = probs >= least_kept(probs, top_p)[:, None]
-        log_probs = jax.nn.log_softmax(jnp.where(is_kept, log_probs, -jnp.inf))
+        log_probs = jax.nn.log_softmax(jnp.where(in_nucleus(jnp.exp(log_probs), top_p), log_probs, -jnp.inf))
     return log_probs
 
 
@@ -98,11 +96,11 @@ def is_in(tokens: Int[Array, " n"], some: Int[Array, " k"]) -> Bool[Array, " n"]
     return jnp.any(tokens[:, None] == some, axis=1)
 
 
-def least_kept(probs: Float[Array, "n v"], top_p: Float[Array, ""]) -> Float[Array, " n"]:
-    """The largest c of each row for which the probabilities of at least c sum to at least top_p.
+def in_nucleus(probs: Float[Array, "n v"], top_p: Float[Array, ""]) -> Bool[Array, "n v"]:
+    """Which are at least c, the largest of the row for which the probabilities of at least c sum to at least top_p.
 
-    By bisection on the bits of c, which are in the order of the numbers: sorting 50,000 of them takes far longer than
-    31 sums.
+    In float32, whatever they come in; c by bisection on its bits, which are in the order of the numbers: sorting 50,000
+    of them takes far longer than 31 sums.
     """
     probs = probs.astype(jnp.float32)
 
@@ -115,4 +113,4 @@ def least_kept(probs: Float[Array, "n v"], top_p: Float[Array, ""]) -> Float[Arr
 
     high = jax.lax.bitcast_convert_type(jnp.max(probs, axis=1), jnp.int32)
     low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(high), high))
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
+    return probs >= jax.lax.bitcast_convert_type(low, jnp.float32)[:, None]

@@ -317,11 +317,19 @@ def test_the_nucleus_is_that_of_sorting():
     logits = 3.0 * jax.random.normal(jax.random.key(0), (50, 101))
     probs = jax.nn.softmax(logits).astype(jnp.float32)
     for top_p in (1e-6, 0.3, 0.9, 0.999):
-        least = next_token.least_kept(probs, jnp.asarray(top_p))
-        for row, c in zip(np.asarray(probs), np.asarray(least), strict=True):
+        is_kept = next_token.in_nucleus(probs, jnp.asarray(top_p))
+        for row, kept in zip(np.asarray(probs), np.asarray(is_kept), strict=True):
             ordered = np.sort(row)[::-1]
             size = np.searchsorted(np.cumsum(ordered, dtype=np.float64), top_p) + 1
-            assert c == ordered[min(size, ordered.size) - 1]
+            np.testing.assert_array_equal(kept, row >= ordered[min(size, ordered.size) - 1])
+
+
+@pytest.mark.skipif(not jax.config.read("jax_enable_x64"), reason="needs float64")
+def test_the_nucleus_of_float64_has_its_last_token():
+    """It was compared with its own rounding to float32, and lost the token where that is larger."""
+    probs = jnp.asarray(np.random.default_rng(0).dirichlet(np.ones(7), 200))
+    is_kept = next_token.in_nucleus(probs, jnp.asarray(0.6))
+    assert bool(jnp.all(jnp.sum(jnp.where(is_kept, probs, 0.0), axis=1) >= 0.6 - 1e-6))
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 5, 31, 100])
