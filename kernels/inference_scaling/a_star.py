@@ -3,9 +3,12 @@
     f = g + h,    h = the reward of the answer so far,    g(child) = g(parent) + max(0, h(child) - h(parent))
 
 From a queue ordered by f the best answer is taken and continued k times; it ends at the first complete answer that is
-taken, or when the tokens are spent. A search: it has no evidence, and its answers weigh their rewards. g counts the
-increases of h alone, as published; the constants of the paper were not at hand, and f is put together from its
-description.
+taken, or when the tokens are spent. Of equals the complete one is taken, else the longest, else the oldest: where a
+score tells nothing apart, depth first comes to an end before breadth first does. h is asked for at every step, so that a
+reward of complete answers alone, 0 before, leaves nothing to take.
+
+A search: it has no evidence, and its answers weigh their rewards. g counts the increases of h alone, as published; the
+constants of the paper were not at hand, and f is put together from its description.
 
 References:
     Chatziveroglou (2025), 'A*-Decoding', https://arxiv.org/abs/2505.13672.
@@ -77,9 +80,9 @@ class AStarRun:
 
     async def run(self) -> None:
         """Until the goals are reached, nothing is left, or the budget is spent."""
-        # the older of equals first
+        # of equals the complete first, then the longest, which is nearest to its end, then the oldest
         count = itertools.count()
-        queue: list[tuple[float, int, float, Node]] = []
+        queue: list[tuple[tuple[float, bool, int, int], float, Node]] = []
 
         async def expand(parent: Node | None, cost: float, num: int) -> None:
             prefix = () if parent is None else parent.prefix
@@ -87,17 +90,20 @@ class AStarRun:
             steps = await self.requests.draw(prefix, num, int(self.rng.integers(2**31)))
             eves = [i if parent is None else parent.eve for i in range(num)]
             for node in await self.tree.grow(parent, steps, eves, 0.0):
-                if not node.is_failed and np.isfinite(node.log_reward):
-                    h = _exp(node.log_reward)
-                    g = cost + max(0.0, h - height)
-                    heapq.heappush(queue, (-(g + h), next(count), g, node))
+                if not np.isfinite(node.log_reward):
+                    node.log_weight = -np.inf  # of what has failed or has no reward, nothing is expected
+                    continue
+                h = _exp(node.log_reward)
+                g = cost + max(0.0, h - height)
+                order = -(g + h), not node.is_done, -node.depth, next(count)
+                heapq.heappush(queue, (order, g, node))
             self.requests.on_step(self)
 
         await expand(None, 0.0, self.num_first)
         if all(node.is_failed for node in self.tree.nodes):
             raise OutageError(self.requests.failures[-1])
         while queue and len(self.goals) < self.method.num_goals:
-            _, _, cost, node = heapq.heappop(queue)
+            _, cost, node = heapq.heappop(queue)
             if node.is_done:
                 self.goals.append(node)
             elif self.tree.num_tokens < self.budget:

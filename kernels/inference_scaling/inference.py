@@ -110,8 +110,8 @@ class Inference:
 
         Args:
             rule: "weighted_majority", the answer of the largest total weight; "argmax", that of the text with the
-                highest reward, which over-optimises a noisy score; or "sample", drawn by the weights. By default that
-                of the method.
+                highest reward among those of positive weight, which over-optimises a noisy score; or "sample", drawn
+                by the weights. By default that of the method. Of equals the first is taken.
             key: PRNG key or seed, for "sample".
 
         Returns:
@@ -123,8 +123,10 @@ class Inference:
         rule = self.rule if rule is None else rule
         errors.check_choice("rule", rule, RULES)
         if rule == "argmax":
-            reward = np.where(self.is_done & ~np.isnan(self.log_rewards), self.log_rewards, -np.inf)
-            return self.answers[int(np.argmax(reward))] if np.any(self.is_done) else None
+            # what has died may have been scored highly afterwards
+            alive = np.flatnonzero(self.is_done & np.isfinite(self.log_votes))
+            rewards = np.where(np.isnan(self.log_rewards), -np.inf, self.log_rewards)[alive]
+            return self.answers[alive[np.argmax(rewards)]] if alive.size else None
         posterior = self.posterior
         if not posterior:
             return None
@@ -152,8 +154,11 @@ class Inference:
         """The result that `to_json` wrote: its text, or the path of the file."""
         raw = json.loads(text.read_text() if isinstance(text, Path) else text)
         raw["tokens"] = TokenCount(**raw["tokens"])
+        num_runs = len(raw["num_steps"])
         for name, dtype in _ARRAYS.items():
             raw[name] = np.array(raw[name], dtype)
+            if not raw[name].size and name in _OF_STEPS:
+                raw[name] = raw[name].reshape(num_runs, 0, *_OF_STEPS[name] * [len(raw["texts"]) // num_runs])
             if name.startswith("log_"):
                 raw[name] = np.where(np.isnan(raw[name]), -np.inf, raw[name])
         for name in ("log_evidence", "log_evidence_variance"):
@@ -255,6 +260,8 @@ _ARRAYS: dict[str, type] = {
     "num_tokens": int,
     "num_steps": int,
 }
+# how many axes come after those of populations and steps; in JSON those of an array without steps are lost
+_OF_STEPS = {"ess": 0, "is_resampled": 0, "ancestors": 1, "log_weights": 1, "num_tokens": 1}
 
 
 def _plain(value: Any) -> Any:

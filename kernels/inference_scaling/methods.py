@@ -314,8 +314,13 @@ def evidence_of(sweep: Sweep) -> tuple[float, float]:
 
 
 def if_finished(sweeps: list[Sweep], log_evidence: float, variance: float) -> tuple[float, float]:
-    """The two, or NaN where an answer of positive weight is unfinished: they would be those of the steps so far."""
-    return (float("nan"), float("nan")) if any(map(_is_open, sweeps)) else (log_evidence, variance)
+    """The two, or NaN where an answer of positive weight is unfinished: they would be those of the steps so far.
+
+    Where all have died the estimate is 0, and has no relative variance.
+    """
+    if any(map(_is_open, sweeps)):
+        return float("nan"), float("nan")
+    return log_evidence, variance if np.isfinite(log_evidence) else float("nan")
 
 
 def _is_open(sweep: Sweep) -> bool:

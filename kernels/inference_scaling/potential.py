@@ -145,7 +145,8 @@ class Potential(AbstractPotential):
             one. The posterior is p A / Z with it, but for odds, where it is for the ranking alone. Static.
         spread: how a value is spread over the steps. Static.
             "difference": G_t = r_t / r_{t-1}. "max": G_t = max_{s <= t} r_s, "sum": G_t = r_1 ... r_t, and at the end
-            what makes the product of all r_T; both push harder, early on.
+            what makes the product of all r_T; both push harder, early on. By the largest a value of 0 kills at the
+            first step and at the last alone.
         is_log: whether scores are logarithms, such as beta times a reward of any sign. Static.
 
     Raises:

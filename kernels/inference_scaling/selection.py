@@ -106,7 +106,7 @@ class Independent(Selection):
         return own, population.log_weights, jnp.zeros((), bool)
 
     def log_votes(self, population: Population) -> Float[Array, " N"]:
-        log_votes = population.log_ratio + (population.log_reward if self.votes == "reward" else 0.0)
+        log_votes = population.log_ratio + (_alive_reward(population) if self.votes == "reward" else 0.0)
         return weights.normalize(log_votes)[0]
 
 
@@ -239,7 +239,7 @@ class Published(Selection):
         return weights.normalize(self._log_odds(population) / self.temperature)[0]
 
     def _log_odds(self, population: Population) -> Array:
-        return jnp.where(jnp.isnan(population.log_reward), -jnp.inf, log_odds(population.log_reward))
+        return jnp.where(_is_dead(population), -jnp.inf, log_odds(population.log_reward))
 
 
 class Beam(Selection):
@@ -269,7 +269,7 @@ class Beam(Selection):
         return ancestors, equal_weights(population, ancestors), jnp.ones((), bool)
 
     def log_votes(self, population: Population) -> Float[Array, " N"]:
-        return weights.normalize(population.log_reward)[0]
+        return weights.normalize(_alive_reward(population))[0]
 
     def check(self, num_particles: int) -> None:
         _check_groups(num_particles, "width", self.width)
@@ -291,7 +291,7 @@ class DVTS(Selection):
         return ancestors, equal_weights(population, ancestors), jnp.ones((), bool)
 
     def log_votes(self, population: Population) -> Float[Array, " N"]:
-        return weights.normalize(population.log_reward)[0]
+        return weights.normalize(_alive_reward(population))[0]
 
     def check(self, num_particles: int) -> None:
         _check_groups(num_particles, "width", self.width)
@@ -335,7 +335,12 @@ class SoftValue(Selection):
 
 
 def _alive_reward(population: Population) -> Array:
-    return jnp.where(jnp.isnan(population.log_reward), -jnp.inf, population.log_reward)
+    """The log rewards; of what has died, whatever it was scored afterwards, -inf."""
+    return jnp.where(_is_dead(population), -jnp.inf, population.log_reward)
+
+
+def _is_dead(population: Population) -> Array:
+    return jnp.isneginf(population.log_weights) | jnp.isnan(population.log_reward)
 
 
 def equal_weights(population: Population, ancestors: Int[Array, " N"]) -> Array:

@@ -44,6 +44,22 @@ def test_the_most_promising_is_taken():
     assert sorted(answer for answer in more.answers if answer is not None) == ["aaa", "aab"]
 
 
+def test_of_equals_the_nearest_to_its_end_is_taken():
+    """A score that tells nothing apart: straight to the end, where the oldest first would write all 2 + 4 + 8."""
+    generator = AllLetters()
+    even = Potential(lambda prompt, texts: [0.5 for text in texts], kind="value")
+    result = kernels.infer(0, generator, even, "go", method=AStar(width=2))
+    assert generator.taken == ["", "a", "aa"]
+    assert result.best() == "aaa"
+    assert result.tokens.generated == 6
+
+
+def test_a_reward_of_complete_answers_alone_leaves_nothing_to_take():
+    blind = Potential(lambda prompt, texts: [float(len(text) == 3) for text in texts], kind="terminal")
+    with pytest.raises(errors.DegenerateWeightsError, match="All 2 particles died at step 1"):
+        kernels.infer(0, AllLetters(), blind, "go", method=AStar(width=2))
+
+
 def test_it_ends_with_the_budget():
     generator = AllLetters()
     with pytest.warns(errors.SamplingWarning, match="budget of 5 tokens"):

@@ -1,5 +1,6 @@
 """`infer`: every method by name, what the result tells, budgets, batches, and failures that keep what there is."""
 
+import dataclasses
 import json
 
 import jax
@@ -77,12 +78,26 @@ def test_the_answer_is_what_the_rule_says():
     votes = np.exp(result.log_votes)
     total = {text: votes[[other == text for other in result.texts]].sum() for text in result.texts}
     assert result.best() == max(total, key=total.get)
-    assert result.best("argmax") == result.answers[int(np.argmax(result.log_rewards))]
+    assert result.best("argmax") == result.answers[int(np.argmax(np.where(votes > 0, result.log_rewards, -np.inf)))]
     drawn = {result.best("sample", key=seed) for seed in range(20)}
     assert len(drawn) > 1
     assert result.best("sample", key=3) == result.best("sample", key=3)
     grouped = run(answer=lambda text: str(text.count("b")))
     assert set(grouped.posterior) <= set("012345")
+
+
+@pytest.mark.parametrize("method", ["particle_gibbs", "weighted_best_of_n", "svdd"])
+def test_no_rule_chooses_what_is_impossible(method):
+    """Texts that begin with "b" die at their second letter, and have the highest score of all in the end."""
+
+    def value(state):
+        is_b = state.letters[:, 0] == 1
+        return jnp.where(is_b & (state.num_letters == 2), 0.0, jnp.where(is_b & (state.num_letters > 2), 0.9, 0.3))
+
+    result = run(method, Potential(value, "value"), num_particles=16)
+    chosen = {result.best(rule) for rule in ("weighted_majority", "argmax")} | set(result.posterior)
+    assert chosen
+    assert not any(text.startswith("b") and len(text) > 1 for text in chosen)
 
 
 def test_it_is_the_same_under_the_same_key():
@@ -114,6 +129,13 @@ def test_a_result_survives_json(tmp_path):
     for name in ("log_votes", "log_rewards", "log_weights"):
         np.testing.assert_array_equal(getattr(read, name), getattr(cut, name))
     assert np.isnan(read.log_evidence)
+    # of a run that ended before its first step
+    none = dataclasses.replace(cut, num_steps=np.zeros(1, int), **{
+        name: getattr(cut, name)[:, :0] for name in ("ess", "is_resampled", "ancestors", "log_weights", "num_tokens")
+    })  # fmt: skip
+    read = Inference.from_json(none.to_json())
+    for name in ("ess", "is_resampled", "ancestors", "log_weights", "num_tokens", "num_ancestors"):
+        assert getattr(read, name).shape == getattr(none, name).shape, name
     tree = result.to_datatree()
     assert tree["steps"]["ess"].shape == result.ess.shape
     assert tree["answers"]["text"].values.tolist() == result.texts
@@ -198,9 +220,11 @@ def test_a_dead_population_is_an_error_with_the_result():
         run(potential=impossible)
     result = caught.value.result
     assert result.ess[0, :2].all()
-    assert result.best() is None
+    assert result.best() is result.best("argmax") is None
     with pytest.warns(errors.SamplingWarning, match="died at step 3"):
-        assert run(potential=impossible, throw=False).log_evidence == -np.inf
+        dead = run(potential=impossible, throw=False)
+    assert dead.log_evidence == -np.inf
+    assert np.isnan(dead.log_evidence_variance)
 
 
 def test_a_changed_score_is_read_anew():

@@ -165,6 +165,19 @@ def test_who_is_dead_is_not_brought_back():
         np.testing.assert_array_equal(np.isneginf(np.asarray(log_carried)), np.asarray(ancestors) != 0)
 
 
+def test_what_has_died_has_no_vote_whatever_it_was_scored_afterwards():
+    """A value of 0 ends a particle; that of a later step may be high."""
+    reward = np.log([0.1, 0.9, 0.3, 0.8])
+    state = population(np.zeros(4), reward)._replace(log_weights=jnp.log(jnp.array([0.5, 0.0, 0.5, 0.0])))
+    for selection in (Independent(), BestOfN(), Beam(2), DVTS(2), SoftValue(width=2), SoftValue(0.0, 2), Published()):
+        votes = np.exp(np.asarray(selection.log_votes(state)))
+        np.testing.assert_array_equal(votes > 0, [True, False, True, False], err_msg=str(selection))
+    for selection in (Beam(2), DVTS(2), SoftValue(width=2), Published()):
+        assert set(np.asarray(choose(selection, state)[0]).tolist()) <= {0, 2}
+    # votes that are alike are of answers, and not of their scores
+    np.testing.assert_allclose(np.exp(Independent("equal").log_votes(state)), 0.25, rtol=1e-5)
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="num_particles must be a multiple of width=4, got 6"):
         Beam(4).check(6)

@@ -240,6 +240,52 @@ def test_a_stale_cache_is_found():
     assert max(reread(make(**LONG, model=planted(Stale)), seed) for seed in range(4)) > 100 * ROUNDING
 
 
+class Whole(Transformer):
+    """Gathers all rows of its cache, those too that stay where they are."""
+
+    def gather(self, cache, ancestors):
+        suffix, lengths = resampling.gather((cache.suffix, cache.lengths), ancestors)
+        return cache._replace(suffix=suffix, lengths=lengths)
+
+
+class Lazy(Transformer):
+    """Overwrites the first row of those that are to change, and no other."""
+
+    def gather(self, cache, ancestors):
+        own = jnp.arange(ancestors.shape[0])
+        is_first = own == jnp.argmax(ancestors != own)
+        rows = resampling.gather(cache.suffix, jnp.where(is_first, ancestors, own))
+        return cache._replace(suffix=rows, lengths=resampling.gather(cache.lengths, ancestors))
+
+
+def filtered(model, seed):
+    """A particle filter that resamples before every step, by the token that is written last."""
+    generator = make(max_steps=4, model=model)
+    potential = Potential(lambda state: jnp.exp(-0.4 * jnp.max(state.tokens, axis=1)), "step")
+    prompt = generator.encode(PROMPT)
+    return run_sweep(jax.random.key(seed), generator, potential, Resample(1.0), prompt, 8, jnp.asarray(10**6))
+
+
+def test_rows_that_are_overwritten_in_place_are_those_that_a_whole_gather_gives():
+    num_changes = 0
+    for seed in range(2):
+        sweep, whole = filtered(MODEL, seed), filtered(planted(Whole), seed)
+        # duplicates and deaths, with the survivors in their places, at several steps
+        ancestors = np.asarray(sweep.records.ancestors[: int(sweep.num_steps)])
+        np.testing.assert_array_equal(np.take_along_axis(ancestors, ancestors, axis=1), ancestors)
+        num_changes += np.sum(np.any(ancestors != np.arange(8), axis=1))
+        np.testing.assert_array_equal(sweep.records.ancestors, whole.records.ancestors)
+        np.testing.assert_array_equal(sweep.state.tokens, whole.state.tokens)
+        np.testing.assert_array_equal(sweep.state.log_probs, whole.state.log_probs)
+        np.testing.assert_array_equal(sweep.population.log_weights, whole.population.log_weights)
+    assert num_changes >= 4
+
+
+def test_a_row_that_stays_stale_is_seen():
+    lazy, whole = filtered(planted(Lazy), 0), filtered(planted(Whole), 0)
+    assert not np.allclose(lazy.state.log_probs, whole.state.log_probs, atol=100 * ROUNDING)
+
+
 def differ(one, other):
     """Whether two states, continued with the same key, write and weigh differently."""
     return any(not np.array_equal(a, b) for a, b in zip(one[:6], other[:6], strict=True))
