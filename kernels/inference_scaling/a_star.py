@@ -4,8 +4,8 @@
 
 From a queue ordered by f the best answer is taken and continued k times; it ends at the first complete answer that is
 taken, or when the tokens are spent. Of equals the complete one is taken, else the longest, else the oldest: where a
-score tells nothing apart, depth first comes to an end before breadth first does. h is asked for at every step, so that a
-reward of complete answers alone, 0 before, leaves nothing to take.
+score tells nothing apart, depth first comes to an end before breadth first does. h is asked for at every step: a reward
+of complete answers alone, 0 before, leaves nothing to take.
 
 A search: it has no evidence, and its answers weigh their rewards. g counts the increases of h alone, as published; the
 constants of the paper were not at hand, and f is put together from its description.

@@ -5,7 +5,7 @@ are under way at once, some fail, the run may be stopped and gone on with, and i
 
     barrier        all have their step before anyone is chosen
     speculative    who has a score begins the next step at once, while the budget is sure to last; what is not chosen is
-                   cancelled, and counts as wasted
+                   wasted if it has come, else cancelled, and then what a server wrote of it is in no count of tokens
     cascade        nobody waits: the particle cascade, whose evidence is unbiased
 
 Requests that fail cost their particles alone; a server is asked for those of a failed request one by one. A share of
@@ -281,7 +281,12 @@ class _HostRun:
         )
         num_calls = result.num_calls + ex.num_unused_calls
         return dataclasses.replace(
-            result, tokens=tokens, num_calls=num_calls, failures=list(ex.failures), status=status
+            result,
+            tokens=tokens,
+            num_calls=num_calls,
+            failures=list(ex.failures),
+            num_cancelled=ex.num_cancelled,
+            status=status,
         )
 
     def judged(self) -> Inference:

@@ -23,6 +23,9 @@ RULES = ("weighted_majority", "argmax", "sample")
 class TokenCount:
     """What a run cost, in tokens; the same count for every method.
 
+    What a server generated for a request that was cancelled, or for an attempt that timed out or broke off, it does not
+    tell, and it is not counted; `Inference.num_cancelled` is how many were cancelled.
+
     Attributes:
         generated: in all.
         wasted: of those, in lines that no final answer descends from.
@@ -66,6 +69,8 @@ class Inference:
         wall_time: in seconds, with compilation.
         status: "complete", or what went wrong.
         failures: why steps could not be had, of every particle that died of it.
+        num_cancelled: requests of a speculative run that were cancelled before their reply had come: for those who were
+            not chosen. Their tokens are not known, and not in `tokens`.
     """
 
     method: str
@@ -89,6 +94,7 @@ class Inference:
     wall_time: float
     status: str
     failures: list[str] = dataclasses.field(default_factory=list)
+    num_cancelled: int = 0
 
     @property
     def posterior(self) -> dict[str, float]:
@@ -163,7 +169,7 @@ class Inference:
                 raw[name] = np.where(np.isnan(raw[name]), -np.inf, raw[name])
         for name in ("log_evidence", "log_evidence_variance"):
             raw[name] = np.nan if raw[name] is None else raw[name]
-        return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls)})
+        return cls(**{f.name: raw[f.name] for f in dataclasses.fields(cls) if f.name in raw})
 
     def to_datatree(self) -> xr.DataTree:
         """Two groups: `answers`, over the particles, and `steps`, over runs, steps and particles."""
@@ -175,8 +181,7 @@ class Inference:
                 "log_reward": ("particle", self.log_rewards),
                 "is_done": ("particle", self.is_done),
             },
-            attrs={"method": self.method, "log_evidence": self.log_evidence, "status": self.status}
-            | dataclasses.asdict(self.tokens),
+            attrs={name: getattr(self, name) for name in _OF_RUN} | dataclasses.asdict(self.tokens),
         )
         each, all_of = ("run", "step", "slot"), ("run", "step")
         steps = xr.Dataset(
@@ -260,6 +265,7 @@ _ARRAYS: dict[str, type] = {
     "num_tokens": int,
     "num_steps": int,
 }
+_OF_RUN = ("method", "log_evidence", "log_evidence_variance", "status", "num_calls", "num_cancelled", "num_invalid")
 # how many axes come after those of populations and steps; in JSON those of an array without steps are lost
 _OF_STEPS = {"ess": 0, "is_resampled": 0, "ancestors": 1, "log_weights": 1, "num_tokens": 1}
 

@@ -18,7 +18,7 @@ from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextGenera
 __all__ = ["OutageError", "RunRequests", "ScoreError"]
 
 
-COUNTS = ("num_prompt_tokens", "num_cached_tokens", "num_unused_tokens", "num_unused_calls")
+COUNTS = ("num_prompt_tokens", "num_cached_tokens", "num_unused_tokens", "num_unused_calls", "num_cancelled")
 
 
 class OutageError(Exception):
@@ -37,12 +37,14 @@ class RunRequests:
         num_prompt_tokens, num_cached_tokens: of all requests.
         num_unused_tokens: generated for nobody: ahead of a choice that fell otherwise, or for a step that failed.
         num_unused_calls: the steps of the first kind.
+        num_cancelled: requests that were cancelled before their reply had come; what they cost is not known.
     """
 
     def __init__(self, generator: TextGenerator, potential: AbstractPotential, prompt: Any):
         self.generator, self.potential, self.prompt = generator, potential, prompt
         self.failures: list[str] = []
         self.num_prompt_tokens = self.num_cached_tokens = self.num_unused_tokens = self.num_unused_calls = 0
+        self.num_cancelled = 0
         self._scores: dict[Hashable, asyncio.Future[tuple[float, ...]]] = {}
         # what waits for the next call of the scorer, and the calls under way
         self._unscored: dict[Hashable, Prefix] = {}

@@ -207,7 +207,7 @@ class TextSweep:
         if task.done() and not task.cancelled():
             self.num_tokens += sum(step.num_tokens for step in task.result())
             self.requests.waste(task.result())
-        task.cancel()
+        self.requests.num_cancelled += task.cancel()
 
     async def _forget_ahead(self) -> None:
         tasks = list(self._ahead.values())

@@ -343,9 +343,20 @@ def test_speculation_counts_what_it_wastes():
     generator = ChainTexts()
     result = kernels.infer(0, generator, POTENTIAL, "go", num_particles=32, method=RESAMPLE, barrier="speculative")
     asked = sum(num for _, num in generator.calls)
-    # what was cancelled before it came is not known, and not counted
     assert result.num_tokens.sum() < result.tokens.generated <= asked
     assert result.tokens.wasted >= result.tokens.generated - result.num_tokens.sum()
+
+
+def test_what_is_cancelled_is_counted_in_requests():
+    """What it cost is not known: there is no reply."""
+    generator = ChainTexts(delays={"a": 9})
+    result = kernels.infer(0, generator, POTENTIAL, "go", num_particles=32, method=RESAMPLE, barrier="speculative")
+    # some are cancelled before they are sent
+    assert result.num_cancelled >= generator.num_cancelled > 0
+    assert result.tokens.generated <= sum(num for _, num in generator.calls) - generator.num_cancelled
+    assert Inference.from_json(result.to_json()).num_cancelled == result.num_cancelled
+    assert result.to_datatree()["answers"].attrs["num_cancelled"] == result.num_cancelled
+    assert kernels.infer(0, ChainTexts(), POTENTIAL, "go", num_particles=32, method=RESAMPLE).num_cancelled == 0
 
 
 def test_events_have_the_run_so_far():
