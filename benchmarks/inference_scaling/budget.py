@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Array
 
 from bayesinf.errors import SamplingWarning
-from bayesinf.kernels.inference_scaling import METHODS, Potential, infer
+from bayesinf.kernels.inference_scaling import METHODS, FKSteering, Potential, infer
 from benchmarks.inference_scaling.reasoning_chain import (
     ReasoningChain,
     Verifier,
@@ -102,6 +102,8 @@ def contenders() -> dict[str, Contender]:
         method = build()
         rule = getattr(method, "selection", method).rule
         listed[name] = Contender(method, options.get(name), rule, hasattr(method, "start"))
+    # as published; by differences it is the particle filter of values
+    listed["fk_steering"] = listed["fk_steering"]._replace(method=FKSteering(spread="max"))
     listed["dvts_product"] = Contender(METHODS["dvts"](), {"kind": "odds", "aggregate": "prod"}, "weighted_majority")
     return listed
 

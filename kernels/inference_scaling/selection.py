@@ -5,7 +5,7 @@ Every method runs the same loop: choose who goes on, generate a step of each, sc
     Independent      everyone goes on                                        majority, weighted best of n
     BestOfN          everyone goes on                                        best of n, by the highest reward
     Resample         by W_t where few particles hold the weight              the particle filter, twisted or not
-    FKSteering       the same, of values that are spread over the steps      FK steering
+    FKSteering       the same, of values, spread over the steps as asked     FK steering
     Entropic         by W_t^{1/tau}, tau > 1 while early and uneven          entropic annealing, with weights corrected
     Published        by odds^{1/tau} of the last score, the finished too     Puri et al.'s code, as it is
     Beam             the N / M best, M times each
@@ -147,20 +147,30 @@ class Resample(Selection):
 class FKSteering(Selection):
     """Feynman-Kac steering: values r_t, spread over the steps as asked, and resampling now and then.
 
+    Differences, the default of `Potential`, make it the particle filter of values, which follows p r_t at every step:
+    best where r_t is a fair guess of r_T. "max" and "sum" weigh a value at every later step again, and the last step
+    takes it back: what that leaves grows thin with the steps. Where values are noise, and bounded so that the largest
+    soon stays the same, "max" heeds the noise least, and is nearer to the posterior. In the paper only those steps are
+    weighed before which there is resampling: let the generator's steps be these, by `DiffusionGenerator(substeps=...)`.
+
     Attributes:
         ess_threshold: the share of N that the effective sample size must fall to; 1 resamples always.
-        spread: "difference", "max" or "sum", as of `Potential`. Static.
-        every: resample before every so many steps. Static.
+        spread: "difference", "max" or "sum", whatever the `Potential` says; None leaves it as that says. Static.
+        every: resample before every so many steps; all of them are weighed. Static.
+
+    References:
+        Singhal et al. (2025), https://arxiv.org/abs/2501.06848.
     """
 
     ess_threshold: Float[Array, ""] = eqx.field(converter=errors.as_array("ess_threshold"), default=0.5)
-    spread: str = eqx.field(static=True, default="max")
+    spread: str | None = eqx.field(static=True, default=None)
     every: int = eqx.field(static=True, default=1)
     has_evidence = True
 
     def __check_init__(self):
         check_threshold(self.ess_threshold)
-        errors.check_choice("spread", self.spread, SPREADS)
+        if self.spread is not None:
+            errors.check_choice("spread", self.spread, SPREADS)
         errors.check_count("every", self.every)
 
     def choose(self, key: Key[Array, ""], population: Population, t: Int[Array, ""], max_steps: int) -> Choice:
@@ -169,7 +179,7 @@ class FKSteering(Selection):
     def prepare(self, potential: AbstractPotential) -> AbstractPotential:
         if not any(factor.kind == "value" for factor in potential.factors):
             raise ValueError("potential must have a part of kind='value' for fk_steering, which spreads it; got none")
-        return with_spread(potential, self.spread)
+        return potential if self.spread is None else with_spread(potential, self.spread)
 
 
 class Entropic(Selection):

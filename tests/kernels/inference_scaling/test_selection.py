@@ -83,6 +83,16 @@ def test_who_goes_on_stays_in_its_place(selection):
         assert len(set(zip(ancestors.tolist(), log_carried.tolist(), strict=True))) == len(set(ancestors.tolist()))
 
 
+def test_steering_by_differences_is_the_filter_of_values():
+    value = Potential(lambda state: state, "value")
+    assert FKSteering().prepare(value).spread == "difference"
+    assert FKSteering().prepare(Potential(lambda state: state, "value", spread="max")).spread == "max"
+    assert FKSteering(spread="sum").prepare(value).spread == "sum"
+    state = population(np.log([0.9, 0.05, 0.03, 0.02]))
+    for one, other in zip(choose(FKSteering(), state), choose(Resample(), state), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_particles_are_resampled_when_few_hold_the_weight():
     even, uneven = population(np.zeros(8)), population(np.log([0.9] + [0.1 / 7] * 7))
     assert not choose(Resample(), even)[2]
