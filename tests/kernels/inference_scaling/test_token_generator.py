@@ -260,7 +260,7 @@ class Lazy(Transformer):
 
 def filtered(model, seed):
     """A particle filter that resamples before every step, by the token that is written last."""
-    generator = make(max_steps=4, model=model)
+    generator = make(max_steps=6, end_tokens=(), model=model)
     potential = Potential(lambda state: jnp.exp(-0.4 * jnp.max(state.tokens, axis=1)), "step")
     prompt = generator.encode(PROMPT)
     return run_sweep(jax.random.key(seed), generator, potential, Resample(1.0), prompt, 8, jnp.asarray(10**6))
@@ -278,12 +278,12 @@ def test_rows_that_are_overwritten_in_place_are_those_that_a_whole_gather_gives(
         np.testing.assert_array_equal(sweep.state.tokens, whole.state.tokens)
         np.testing.assert_array_equal(sweep.state.log_probs, whole.state.log_probs)
         np.testing.assert_array_equal(sweep.population.log_weights, whole.population.log_weights)
-    assert num_changes >= 4
+    assert num_changes >= 8
 
 
 def test_a_row_that_stays_stale_is_seen():
-    lazy, whole = filtered(planted(Lazy), 0), filtered(planted(Whole), 0)
-    assert not np.allclose(lazy.state.log_probs, whole.state.log_probs, atol=100 * ROUNDING)
+    pairs = [(filtered(planted(model), seed).state.log_probs for model in (Lazy, Whole)) for seed in range(2)]
+    assert max(float(np.max(np.abs(lazy - whole))) for lazy, whole in pairs) > 100 * ROUNDING
 
 
 def differ(one, other):
