@@ -21,7 +21,7 @@ NUM_DRAWS = 19
 NUM_BURN_IN = 3  # in draws
 
 
-def calibrate(start, step, look, *, thin, num_simulations=2_000):
+def calibrate(start, step, look, *, thin, num_simulations=1_000):
     """Calibration of a chain that starts at a draw of the prior, whatever y is.
 
     Args:

@@ -164,7 +164,7 @@ def test_scikit_learn_takes_it():
     cloned = base.clone(estimator)
     assert cloned is not estimator
     assert cloned.get_params() == estimator.get_params()
-    splits = selection.TimeSeriesSplit(3)
+    splits = selection.TimeSeriesSplit(2)
     scores = selection.cross_val_score(estimator, COUNTS[:, None], cv=splits)
     train, test = list(splits.split(COUNTS))[-1]
     own = base.clone(estimator).fit(COUNTS[train, None]).score(COUNTS[test, None])
