@@ -4,6 +4,9 @@ import os
 import time
 from importlib.metadata import version
 
+# Threads of BLAS that wait for each other cost twenty times what small matrices need; read when the library is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 from jaxtyping import config, install_import_hook
 
