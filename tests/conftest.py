@@ -4,6 +4,9 @@ import os
 import time
 from importlib.metadata import version
 
+# Threads of BLAS that wait for each other cost twenty times what small matrices need; read when the library is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 from jaxtyping import config, install_import_hook
 
@@ -13,7 +16,9 @@ install_import_hook("bayesinf", "beartype.beartype")
 # tests are for what users run: `make slow` sets this to 0.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and version("jaxlib").startswith("0.10."):
     # a version that does not know a flag ends the process
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    # code of one program is made on one core: the workers have the others, and what is split has to be put together
+    flags = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 
 STARTED = time.monotonic()
 

@@ -165,7 +165,37 @@ def unwrap(member):
     return getattr(member, "__func__", None) or getattr(member, "fget", None) or member
 
 
-@pytest.mark.parametrize("name", LIBRARY)
+SLOW = (  # to compile
+    "kernels.coupled_sweep",
+    "kernels.inference_scaling.speculative",
+    "kernels.inference_scaling.text_generator",
+    "kernels.particle_gibbs",
+    "kernels.particle_marginal",
+    "kernels.path_tree",
+    "kernels.score",
+    "kernels.unbiased_smoother",
+    "models.conformal.risk",
+    "models.gp.functional_prior",
+    "models.gp.low_rank",
+    "models.gp.scale_mixture",
+    "models.gp.vecchia",
+    "models.hmm.as_state_space",
+    "models.hmm.gibbs",
+    "models.hmm.model",
+    "models.hmm.semi_markov_model",
+    "models.language.transformer",
+    "models.sir",
+)
+
+
+def test_slow_modules_are_there():
+    assert {f"bayesinf.{name}" for name in SLOW} <= set(LIBRARY)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name.removeprefix("bayesinf.") in SLOW)) for name in LIBRARY],
+)
 def test_examples_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
@@ -176,11 +206,11 @@ def test_examples_run(name, tmp_path, monkeypatch):
 
 
 def test_examples_are_found():
-    names = {example.name for name in LIBRARY for example in examples_of(name)}
-    assert {
-        "bayesinf.target.Target",
-        "bayesinf.target.Target.from_numpyro",
-        "bayesinf.kernels.langevin.MALA",
-        "bayesinf.models.state_space.StateSpaceModel",
-        "bayesinf.conformance.invariance.exact_start_invariance",
-    } <= names
+    expected = {
+        "bayesinf.target": {"Target", "Target.from_numpyro"},
+        "bayesinf.kernels.langevin": {"MALA"},
+        "bayesinf.models.state_space": {"StateSpaceModel"},
+        "bayesinf.conformance.invariance": {"exact_start_invariance"},
+    }
+    for module, names in expected.items():
+        assert {f"{module}.{name}" for name in names} <= {example.name for example in examples_of(module)}

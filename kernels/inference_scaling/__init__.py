@@ -32,7 +32,7 @@ from bayesinf.kernels.inference_scaling.methods import Islands as Islands
 from bayesinf.kernels.inference_scaling.methods import ParallelTempering as ParallelTempering
 from bayesinf.kernels.inference_scaling.noising import Noising as Noising
 from bayesinf.kernels.inference_scaling.noising import VariancePreserving as VariancePreserving
-from bayesinf.kernels.inference_scaling.openai_generator import Capabilities as Capabilities
+from bayesinf.kernels.inference_scaling.openai_capabilities import Capabilities as Capabilities
 from bayesinf.kernels.inference_scaling.openai_generator import OpenAIGenerator as OpenAIGenerator
 from bayesinf.kernels.inference_scaling.potential import Potential as Potential
 from bayesinf.kernels.inference_scaling.potential import PotentialProduct as PotentialProduct

@@ -19,44 +19,21 @@ import json
 import random
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 from bayesinf import errors
 from bayesinf.kernels.inference_scaling.http_request import RequestError, post
-from bayesinf.kernels.inference_scaling.openai_reply import content, count_tokens, log_probs, refused_field
+from bayesinf.kernels.inference_scaling.openai_capabilities import (
+    DENIED,
+    OPTIONAL,
+    REFUSED,
+    Capabilities,
+    refused_field,
+)
+from bayesinf.kernels.inference_scaling.openai_reply import content, count_tokens, log_probs
 from bayesinf.kernels.inference_scaling.text_generator import Prefix, TextGenerator, TextStep, failed_step
 
-__all__ = ["Capabilities", "OpenAIGenerator"]
-
-
-class Capabilities(NamedTuple):
-    """What a server can do; None where it was not asked.
-
-    Attributes:
-        has_many: several samples in one request.
-        has_log_probs: log probabilities of the tokens.
-        has_seed: a seed of a request.
-        keeps_stop: the separator is left in the text if asked.
-        tells_end: it can be told whether an answer has ended.
-    """
-
-    has_many: bool | None = None
-    has_log_probs: bool | None = None
-    has_seed: bool | None = None
-    keeps_stop: bool | None = None
-    tells_end: bool | None = None
-
-
-# fields of a request that a server may refuse, and what it cannot do then
-OPTIONAL = {
-    "n": "has_many",
-    "logprobs": "has_log_probs",
-    "seed": "has_seed",
-    "include_stop_str_in_output": "keeps_stop",
-}
-# who may not ask for many may not ask for one; who asks for too many may
-DENIED = (401, 403, 404)
-REFUSED = (400, 422)
+__all__ = ["OpenAIGenerator"]
 
 
 class OpenAIGenerator(TextGenerator):

@@ -1,21 +1,8 @@
 """What a server that speaks OpenAI's protocol answers, in the forms that servers give it."""
 
-import re
 from typing import Any
 
-from bayesinf.kernels.inference_scaling.http_request import RequestError
-
-__all__ = ["content", "count_tokens", "log_probs", "refused_field"]
-
-
-def refused_field(error: RequestError, fields: list[str]) -> str | None:
-    """The field that a refusal names first; None if it names none."""
-    if error.status not in (400, 422):
-        return None
-    # not as a part of a word, nor of what stands for a new line
-    places = {field: re.search(rf"(?<![\\\w-]){field}(?![\w-])", str(error)) for field in fields}
-    found = {field: place.start() for field, place in places.items() if place is not None}
-    return min(found, key=found.__getitem__) if found else None
+__all__ = ["content", "count_tokens", "log_probs"]
 
 
 def content(choice: dict[str, Any]) -> str:

@@ -16,6 +16,8 @@ from bayesinf.models.conformal.batch import batch_selection as batch_selection
 from bayesinf.models.conformal.bayes import ConformalBayes as ConformalBayes
 from bayesinf.models.conformal.bayes import conformal_bayes as conformal_bayes
 from bayesinf.models.conformal.bayes import predictive_scores as predictive_scores
+from bayesinf.models.conformal.calibrated import Calibrated as Calibrated
+from bayesinf.models.conformal.calibrated import calibrate as calibrate
 from bayesinf.models.conformal.conditional_quantiles import ConditionalQuantiles as ConditionalQuantiles
 from bayesinf.models.conformal.conditional_quantiles import KernelQuantiles as KernelQuantiles
 from bayesinf.models.conformal.conditional_quantiles import kernel_quantile as kernel_quantile
@@ -84,10 +86,8 @@ from bayesinf.models.conformal.scores import quantile_residual as quantile_resid
 from bayesinf.models.conformal.scores import raps as raps
 from bayesinf.models.conformal.scores import residual as residual
 from bayesinf.models.conformal.spci import spci as spci
-from bayesinf.models.conformal.split import Calibrated as Calibrated
 from bayesinf.models.conformal.split import Interval as Interval
 from bayesinf.models.conformal.split import LabelSet as LabelSet
-from bayesinf.models.conformal.split import calibrate as calibrate
 from bayesinf.models.conformal.split import interval as interval
 from bayesinf.models.conformal.split import label_set as label_set
 from bayesinf.models.conformal.split import quantile_interval as quantile_interval

@@ -22,9 +22,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from bayesinf import errors
+from bayesinf.models.conformal.calibrated import Calibrated
 from bayesinf.models.conformal.guarantee import Guarantee
 from bayesinf.models.conformal.quantiles import ranked_p_value
-from bayesinf.models.conformal.split import Calibrated, Interval, interval
+from bayesinf.models.conformal.split import Interval, interval
 
 __all__ = ["PredictiveDistribution", "predictive_distribution"]
 

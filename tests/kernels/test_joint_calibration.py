@@ -21,7 +21,7 @@ NUM_DRAWS = 19
 NUM_BURN_IN = 3  # in draws
 
 
-def calibrate(start, step, look, *, thin, num_simulations=2_000):
+def calibrate(start, step, look, *, thin, num_simulations):
     """Calibration of a chain that starts at a draw of the prior, whatever y is.
 
     Args:
@@ -75,7 +75,7 @@ def p_value_of(found, is_product):
     return len(chosen) * min(chosen)
 
 
-def gibbs(kind=ParticleGibbs, **options):
+def gibbs(kind=ParticleGibbs, *, num_simulations=1_000, **options):
     """Calibration of particle Gibbs."""
 
     def kernel_on(ys):
@@ -89,6 +89,7 @@ def gibbs(kind=ParticleGibbs, **options):
         lambda key, state, ys: kernel_on(ys).step(key, state)[0],
         lambda key, before, state, ys: state.position,
         thin=20,
+        num_simulations=num_simulations,
     )
 
 
@@ -97,9 +98,10 @@ def test_particle_gibbs_is_calibrated(refresh):
     gibbs(refresh=refresh).raise_if_rejected()
 
 
+@pytest.mark.slow
 def test_blocks_that_see_old_values_are_found_by_the_products():
     """`particles`: the path was drawn given the parameters of the step before. Each alone has nearly its right law."""
-    found = gibbs(StaleParticleGibbs, refresh="ancestor")
+    found = gibbs(StaleParticleGibbs, refresh="ancestor", num_simulations=2_000)
     assert p_value_of(found, is_product=True) < FALSE_ALARM
     assert p_value_of(found, is_product=True) < 1e-3 * p_value_of(found, is_product=False)
 
@@ -154,13 +156,14 @@ def path_of(key, state, ys):
     return filtered.particles["path"][jax.random.categorical(key, filtered.log_weights)]
 
 
-def marginal(look):
+def marginal(look, *, num_simulations=1_000):
     """Calibration of particle marginal Metropolis-Hastings."""
     return calibrate(
         lambda position, ys: marginal_on(ys).init(position["theta"]),
         lambda key, state, ys: marginal_on(ys).step(key, state)[0],
         look,
         thin=40,
+        num_simulations=num_simulations,
     )
 
 
@@ -189,6 +192,6 @@ def test_a_path_of_the_draw_before_is_found_by_the_products():
     def look(key, before, state, ys):
         return {"theta": state.position, "path": path_of(key, before, ys)}
 
-    found = marginal(look)
+    found = marginal(look, num_simulations=2_000)
     assert p_value_of(found, is_product=True) < FALSE_ALARM
     assert p_value_of(found, is_product=False) > FALSE_ALARM

@@ -19,10 +19,11 @@ from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.kernels.mclmc import MCLMCInfo
 
 FACTOR = jnp.array([[0.1, 0.0, 0.0], [1.0, 2.0, 0.0], [-3.0, 4.0, 10.0]])
+INVERSE = jnp.asarray(np.linalg.inv(np.asarray(FACTOR, np.float64)), float)  # products are cheaper than many solves
 
 
-def gaussian(x, factor):
-    z = jax.scipy.linalg.solve_triangular(factor, x, lower=True)
+def gaussian(x, inverse):
+    z = inverse @ x
     return -0.5 * z @ z
 
 
@@ -30,7 +31,7 @@ def gaussian(x, factor):
 def second_moments(step_size, num_steps=600, num_chains=600):
     """Of every chain, the mean of z z^T over a run from an exact start, z = FACTOR^-1 x, whose covariance is I."""
     # a Gaussian that the diagonal metric does not make round
-    kernel = kernels.MCLMC(bi.Target(gaussian, FACTOR), step_size, 2.0, jnp.array([0.01, 5.0, 125.0]))
+    kernel = kernels.MCLMC(bi.Target(gaussian, INVERSE), step_size, 2.0, jnp.array([0.01, 5.0, 125.0]))
 
     def chain(key):
         key_start, key_steps = jax.random.split(key)
@@ -38,7 +39,7 @@ def second_moments(step_size, num_steps=600, num_chains=600):
         def move(carry, t):
             state, total = carry
             state, info = kernel.step(jax.random.fold_in(key_steps, t), state)
-            z = jax.scipy.linalg.solve_triangular(FACTOR, state.position, lower=True)
+            z = INVERSE @ state.position
             return (state, total + jnp.outer(z, z)), info.is_divergent
 
         start = kernel.init(FACTOR @ jax.random.normal(key_start, (3,)))

@@ -42,9 +42,9 @@ def gradients(num_replicates, num_particles=100, **options):
 def test_increments_are_those_of_the_exact_score(proposal):
     exact = np.diff([exact_score(THETA, SHORT[: t + 1]) for t in range(8)], axis=0)
     # twice that of 2N minus that of N: the bias of O(1/N) is taken away
-    few, many = (gradients(2_000, num_particles, proposal=proposal) for num_particles in (50, 100))
+    few, many = (gradients(700, num_particles, proposal=proposal) for num_particles in (50, 100))
     assert mean_p_value(2 * many - few, exact) > FALSE_ALARM
-    assert np.all((2 * many - few).std(0) / np.sqrt(2_000) < 0.03)
+    assert np.all((2 * many - few).std(0) / np.sqrt(700) < 0.05)
 
 
 @pytest.mark.slow

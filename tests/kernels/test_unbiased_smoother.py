@@ -93,9 +93,10 @@ def test_the_estimate_is_the_sum_that_the_docstring_states():
     keys, k, m = jax.random.split(jax.random.key(4), 6), 2, 4
     found, times, _ = _meet(kernel, keys, pairs, jnp.asarray([k, m, 1_000]))
     both = jax.jit(lambda key, x, y: coupled_sweep(key, kernel, x, y))
+    begin = jax.jit(lambda key, x: kernel.step(key, kernel.init(x)))
     assert int(jnp.max(times)) > m  # some meet late, and have terms beyond the average
     for i, key in enumerate(keys):
-        first, info = kernel.step(jax.random.fold_in(key, 0), kernel.init(pairs[0, i]))
+        first, info = begin(jax.random.fold_in(key, 0), pairs[0, i])
         x, y, h_x, h_y = first.position, pairs[1, i], {1: np.asarray(info.estimate, np.float64)}, {}
         last = max(m, int(times[i]))
         for l in range(1, last):  # noqa: E741  as in the formula

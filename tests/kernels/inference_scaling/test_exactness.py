@@ -5,6 +5,7 @@ and the faults of published code: each planted, and seen.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,9 @@ def run(key, generator, potential, selection, num_particles, reference=None):
     )
 
 
+exact_law = jax.jit(chains.exact)
+
+
 def answers(state):
     return jnp.take_along_axis(state.branches, state.num_steps[:, None] - 1, axis=1)[:, 0]
 
@@ -87,22 +91,27 @@ def shares(log_weights, state):
     return jnp.zeros(3).at[answers(state)].add(jnp.exp(log_weights))
 
 
-def evidence_p_value(generator, potential, selection, num_particles=8, num_runs=8_000, seed=0):
-    """Of E[Zhat / Z] = 1, and E[Zhat f] / Z = P(answer) for all three."""
+# programs are shared by tests; the name of what a test plants makes it another function for the cache
 
-    @jax.jit
-    def estimates(keys, generator, potential, selection):
-        def one(key):
-            result = run(key, generator, potential, selection, num_particles)
-            ratio = jnp.exp(result.population.log_evidence - truth.log_evidence)
-            return ratio * jnp.append(shares(result.population.log_weights, result.state), 1.0)
 
-        truth = chains.exact(generator, potential)
-        return jax.vmap(one)(keys)
-
-    samples = estimates(jax.random.split(jax.random.key(seed), num_runs), generator, potential, selection)
+@functools.partial(jax.jit, static_argnames="planted")
+def evidence_ratios(keys, generator, potential, selection, planted):
+    """Zhat / Z, times the weight of every answer and 1; and the exact law of answers."""
     truth = chains.exact(generator, potential)
-    return mean_p_value(samples, np.append(truth.answers, 1.0))
+
+    def one(key):
+        result = run(key, generator, potential, selection, 8)
+        ratio = jnp.exp(result.population.log_evidence - truth.log_evidence)
+        return ratio * jnp.append(shares(result.population.log_weights, result.state), 1.0)
+
+    return jax.vmap(one)(keys), truth.answers
+
+
+def evidence_p_value(generator, potential, selection, num_runs=8_000, planted=""):
+    """Of E[Zhat / Z] = 1, and E[Zhat f] / Z = P(answer) for all three."""
+    keys = jax.random.split(jax.random.key(0), num_runs)
+    samples, answers = evidence_ratios(keys, generator, potential, selection, planted)
+    return mean_p_value(samples, np.append(answers, 1.0))
 
 
 class TestTheTruth:
@@ -123,7 +132,7 @@ class TestTheTruth:
                         visit(t + 1, s, here * (1.0 - stop))
 
         visit(0, 0, 1.0)
-        truth = chains.exact(generator, product)
+        truth = exact_law(generator, product)
         np.testing.assert_allclose(truth.log_evidence, np.log(ends.sum()), atol=1e-5)
         np.testing.assert_allclose(truth.ends, ends / ends.sum(), atol=1e-6)
 
@@ -150,7 +159,7 @@ def cell_law(generator, potential):
     law = np.zeros((3, NUM_FORMS, 3, NUM_STEPS))
     for s in range(3):
         start = dataclasses.replace(generator, initial=generator.initial * (jnp.arange(3) == s))
-        truth = chains.exact(start, potential)
+        truth = exact_law(start, potential)
         mass = float(jnp.exp(truth.log_evidence))
         for u in range(NUM_FORMS):
             first = forms_first(start, potential, s, u)
@@ -159,6 +168,7 @@ def cell_law(generator, potential):
     return law.reshape(-1) / law.sum()
 
 
+@jax.jit
 def forms_first(generator, potential, branch, form):
     """Unnormalised law of (length, end), of paths that begin with this branch and form."""
     blocked = jnp.full((3, NUM_FORMS), -jnp.inf).at[branch, form].set(0.0)
@@ -186,40 +196,47 @@ def merged_chi_square(counts, expected):
 
 def starts(generator=None, target=None, num=15_000, seed=3):
     generator, target = chain() if generator is None else generator, potential() if target is None else target
-    keys = jax.random.split(jax.random.key(seed), num)
-    return jax.jit(jax.vmap(lambda key: chains.exact_draw(key, generator, target)))(keys)
+    return exact_draws(jax.random.split(jax.random.key(seed), num), generator, target)
 
 
-def after_one_sweep(generator, target, num_particles, ess_threshold, num=15_000, seed=5):
+@jax.jit
+def exact_draws(keys, generator, target):
+    return jax.vmap(lambda key: chains.exact_draw(key, generator, target))(keys)
+
+
+@functools.partial(jax.jit, static_argnames=("num_particles", "planted"))
+def moved_by_a_sweep(keys, references, generator, target, selection, num_particles, planted):
+    def one(key, reference):
+        key_run, key_draw = jax.random.split(key)
+        result = run(key_run, generator, target, selection, num_particles, reference)
+        return draw_reference(key_draw, generator, target, result)[0]
+
+    return jax.vmap(one)(keys, references)
+
+
+def after_one_sweep(generator, target, num_particles, ess_threshold, num=15_000, planted=""):
     """References after a conditional run from exact draws of the posterior."""
-
-    @jax.jit
-    def move(keys, references, generator, target, threshold):
-        def one(key, reference):
-            key_run, key_draw = jax.random.split(key)
-            result = run(key_run, generator, target, Resample(threshold), num_particles, reference)
-            return draw_reference(key_draw, generator, target, result)[0]
-
-        return jax.vmap(one)(keys, references)
-
-    keys = jax.random.split(jax.random.key(seed), num)
-    return move(keys, starts(generator, target, num), generator, target, jnp.asarray(ess_threshold))
+    keys, before = jax.random.split(jax.random.key(5), num), starts(generator, target, num)
+    return moved_by_a_sweep(keys, before, generator, target, Resample(ess_threshold), num_particles, planted)
 
 
-def variance_p_value(selection, kind="step", num_runs=8_000):
+@functools.partial(jax.jit, static_argnames="planted")
+def squares_without_variance(keys, generator, target, selection, planted):
+    """Zhat^2 (1 - V) / Z^2."""
+    truth = chains.exact(generator, target)
+
+    def one(key):
+        people = run(key, generator, target, selection, 32).population
+        ratio = jnp.exp(people.log_evidence - truth.log_evidence)
+        return ratio**2 * (1.0 - population.relative_variance(people))
+
+    return jax.vmap(one)(keys)
+
+
+def variance_p_value(selection, planted=""):
     """Of E[Zhat^2 (1 - V)] = Z^2, V being the variance that each run estimates of itself; NaN where there is none."""
-
-    @jax.jit
-    def estimates(keys, generator, target, selection):
-        def one(key):
-            people = run(key, generator, target, selection, 32).population
-            ratio = jnp.exp(people.log_evidence - truth.log_evidence)
-            return ratio**2 * (1.0 - population.relative_variance(people))
-
-        truth = chains.exact(generator, target)
-        return jax.vmap(one)(keys)
-
-    samples = estimates(jax.random.split(jax.random.key(3), num_runs), chain(), potential(kind), selection)
+    keys = jax.random.split(jax.random.key(3), 8_000)
+    samples = squares_without_variance(keys, chain(), potential(), selection, planted)
     return np.nan if np.isnan(samples).any() else mean_p_value(samples, 1.0)
 
 
@@ -235,7 +252,7 @@ class TestEvidence:
         monkeypatch.setattr(
             population.lineages, "descend", lambda lineage, parents, scheme: descend(lineage, parents, "multinomial")
         )
-        assert variance_p_value(Resample(1.0, scheme="systematic")) < FALSE_ALARM
+        assert variance_p_value(Resample(1.0, scheme="systematic"), "multinomial lineages") < FALSE_ALARM
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_the_filter_is_unbiased(self, kind):
@@ -274,7 +291,7 @@ class TestEvidence:
         """Though they were drawn from a proposal: E[vote (f - E f)] = 0 under p, with or without the reward."""
         target, selection = potential("terminal"), Independent(votes)
         result = jax.jit(lambda key: run(key, chain(), target, selection, 20_000))(jax.random.key(0))
-        truth = chains.exact(chain(), target ** (1.0 if votes == "reward" else 0.0))
+        truth = exact_law(chain(), target ** (1.0 if votes == "reward" else 0.0))
         apart = jax.nn.one_hot(answers(result.state), 3) - truth.answers
 
         def p_value(population):
@@ -290,7 +307,7 @@ class TestEvidence:
         generator, target, num = chain(), potential("odds"), 400
         islands = Islands(Resample(1.0, scheme="multinomial"), num_islands=num)
         runs = islands.run(jax.random.key(1), generator, target, None, 8, jnp.asarray(NO_BUDGET, jnp.int32))
-        truth = chains.exact(generator, target)
+        truth = exact_law(generator, target)
         z = np.expm1(runs.log_evidence - float(truth.log_evidence)) / np.sqrt(runs.log_evidence_variance)
         assert 2 * scipy.stats.norm.sf(abs(z)) > FALSE_ALARM
         ratios = np.exp(runs.log_run_weights + np.log(num) + runs.log_evidence - float(truth.log_evidence))
@@ -303,7 +320,7 @@ class TestEvidence:
     def test_distance_to_the_posterior_falls_as_the_root_of_the_particles(self):
         """E|P_N - P| falls as N^{-1/2}: to a half for four times the particles; 0.6 or less is asked for."""
         generator, target = chain(), potential()
-        truth = chains.exact(generator, target).answers
+        truth = exact_law(generator, target).answers
 
         def distances(num_particles, num_runs=1_000):
             @jax.jit
@@ -382,24 +399,26 @@ class TestConditionalRuns:
             assert result.texts[after] in result.texts[before : before + 4]
 
 
+@functools.partial(jax.jit, static_argnames="planted")
+def moved_by_tempering(keys, generator, target, betas, parity, planted):
+    def one(key):
+        key_start, key_run, key_exchange = jax.random.split(key, 3)
+        keys = jax.random.split(key_start, betas.shape[0])
+        start = jax.vmap(lambda key, beta: chains.exact_draw(key, generator, target**beta))(keys, betas)
+        budget = jnp.asarray(NO_BUDGET, jnp.int32)
+        sweeps = run_tempered(key_run, generator, target, Resample(), None, 3, budget, betas, start)
+        return exchange.__wrapped__(key_exchange, generator, target, sweeps, betas, parity)
+
+    return jax.vmap(one)(keys)
+
+
 class TestTempering:
     BETAS = jnp.array([1.0, 0.4, 0.0])
 
-    def moved(self, target, parity=0, num=10_000):
+    def moved(self, target, parity=0, planted=""):
         """References of all chains after a sweep and an exchange, from exact draws of each chain's law."""
-        generator, betas = chain(), self.BETAS
-
-        @jax.jit
-        def one(key):
-            key_start, key_run, key_exchange = jax.random.split(key, 3)
-            keys = jax.random.split(key_start, betas.shape[0])
-            start = jax.vmap(lambda key, beta: chains.exact_draw(key, generator, target**beta))(keys, betas)
-            sweeps = run_tempered(
-                key_run, generator, target, Resample(), None, 3, jnp.asarray(NO_BUDGET, jnp.int32), betas, start
-            )
-            return exchange.__wrapped__(key_exchange, generator, target, sweeps, betas, parity)
-
-        return jax.vmap(one)(jax.random.split(jax.random.key(11), num))
+        keys = jax.random.split(jax.random.key(11), 10_000)
+        return moved_by_tempering(keys, chain(), target, self.BETAS, parity, planted)
 
     def p_values(self, references, target):
         return [
@@ -416,12 +435,12 @@ class TestTempering:
 
     def test_planted_exchanges_in_the_wrong_direction(self, monkeypatch):
         monkeypatch.setattr(methods, "swap", lambda key, betas, log_g, parity: swap(key, betas, -log_g, parity))
-        assert min(self.p_values(self.moved(potential()), potential())) < FALSE_ALARM
+        assert min(self.p_values(self.moved(potential(), planted="direction"), potential())) < FALSE_ALARM
 
     def test_planted_exchanges_that_forget_exponents(self, monkeypatch):
         monkeypatch.setattr(methods, "swap", lambda key, betas, log_g, parity: swap(key, betas, log_g / 3.0, parity))
         target = potential() ** 3.0
-        assert min(self.p_values(self.moved(target), target)) < FALSE_ALARM
+        assert min(self.p_values(self.moved(target, planted="exponents"), target)) < FALSE_ALARM
 
     def test_neighbours_alone_swap(self):
         always = jnp.array([0.0, 100.0, 200.0, 300.0])
@@ -444,7 +463,7 @@ class TestTempering:
                 for seed in range(8)
             ]
         )
-        assert mean_p_value(found_answers, chains.exact(generator, target).answers) > FALSE_ALARM
+        assert mean_p_value(found_answers, exact_law(generator, target).answers) > FALSE_ALARM
 
 
 class Restless(Potential):
@@ -488,11 +507,11 @@ class TestFaultsOfPublishedCode:
             return log_weights, weights.log_mean_exp(log_increments), weights.num_invalid(log_increments)
 
         monkeypatch.setattr(population, "reweigh", unweighted)
-        assert evidence_p_value(chain(), potential(), Resample(), num_runs=20_000) < FALSE_ALARM
+        assert evidence_p_value(chain(), potential(), Resample(), 20_000, "unweighted increments") < FALSE_ALARM
 
     def test_a_reference_that_is_not_retained(self, monkeypatch):
         monkeypatch.setattr(sweep, "_retrace", lambda generator, reference, state, info, t: (state, info))
-        assert posterior_p_value(after_one_sweep(chain(), potential(), 2, 1.0)) < FALSE_ALARM
+        assert posterior_p_value(after_one_sweep(chain(), potential(), 2, 1.0, planted="not retained")) < FALSE_ALARM
 
     def test_a_reference_read_one_step_ahead(self, monkeypatch):
         retrace = sweep._retrace
@@ -501,7 +520,7 @@ class TestFaultsOfPublishedCode:
             return retrace(generator, reference, state, info, jnp.minimum(t + 1, reference.num_steps - 1))
 
         monkeypatch.setattr(sweep, "_retrace", ahead)
-        assert posterior_p_value(after_one_sweep(chain(), potential(), 2, 1.0)) < FALSE_ALARM
+        assert posterior_p_value(after_one_sweep(chain(), potential(), 2, 1.0, planted="read ahead")) < FALSE_ALARM
 
 
 class TestDwell:

@@ -160,7 +160,7 @@ def test_the_variance_of_the_evidence_is_unbiased():
     """Exactly, where particles are resampled in every step: E[Zhat^2 V] = var(Zhat)."""
     case = CASES["product"]
     expected = discretised(case, 40)[0]
-    estimates, variances = replicates(case, 1_500, 40, 256, ess_threshold=1.0)
+    estimates, variances = replicates(case, 1_500, 40, 128, ess_threshold=1.0)
     squares = (estimates[:, 0] - expected) ** 2
     assert mean_p_value(variances - squares, 0.0) > FALSE_ALARM
     assert mean_p_value(0.25 * variances - squares, 0.0) < FALSE_ALARM
@@ -180,7 +180,7 @@ def test_scaling_the_score_alone_samples_another_law():
     )
     assert abs(corrected - exact) < 0.01 < 0.05 < abs(naive - exact)
 
-    estimates, _ = replicates(case, 400, 300, 128)
+    estimates, _ = replicates(case, 200, 300, 128)
     assert mean_p_value(estimates[:, 1], discretised(case, 300)[1]) > FALSE_ALARM
     assert mean_p_value(estimates[:, 1] - naive * estimates[:, 0], 0.0) < FALSE_ALARM
 

@@ -13,7 +13,7 @@ from bayesinf import errors, kernels
 from bayesinf.conformance import FALSE_ALARM
 from bayesinf.kernels.inference_scaling import Capabilities, OpenAIGenerator, Potential, Resample, infer_async
 from bayesinf.kernels.inference_scaling.http_request import RequestError, _retry_after
-from bayesinf.kernels.inference_scaling.openai_reply import refused_field
+from bayesinf.kernels.inference_scaling.openai_capabilities import refused_field
 
 pytest.importorskip("httpx")
 
@@ -52,7 +52,7 @@ def plain(text):
 )
 def test_the_law_over_http_is_that_of_the_chain(style, mode):
     # E[Zhat] = Z and E[Zhat W] = p G, as of the driver in process (test_text_driver)
-    num = 40
+    num = 24
     with serve(style=style) as server:
         generator = generator_at(server.url, mode=mode, timeout=30.0)
 

@@ -1,5 +1,7 @@
 """Who goes on: groups, beams and finished answers, the order of copies, and that choices by weight are unbiased."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +36,12 @@ def population(log_weights, log_reward=None, is_done=None):
 
 
 def choose(selection, state, key=0, t=1, max_steps=10):
-    return selection.choose(jax.random.key(key), state, jnp.asarray(t), max_steps)
+    return _choose(selection, jax.random.key(key), state, jnp.asarray(t), max_steps)
+
+
+@partial(jax.jit, static_argnums=4)
+def _choose(selection, key, state, t, max_steps):
+    return selection.choose(key, state, t, max_steps)
 
 
 def test_every_ancestor_keeps_its_place():

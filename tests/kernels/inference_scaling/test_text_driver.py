@@ -45,7 +45,7 @@ def run_many(num, generator=None, **options):
     ],
 )
 def test_evidence_and_posterior_are_unbiased(method, barrier):
-    rows, truth = estimates(run_many(120, method=method, barrier=barrier, num_particles=8))
+    rows, truth = estimates(run_many(60, method=method, barrier=barrier, num_particles=8))
     assert p_value_of_means(rows, truth) > FALSE_ALARM
     # the test has power: an evidence that is twice too large is seen
     assert p_value_of_means(rows * 2.0, truth) < FALSE_ALARM

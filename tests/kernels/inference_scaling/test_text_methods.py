@@ -75,13 +75,13 @@ def p_value(texts, exponent):
 
 
 def test_a_conditional_sweep_leaves_the_posterior_invariant():
-    assert p_value(moved(400, 1.0, None, 0)[:, 0], 1.0) > FALSE_ALARM
+    assert p_value(moved(200, 1.0, None, 0)[:, 0], 1.0) > FALSE_ALARM
 
 
 def test_exchanges_leave_every_chain_as_it_is():
     # exponents of the potential's own count in an exchange, too
     exponent, betas = 3.0, (1.0, 0.4, 0.0)
-    answers = moved(400, exponent, betas, 1)
+    answers = moved(200, exponent, betas, 1)
     assert min(p_value(answers[:, m], exponent * beta) for m, beta in enumerate(betas)) * 3 > FALSE_ALARM
 
 

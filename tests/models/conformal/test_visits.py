@@ -29,7 +29,7 @@ def at_a_visit(key, num_visits, alpha, is_pooled=False):
     return scores[now] <= found.threshold, found.num_visits, now
 
 
-@pytest.mark.parametrize(("num_visits", "alpha"), [(19, 0.2), (30, 0.1), (7, 0.5)])
+@pytest.mark.parametrize(("num_visits", "alpha"), [(19, 0.2), pytest.param(30, 0.1, marks=pytest.mark.slow), (7, 0.5)])
 def test_the_set_at_a_visit_holds_as_often_as_its_rank_says(num_visits, alpha):
     run = jax.jit(jax.vmap(lambda key: at_a_visit(key, num_visits, alpha)))
     is_held, num_seen, now = run(jax.random.split(jax.random.key(0), 20_000))

@@ -157,13 +157,19 @@ def test_parameters_can_be_read_and_set():
         copy.set_params(n_component=3)
 
 
-def test_scikit_learn_takes_it():
+def test_scikit_learn_clones_it():
     base = pytest.importorskip("sklearn.base")
-    selection = pytest.importorskip("sklearn.model_selection")
     estimator = hmm.HMMEstimator(2, "poisson", n_starts=2, tolerance=1e-2)
     cloned = base.clone(estimator)
     assert cloned is not estimator
     assert cloned.get_params() == estimator.get_params()
+
+
+@pytest.mark.slow  # every split is compiled
+def test_scikit_learn_validates_it():
+    base = pytest.importorskip("sklearn.base")
+    selection = pytest.importorskip("sklearn.model_selection")
+    estimator = hmm.HMMEstimator(2, "poisson", n_starts=2, tolerance=1e-2)
     splits = selection.TimeSeriesSplit(3)
     scores = selection.cross_val_score(estimator, COUNTS[:, None], cv=splits)
     train, test = list(splits.split(COUNTS))[-1]

@@ -166,7 +166,11 @@ def test_em_climbs_to_a_stationary_point(name):
         assert float(jnp.max(jnp.abs(gradient * scale))) < 0.3, n
 
 
-@pytest.mark.parametrize("name", CONJUGATE)
+# of full and tied covariances test_partial_gaussian.py has the same with rows missing in part
+LONG = ("full with prior", "tied", "regression")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in CONJUGATE])
 def test_gibbs_sampling_leaves_the_joint_law_alone(name):
     """Parameters, path and data drawn forwards, and by alternating data and a step; with products of parameters."""
     emission, num_steps = EMISSIONS[name], 8
@@ -191,7 +195,7 @@ def test_gibbs_sampling_leaves_the_joint_law_alone(name):
         kernel = hmm.HMMGibbs(model, ys, covariates=covariates)
         return kernel.step(key, kernel.init(values))[0].position
 
-    report = geweke_joint(0, prior, simulate, transition, num_chains=20_000, num_rounds=3)
+    report = geweke_joint(0, prior, simulate, transition, num_chains=5_000, num_rounds=3)
     report.raise_if_rejected()
 
 

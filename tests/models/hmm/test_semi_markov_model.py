@@ -218,9 +218,10 @@ def geweke_of_gibbs(num_chains):
 
 
 def test_gibbs_sampling_leaves_the_joint_law_alone():
-    geweke_of_gibbs(10_000).raise_if_rejected()
+    geweke_of_gibbs(4_000).raise_if_rejected()
 
 
+@pytest.mark.slow
 def test_a_last_stay_that_ends_with_the_series_is_found_out(monkeypatch):
     def cut(*args):
         path, is_start, rest = draw_stays(*args)
@@ -281,8 +282,8 @@ def test_the_target_is_evidence_and_priors():
         + dist.Dirichlet(jnp.array([1.0, 3.0, 2.0])).log_prob(values["duration.probs"]).sum()
         + jacobian
     )
-    np.testing.assert_allclose(target.logdensity(position), expected, rtol=1e-5)
-    gradient = jax.grad(target.logdensity)(position)
+    found, gradient = jax.jit(jax.value_and_grad(target.logdensity))(position)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(gradient))
 
 
