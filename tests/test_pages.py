@@ -65,7 +65,7 @@ def run_examples(path: Path) -> None:
         pytest.param("docs/hmm.md", marks=[needs_docs, pytest.mark.slow]),
         pytest.param("docs/conformal_series.md", marks=needs_docs),
         pytest.param("docs/nngp.md", marks=needs_docs),
-        pytest.param("docs/gp.md", marks=needs_docs),
+        pytest.param("docs/gp.md", marks=[needs_docs, pytest.mark.slow]),  # to compile
     ],
 )
 def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):

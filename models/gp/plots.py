@@ -133,10 +133,15 @@ def _marginal(law: Any) -> Any:
     if isinstance(law, ScaleMixtureGP):
         return law
     if isinstance(law, dist.MultivariateNormal):
-        return dist.Normal(law.loc, jnp.sqrt(jnp.sum(jnp.square(law.scale_tril), axis=-1)))
+        return dist.Normal(law.loc, _row_norms(law.scale_tril))
     if isinstance(law, dist.MultivariateStudentT):
-        return dist.StudentT(law.df, law.loc, jnp.sqrt(jnp.sum(jnp.square(law.scale_tril), axis=-1)))
+        return dist.StudentT(law.df, law.loc, _row_norms(law.scale_tril))
     return law
+
+
+def _row_norms(tril: Any) -> Any:
+    """Standard deviations."""
+    return jnp.linalg.norm(tril, axis=-1)
 
 
 def _quantiles(law: Any, probabilities: np.ndarray) -> np.ndarray:
