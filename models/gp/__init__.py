@@ -24,6 +24,8 @@ from bayesinf.models.gp.latent import latent_log_likelihood as latent_log_likeli
 from bayesinf.models.gp.latent import latent_target as latent_target
 from bayesinf.models.gp.low_rank import hsgp as hsgp
 from bayesinf.models.gp.low_rank import sgpr as sgpr
+from bayesinf.models.gp.plots import plot_functions as plot_functions
+from bayesinf.models.gp.predict import predict_latent as predict_latent
 from bayesinf.models.gp.process import GP as GP
 from bayesinf.models.gp.scale_mixture import ScaleMixtureGP as ScaleMixtureGP
 from bayesinf.models.gp.statespace import statespace as statespace

@@ -1,8 +1,6 @@
-"""Covariance functions of Gaussian processes, and their sums, products and multiples.
+"""Covariance functions of Gaussian processes; `kernel_algebra` has their sums, products and multiples.
 
-A covariance function is any callable `k(X1, X2=None) -> (n1, n2)`, with `k.diagonal(X) -> (n,)` where that is cheaper;
-`gram` and `diagonal` take tinygp's too, whose call with one argument is the diagonal. Those here are pytrees: their
-parameters are leaves, and a leading axis of the parameters is a batch of processes.
+All are pytrees: their parameters are leaves, and a leading axis of the parameters is a batch of processes.
 
     RBF                 v exp(-r^2 / 2)
     Matern12            v exp(-r)
@@ -31,7 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
 from bayesinf import errors
-from bayesinf.captured import as_pytree
+from bayesinf.models.kernel_algebra import Combinable, Constant, Product, Sum, as_covariance, diagonal, gram
 
 __all__ = [
     "RBF",
@@ -51,32 +49,7 @@ __all__ = [
 ]
 
 
-def gram(kernel: Any, X1: Any, X2: Any) -> Float[Array, "... n m"]:
-    """The matrix k(x_i, y_j) of any covariance function."""
-    return jnp.asarray(kernel(X1, X2))
-
-
-def diagonal(kernel: Any, X: Any) -> Float[Array, "... n"]:
-    """The variances k(x_i, x_i) of any covariance function."""
-    if hasattr(kernel, "diagonal"):
-        return jnp.asarray(kernel.diagonal(X))
-    if hasattr(kernel, "evaluate_diag"):  # tinygp's
-        return jax.vmap(kernel.evaluate_diag)(X)
-    return jax.vmap(lambda x: kernel(x[None], x[None])[0, 0])(X)
-
-
-def as_covariance(kernel: Any) -> Any:
-    """A covariance function as a pytree: a plain function becomes one without leaves.
-
-    Raises:
-        ValueError: it cannot be called.
-    """
-    if not callable(kernel) or isinstance(kernel, type):
-        raise ValueError(f"kernel must be a covariance function k(X1, X2), got {kernel!r}; for instance RBF(1.0)")
-    return as_pytree(kernel)
-
-
-class Covariance(eqx.Module):
+class Covariance(Combinable):
     """A covariance function; `+` and `*` with another, or with a number, give a new one.
 
     Example:
@@ -101,37 +74,6 @@ class Covariance(eqx.Module):
     @abc.abstractmethod
     def diagonal(self, X: ArrayLike) -> Float[Array, "... n"]:
         """The variances k(x_i, x_i)."""
-
-    def __add__(self, other: Any) -> "Sum":
-        return Sum(self, other)
-
-    def __radd__(self, other: Any) -> "Sum":
-        return Sum(other, self)
-
-    def __mul__(self, other: Any) -> "Product":
-        return Product(self, other)
-
-    def __rmul__(self, other: Any) -> "Product":
-        return Product(other, self)
-
-
-class Constant(Covariance):
-    """A random constant: k(x, y) = v.
-
-    Attributes:
-        variance: v >= 0, of any batch shape.
-    """
-
-    variance: Float[Array, "..."] = eqx.field(converter=errors.as_array("variance", is_floating=True))
-
-    def __check_init__(self):
-        errors.check_nonnegative("variance", self.variance)
-
-    def evaluate(self, X1, X2):
-        return jnp.broadcast_to(_wide(self.variance), (*self.variance.shape, X1.shape[0], X2.shape[0]))
-
-    def diagonal(self, X):
-        return jnp.broadcast_to(self.variance[..., None], (*self.variance.shape, _as_rows("X", X).shape[0]))
 
 
 class _Scaled(Covariance):
@@ -296,52 +238,6 @@ class Linear(_Scaled):
         inverse = self._inverse_scale(X)
         inverse = inverse[..., None, :] if inverse.ndim else inverse
         return self.variance[..., None] * jnp.sum((X * inverse) ** 2, axis=-1)
-
-
-class Sum(Covariance):
-    """k = k1 + k2: the process is a sum of independent ones.
-
-    Attributes:
-        left, right: covariance functions, or numbers, which stand for `Constant`.
-    """
-
-    left: Any = eqx.field(converter=lambda part: _as_part(part))
-    right: Any = eqx.field(converter=lambda part: _as_part(part))
-
-    def __call__(self, X1, X2=None):
-        X2 = X1 if X2 is None else X2
-        return gram(self.left, X1, X2) + gram(self.right, X1, X2)
-
-    def evaluate(self, X1, X2):
-        return self(X1, X2)
-
-    def diagonal(self, X):
-        return diagonal(self.left, X) + diagonal(self.right, X)
-
-
-class Product(Covariance):
-    """k = k1 k2; with a number, a multiple.
-
-    Attributes:
-        left, right: covariance functions, or numbers, which stand for `Constant`.
-    """
-
-    left: Any = eqx.field(converter=lambda part: _as_part(part))
-    right: Any = eqx.field(converter=lambda part: _as_part(part))
-
-    def __call__(self, X1, X2=None):
-        X2 = X1 if X2 is None else X2
-        return gram(self.left, X1, X2) * gram(self.right, X1, X2)
-
-    def evaluate(self, X1, X2):
-        return self(X1, X2)
-
-    def diagonal(self, X):
-        return diagonal(self.left, X) * diagonal(self.right, X)
-
-
-def _as_part(part: Any) -> Any:
-    return as_covariance(part) if callable(part) else Constant(part)
 
 
 def _as_rows(name: str, X: Any) -> Array:

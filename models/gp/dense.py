@@ -52,7 +52,7 @@ class Dense(Solver):
             errors.check_nonnegative("jitter", self.jitter)
 
     def factorize(self, kernel: Any, X: Array, noise: Float[Array, "..."] | None) -> "DenseFactor":
-        K = gram(kernel, X, X)
+        K = gram(kernel, X)
         variances = jnp.diagonal(K, axis1=-2, axis2=-1)
         noise = add_jitter(variances, noise, self.jitter)
         covariance = K + jnp.eye(K.shape[-1], dtype=K.dtype) * noise[..., None, :]
@@ -97,7 +97,7 @@ class DenseFactor(Factor):
         cross = solve(self.tril, gram(kernel, X, Xs))
         mean = cross.mT @ whitened
         if full_cov:
-            return mean, gram(kernel, Xs, Xs) - cross.mT @ cross
+            return mean, gram(kernel, Xs) - cross.mT @ cross
         return mean, diagonal(kernel, Xs) - jnp.sum(cross**2, axis=-2)
 
 

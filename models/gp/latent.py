@@ -16,7 +16,8 @@ import numpyro.distributions as dist
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from bayesinf import errors
-from bayesinf.models.gp.process import GP, from_columns, to_columns
+from bayesinf.models.gp.predict import predict_latent
+from bayesinf.models.gp.process import GP, from_columns, or_nan, to_columns
 from bayesinf.target import Target
 
 __all__ = ["LatentTarget", "gp_latent", "latent_log_likelihood", "latent_target"]
@@ -65,6 +66,9 @@ def gp_latent(
     z = jnp.asarray(numpyro.sample(f"{name}_normals", normals))
     if outputs and process.batch_shape:
         z = jnp.moveaxis(z, -2, 0)
+    log_ok = getattr(process.factor, "log_ok", None)
+    if log_ok is not None and not errors.is_concrete(log_ok):  # parameters without a factor are rejected
+        numpyro.factor(f"{name}_has_factor", log_ok)
     f = process.loc + _color(process.factor, z, process.batch_shape)
     if outputs and process.batch_shape:
         f = jnp.moveaxis(f, 0, -2)
@@ -94,7 +98,7 @@ def latent_target(
         gp.latent_log_likelihood, kernel, num_particles=500, data=latent)`.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> import bayesinf as bi
         >>> from bayesinf.models import gp
         >>> X, wins = jnp.linspace(0.0, 1.0, 5), jnp.array([0.0, 1.0, 1.0, 1.0, 0.0])
@@ -105,26 +109,37 @@ def latent_target(
         >>> draws = bi.sample(0, kernel, jnp.zeros((2, latent.dim)), num_samples=100, progress=False)
         >>> latent.to_function(draws["x"]).shape
         (2, 100, 5)
+        >>> new = latent.predict(1, draws["x"], jnp.array([0.5, 2.0]))  # the function elsewhere
+        >>> jax.nn.sigmoid(new).mean((0, 1)).shape  # chances to win there
+        (2,)
     """
     process = GP(kernel, X, mean=mean, solver=solver)
     if process.batch_shape:
         raise ValueError(f"kernel and mean must be those of one process, got batch shape {process.batch_shape}")
     errors.check_arguments("log_likelihood", log_likelihood, "f" if data is None else "f, data")
-    return LatentTarget(process.factor, process.loc, Target(log_likelihood, data))
+    return LatentTarget(process, Target(log_likelihood, data))
 
 
 class LatentTarget(eqx.Module):
     """What `latent_target` returns; pi(z) proportional to N(z; 0, I) L(m + R z).
 
     Attributes:
-        factor: the covariance of f, factorised.
-        loc: its mean, shape (n,).
+        process: the law of f, a `GP` without noise.
         likelihood: the log likelihood of f.
     """
 
-    factor: Any
-    loc: Float[Array, " n"]
+    process: GP
     likelihood: Target
+
+    @property
+    def factor(self) -> Any:
+        """The covariance of f, factorised."""
+        return self.process.factor
+
+    @property
+    def loc(self) -> Float[Array, " n"]:
+        """The mean of f."""
+        return self.process.loc
 
     @property
     def dim(self) -> int:
@@ -142,12 +157,21 @@ class LatentTarget(eqx.Module):
         return Target(_log_posterior, self)
 
     def to_function(self, z: ArrayLike) -> Float[Array, "... n"]:
-        """The function at X that z stands for, m + R z."""
-        return self.loc + _color(self.factor, jnp.asarray(z), ())
+        """The function at X that z stands for, m + R z; NaN where the covariance has no factor."""
+        columns, shape = to_columns(jnp.asarray(z), ())
+        return self.loc + from_columns(or_nan(self.factor, self.factor.sqrt_matvec(columns)), shape)
+
+    def predict(
+        self, key: errors.KeyLike, z: ArrayLike, Xs: ArrayLike, *, full_cov: bool = False, block: int | None = None
+    ) -> Float[Array, "... m"]:
+        """Draws of the function at new inputs, one for each draw z (..., dim) of the posterior: `predict_latent`."""
+        return predict_latent(key, self.process, self.to_function(z), Xs, full_cov=full_cov, block=block)
 
     def log_likelihood(self, z: ArrayLike) -> Float[Array, ""]:
-        """Log L(m + R z)."""
-        return self.likelihood.logdensity(self.to_function(z))
+        """Log L(m + R z); -inf where the covariance has no factor."""
+        value = self.likelihood.logdensity(self.loc + _color(self.factor, jnp.asarray(z), ()))
+        log_ok = getattr(self.factor, "log_ok", None)
+        return value if log_ok is None else jnp.where(jnp.isneginf(log_ok), -jnp.inf, value)
 
 
 def latent_log_likelihood(z: ArrayLike, latent: LatentTarget) -> Float[Array, ""]:

@@ -60,7 +60,7 @@ class SGPR(Solver):
         if self.Z.ndim == 0 or self.Z.shape[1:] != X.shape[1:]:
             raise ValueError(f"Z must have rows of the shape of those of X, {X.shape[1:]}, got shape {self.Z.shape}")
         variances = diagonal(kernel, X)
-        inner = gram(kernel, self.Z, self.Z)
+        inner = gram(kernel, self.Z)
         added = add_jitter(jnp.diagonal(inner, axis1=-2, axis2=-1), None, self.jitter)
         tril, log_ok = cholesky_or_identity(inner + jnp.eye(inner.shape[-1], dtype=inner.dtype) * added[..., None, :])
 
@@ -182,7 +182,7 @@ class LowRankFactor(Factor):
         half = solve(self.tril, new.mT)
         mean = half.mT @ self._coefficients(columns)
         if full_cov:
-            rest = gram(kernel, Xs, Xs) - new @ new.mT if self.is_projection else 0.0
+            rest = gram(kernel, Xs) - new @ new.mT if self.is_projection else 0.0
             return mean, half.mT @ half + rest
         rest = diagonal(kernel, Xs) - jnp.sum(new**2, axis=-1) if self.is_projection else 0.0
         return mean, jnp.sum(half**2, axis=-2) + rest

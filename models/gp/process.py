@@ -4,7 +4,8 @@
 
 The process is a pytree: it may be made in a model, or in any function under jit, vmap and grad, and be returned from
 it. What is vmapped over becomes `batch_shape`. A covariance that is not positive definite has log density -inf with
-gradient zero, so that samplers reject it; where all values are known, making the process raises instead.
+gradient zero, so that samplers reject it, and draws and predictions that are NaN; where all values are known, making
+the process raises instead.
 
 References:
     Rasmussen and Williams (2006), Gaussian Processes for Machine Learning.
@@ -26,7 +27,18 @@ from bayesinf.models.gp.covariances import as_covariance
 from bayesinf.models.gp.dense import cholesky_or_identity, dense
 from bayesinf.models.gp.solver import Factor, Solver
 
-__all__ = ["GP", "Process", "as_inputs", "from_columns", "joint_tril", "marginal_scale", "mean_at", "to_columns"]
+__all__ = [
+    "GP",
+    "Process",
+    "as_inputs",
+    "from_columns",
+    "joint_tril",
+    "marginal_scale",
+    "mean_at",
+    "mean_elsewhere",
+    "or_nan",
+    "to_columns",
+]
 
 
 class Process(dist.Distribution):
@@ -135,14 +147,14 @@ class Process(dist.Distribution):
         """Draws of N(0, S)."""
         shape = (*sample_shape, *self.batch_shape, self.factor.num_normals)
         columns, batch = to_columns(jax.random.normal(key, shape, self.factor.dtype), self.batch_shape)
-        return from_columns(self.factor.sqrt_matvec(columns), batch)
+        return from_columns(or_nan(self.factor, self.factor.sqrt_matvec(columns)), batch)
 
     def _predict(self, residual: Array, Xs: Array, full_cov: bool) -> tuple[Array, Array]:
         """Means (..., m), and variances or covariance, of f* given the residuals."""
         columns, batch = to_columns(residual, self.batch_shape)
         mean, spread = self.factor.predict(columns, self.kernel, self.X, Xs, full_cov)
-        prior_mean = mean_at(self.mean_function, Xs, Xs.shape[0])
-        return prior_mean + from_columns(mean, batch), spread
+        prior_mean = mean_elsewhere(self.mean_function, Xs)
+        return prior_mean + from_columns(or_nan(self.factor, mean), batch), spread
 
     def _check_data(self, name: str, y: Any) -> Array:
         y = jnp.asarray(y)
@@ -226,6 +238,12 @@ def marginal_scale(variances: Float[Array, "... m"], noise: Float[Array, "..."])
     return jnp.sqrt(total)
 
 
+def or_nan(factor: Factor, columns: Float[Array, "... n s"]) -> Float[Array, "... n s"]:
+    """The columns, or NaN where the covariance has no factor: what stands in for it is good for gradients alone."""
+    log_ok = getattr(factor, "log_ok", None)
+    return columns if log_ok is None else jnp.where(jnp.isneginf(log_ok)[..., None, None], jnp.nan, columns)
+
+
 def to_columns(values: Float[Array, "... n"], batch_shape: tuple[int, ...]) -> tuple[Array, tuple[int, ...]]:
     """Values (*sample, *batch, n) as columns (*batch, n, s), and their shape before, without n."""
     values = jnp.broadcast_to(values, jnp.broadcast_shapes(values.shape, (*batch_shape, 1)))
@@ -273,6 +291,13 @@ def mean_at(mean: Any, X: Array, n: int) -> Array:
             f"got shape {value.shape} for {n} inputs"
         )
     return jnp.broadcast_to(value, (*value.shape[:-1], n))
+
+
+def mean_elsewhere(mean: Any, Xs: Array) -> Array:
+    """The mean function at new inputs, shape (..., m); numbers that were given for those of X are of no use there."""
+    if not callable(mean) and mean.ndim and mean.shape[-1] != 1:
+        raise ValueError(f"mean must be a number, or a function to predict elsewhere than at X; got shape {mean.shape}")
+    return mean_at(mean, Xs, Xs.shape[0])
 
 
 def _raise_if_singular(factor: Factor, X: Array) -> None:

@@ -27,12 +27,12 @@ from jaxtyping import Array, ArrayLike, Float
 from bayesinf import errors
 from bayesinf.models.gp.covariances import diagonal, gram
 from bayesinf.models.gp.dense import dense
-from bayesinf.models.gp.process import Process, joint_tril, marginal_scale, mean_at
+from bayesinf.models.gp.process import Process, joint_tril, marginal_scale, mean_elsewhere
 from bayesinf.models.gp.student_t import scale_free
 
 __all__ = ["ScaleMixtureGP"]
 
-REACH = 70.0  # of the search in u: scales from 4e-31 to 2.5e30
+REACH = 70.0  # of the search in u: scales from 4e-31 to 2.5e30, where squares of them are numbers
 GRID = 513
 DEPTH = 50.0
 LEAST = -1e30
@@ -98,7 +98,7 @@ class ScaleMixtureGP(Process):
         self.values = self.vectors = None
         if not noise_scaled:
             root = jnp.sqrt(self._noise())
-            scaled = gram(self.kernel, self.X, self.X) / root[:, None] / root
+            scaled = gram(self.kernel, self.X) / root[:, None] / root
             self.values, self.vectors = _eigh(scaled)
         super().__init__((), self.loc.shape[-1:], validate_args=validate_args)
 
@@ -145,7 +145,7 @@ class ScaleMixtureGP(Process):
             n = residual.shape[-1]
             return lambda u: log_scale - 0.5 * n * u - 0.5 * quadratic * jnp.exp(-u)
         root = jnp.sqrt(self._noise())
-        scaled = gram(self.kernel, self.X, self.X) / root[:, None] / root
+        scaled = gram(self.kernel, self.X) / root[:, None] / root
         log_scale = jnp.sum(jnp.log(root))
         return lambda u: _log_densities(scaled, residual / root, jnp.exp(u), self.values, self.vectors) - log_scale
 
@@ -168,9 +168,9 @@ class ScaleMixtureGP(Process):
         shrunk = scales[:, None] / (scales[:, None] * self.values + 1.0)  # (j, n)
         cross = self.vectors.T @ (gram(self.kernel, self.X, Xs) / root[:, None])
         means = (shrunk * (self.vectors.T @ (residual / root))) @ cross
-        prior_mean = mean_at(self.mean_function, Xs, Xs.shape[0])
+        prior_mean = mean_elsewhere(self.mean_function, Xs)
         if full_cov:
-            prior = gram(self.kernel, Xs, Xs)
+            prior = gram(self.kernel, Xs)
             spread = scales[:, None, None] * prior
             spread = spread - jnp.einsum("am,ja,al->jml", cross, scales[:, None] * shrunk, cross)
             return log_weights, prior_mean + means, joint_tril(spread, noise)
@@ -208,7 +208,9 @@ def _reach(mixing: dist.Distribution, dtype: Any) -> tuple[Array, Array]:
     lower = jnp.asarray(getattr(mixing.support, "lower_bound", 0.0), dtype)
     upper = jnp.asarray(getattr(mixing.support, "upper_bound", jnp.inf), dtype)
     low, high = (jnp.log(jnp.maximum(bound, 0.0)) for bound in (lower, upper))
-    return jnp.clip(low, -REACH, REACH), jnp.clip(high, -REACH, REACH)
+    # NumPyro's densities may square s, as InverseGamma does: in float32 from 4e-19 to 2e18
+    reach = min(REACH, 0.48 * math.log(float(jnp.finfo(dtype).max)))
+    return jnp.clip(low, -reach, reach), jnp.clip(high, -reach, reach)
 
 
 def _window(log_terms: Any, low: Array, high: Array) -> tuple[Array, Array]:

@@ -165,7 +165,7 @@ class StateSpaceFactor(Factor):
         whiten = partial(_whiten, self.sde, self.noise, is_missing=is_missing)
         whitened = whiten(jnp.where(jnp.isnan(columns), 0.0, columns)[self.order])
         cross = whiten(gram(kernel, X, Xs)[self.order])
-        return cross.T @ whitened, gram(kernel, Xs, Xs) - cross.T @ cross
+        return cross.T @ whitened, gram(kernel, Xs) - cross.T @ cross
 
 
 def _log_normal(news: Array, spread: Array, is_missing: Array) -> Array:

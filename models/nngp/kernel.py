@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from bayesinf import errors
+from bayesinf.models.kernel_algebra import Combinable
 from bayesinf.models.nngp.covariance import Covariance, Head, check_inputs, input_covariance
 from bayesinf.models.nngp.duals.dual import Dual
 from bayesinf.models.nngp.gram import fill
@@ -42,7 +43,7 @@ __all__ = ["NNGP", "NetworkKernel", "serial"]
 Inputs = Real[ArrayLike, "n ..."]
 
 
-class NetworkKernel(eqx.Module):
+class NetworkKernel(Combinable):
     """The kernel of a network, made by `serial`.
 
     Attributes:
@@ -76,7 +77,7 @@ class NetworkKernel(eqx.Module):
         return _diagonal(self.network, self.head, check_inputs("X", X))
 
 
-class NNGP(eqx.Module):
+class NNGP(Combinable):
     """The kernel of a fully connected network of `depth` hidden layers, or of a residual one of `depth` blocks.
 
         K_0 = b + w <x, x'> / d,        K_{l+1} = b + w E phi(u) phi(v),     (u, v) ~ N(0, K_l),      l < depth

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from bayesinf import errors
+from bayesinf.models.kernel_algebra import Combinable
 from bayesinf.models.nngp.covariance import check_inputs
 from bayesinf.models.nngp.duals.dual import Dual
 from bayesinf.models.nngp.layers import check_dual
@@ -34,7 +35,7 @@ __all__ = ["NeuralSignature"]
 Paths = Real[ArrayLike, "n time d"]
 
 
-class NeuralSignature(eqx.Module):
+class NeuralSignature(Combinable):
     """The kernel of paths (n, time, d), linear between their points.
 
     Attributes:

@@ -14,6 +14,7 @@ from numpyro.infer.util import log_density
 
 from bayesinf.conformance import FALSE_ALARM, mean_p_value
 from bayesinf.models import gp
+from bayesinf.models.gp.scale_mixture import _log_prior, _reach
 
 EXACT = gp.dense(jitter=0.0)
 X = np.sort(np.random.default_rng(0).uniform(0.0, 5.0, 12))
@@ -139,6 +140,37 @@ def test_noise_outside_the_scale_is_the_quadrature_of_gaussians(double, mixing):
     means = [np.exp(v) * rbf(XS, X) @ np.linalg.solve(np.exp(v) * rbf(X, X) + np.diag(noise), Y) for v in u]
     np.testing.assert_allclose(process.condition(Y, XS).mean, weights @ np.array(means), rtol=1e-8)
     assert process.condition(Y, XS, noise=0.1, full_cov=True).event_shape == (3,)
+
+
+SINGLE = {
+    **MIXINGS,
+    "InverseGamma": dist.InverseGamma(2.0, 3.0),
+    "Gamma": dist.Gamma(0.5, 0.5),
+    "HalfNormal": dist.HalfNormal(2.0),
+    "Pareto": dist.Pareto(1.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", list(SINGLE))
+def test_densities_of_scales_are_numbers_at_both_ends_of_the_search_in_single_precision(name):
+    with jax.enable_x64(False):
+        mixing = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), SINGLE[name])
+        u = jnp.linspace(*_reach(mixing, jnp.float32), 500)
+        values = np.asarray(_log_prior(mixing, u))
+        assert not np.any(np.isnan(values) | np.isposinf(values))
+        expected = np.asarray(mixing.log_prob(jnp.ones(1)))  # u = 0
+        assert np.max(values) >= expected
+
+
+def test_a_mixture_in_single_precision_is_that_in_double():
+    """Squares of its scales overflowed once."""
+    found = []
+    for is_double in (False, True):
+        with jax.enable_x64(is_double):
+            mixing = dist.InverseGamma(jnp.asarray(2.0), jnp.asarray(3.0))
+            process = gp.ScaleMixtureGP(mixing, gp.RBF(1.0), jnp.asarray(X, float), 0.1)
+            found.append(float(jax.jit(process.log_prob)(jnp.asarray(Y, float))))
+    assert abs(found[0] - found[1]) < 2_000 * np.finfo(np.float32).eps * abs(found[1])
 
 
 def build(kind, lengthscale):

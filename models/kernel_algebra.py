@@ -1,0 +1,148 @@
+"""Sums, products and multiples of covariance functions, of Gaussian processes and of infinitely wide networks alike.
+
+    k1 + k2     of a sum of independent processes
+    k1 * k2     elementwise; positive semidefinite by the theorem of Schur
+    c + k, c k  with a number c >= 0, which stands for `Constant`: a random constant, or a multiple
+
+A covariance function is any callable `k(X1, X2=None) -> (n1, n2)`, with `k.diagonal(X) -> (n,)` where that is cheaper;
+`gram` and `diagonal` take tinygp's too, whose call with one argument is the diagonal.
+
+References:
+    Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, section 4.2.4.
+"""
+
+import abc
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bayesinf import errors
+from bayesinf.captured import as_pytree
+
+__all__ = ["Combinable", "Constant", "Product", "Sum", "as_covariance", "diagonal", "gram"]
+
+
+class Combinable(eqx.Module):
+    """A covariance function that `+` and `*` combine with others, and with numbers.
+
+    Example:
+        >>> from bayesinf.models import gp, nngp
+        >>> network = nngp.NNGP(nngp.relu(), depth=2, w_var=2.0, b_var=0.1)
+        >>> kernel = 2.0 * network + gp.Linear() * network
+        >>> type(kernel).__name__
+        'Sum'
+    """
+
+    __array_ufunc__: ClassVar[None] = (
+        None  # so that arrays of NumPy leave `*` to us, rather than make arrays of objects
+    )
+
+    @abc.abstractmethod
+    def __call__(self, X1: Any, X2: Any = None, /) -> Float[Array, "... n m"]:
+        """The matrix k(x_i, y_j); of X1 with itself where X2 is None."""
+
+    def __add__(self, other: Any) -> "Sum":
+        return Sum(self, other)
+
+    def __radd__(self, other: Any) -> "Sum":
+        return Sum(other, self)
+
+    def __mul__(self, other: Any) -> "Product":
+        return Product(self, other)
+
+    def __rmul__(self, other: Any) -> "Product":
+        return Product(other, self)
+
+
+class Constant(Combinable):
+    """A random constant: k(x, y) = v, for inputs of any shape.
+
+    Attributes:
+        variance: v >= 0, of any batch shape.
+    """
+
+    variance: Float[Array, "..."] = eqx.field(converter=errors.as_array("variance", is_floating=True))
+
+    def __check_init__(self):
+        errors.check_nonnegative("variance", self.variance)
+
+    def __call__(self, X1: Any, X2: Any = None) -> Float[Array, "... n m"]:
+        """The matrix of v, as many rows and columns as inputs."""
+        rows, columns = jnp.shape(X1)[0], jnp.shape(X1 if X2 is None else X2)[0]
+        return jnp.broadcast_to(self.variance[..., None, None], (*self.variance.shape, rows, columns))
+
+    def diagonal(self, X: Any) -> Float[Array, "... n"]:
+        """The variances v."""
+        return jnp.broadcast_to(self.variance[..., None], (*self.variance.shape, jnp.shape(X)[0]))
+
+
+class Sum(Combinable):
+    """k = k1 + k2: the process is a sum of independent ones.
+
+    Attributes:
+        left, right: covariance functions, or numbers, which stand for `Constant`.
+    """
+
+    left: Any = eqx.field(converter=lambda part: _as_part(part))
+    right: Any = eqx.field(converter=lambda part: _as_part(part))
+
+    def __call__(self, X1: Any, X2: Any = None) -> Float[Array, "... n m"]:
+        """The matrix k(x_i, y_j); of X1 with itself where X2 is None."""
+        return gram(self.left, X1, X2) + gram(self.right, X1, X2)
+
+    def diagonal(self, X: Any) -> Float[Array, "... n"]:
+        """The variances k(x_i, x_i)."""
+        return diagonal(self.left, X) + diagonal(self.right, X)
+
+
+class Product(Combinable):
+    """k = k1 k2; with a number, a multiple.
+
+    Attributes:
+        left, right: covariance functions, or numbers, which stand for `Constant`.
+    """
+
+    left: Any = eqx.field(converter=lambda part: _as_part(part))
+    right: Any = eqx.field(converter=lambda part: _as_part(part))
+
+    def __call__(self, X1: Any, X2: Any = None) -> Float[Array, "... n m"]:
+        """The matrix k(x_i, y_j); of X1 with itself where X2 is None."""
+        return gram(self.left, X1, X2) * gram(self.right, X1, X2)
+
+    def diagonal(self, X: Any) -> Float[Array, "... n"]:
+        """The variances k(x_i, x_i)."""
+        return diagonal(self.left, X) * diagonal(self.right, X)
+
+
+def gram(kernel: Any, X1: Any, X2: Any = None) -> Float[Array, "... n m"]:
+    """The matrix k(x_i, y_j) of any covariance function; of X1 with itself where X2 is None."""
+    if X2 is None and isinstance(kernel, Combinable):  # which may know that the matrix is symmetric
+        return jnp.asarray(kernel(X1))
+    return jnp.asarray(kernel(X1, X1 if X2 is None else X2))
+
+
+def diagonal(kernel: Any, X: Any) -> Float[Array, "... n"]:
+    """The variances k(x_i, x_i) of any covariance function."""
+    if hasattr(kernel, "diagonal"):
+        return jnp.asarray(kernel.diagonal(X))
+    if hasattr(kernel, "evaluate_diag"):  # tinygp's
+        return jax.vmap(kernel.evaluate_diag)(X)
+    return jax.vmap(lambda x: kernel(x[None], x[None])[0, 0])(X)
+
+
+def as_covariance(kernel: Any) -> Any:
+    """A covariance function as a pytree: a plain function becomes one without leaves.
+
+    Raises:
+        ValueError: it cannot be called.
+    """
+    if not callable(kernel) or isinstance(kernel, type):
+        raise ValueError(f"kernel must be a covariance function k(X1, X2), got {kernel!r}; for instance RBF(1.0)")
+    return as_pytree(kernel)
+
+
+def _as_part(part: Any) -> Any:
+    return as_covariance(part) if callable(part) else Constant(part)
