@@ -7,7 +7,7 @@ what follows from its position (BlackJAX's HMC, NUTS, MALA, random walks, slices
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -58,20 +58,22 @@ class Foreign(Kernel):
 
 
 class ForeignOn(Kernel):
-    """A foreign kernel that is built anew on the target of every step, for targets that change between them.
+    """A kernel that is built anew on the target of every step, for targets that change between them.
 
     Attributes:
         target: what it is built on.
-        make: `make(target)` returns the two functions. Static.
+        make: `make(target)` returns the two functions, or a kernel that remembers nothing. Static.
     """
+
+    is_memoryless: ClassVar[bool] = True
 
     target: Target
     make: Callable[[Target], Any] = eqx.field(static=True)
 
-    def init(self, position: PyTree) -> ForeignState:
+    def init(self, position: PyTree) -> Any:
         return as_kernel(self.make(self.target)).init(position)
 
-    def step(self, key: Key[jax.Array, ""], state: ForeignState) -> tuple[ForeignState, Info]:
+    def step(self, key: Key[jax.Array, ""], state: Any) -> tuple[Any, Any]:
         return as_kernel(self.make(self.target)).step(key, state)
 
 
@@ -111,7 +113,10 @@ def rebindable(name: str, part: Any, target: Target) -> Kernel:
                 f"{name}={make.__name__} needs more than a target ({error}); give its parameters too, such as "
                 f"functools.partial({make.__name__}, step_size=0.05)"
             ) from error
-        if not isinstance(part, Kernel) and all(callable(getattr(part, method, None)) for method in ("init", "step")):
+        is_foreign = not isinstance(part, Kernel) and all(
+            callable(getattr(part, method, None)) for method in ("init", "step")
+        )
+        if is_foreign or (getattr(part, "is_memoryless", False) and not hasattr(part, "target")):
             part = ForeignOn(target, make)
     if not isinstance(part, Kernel) or not hasattr(part, "target"):
         raise ValueError(
