@@ -1,104 +1,165 @@
-"""Gibbs sampling of a latent function and its parameters: the joint law from exact draws, calibration, and what it refuses.
+"""Gibbs sampling of a latent function and its parameters: the law of both, from exact draws and over data.
 
-The model has skewed priors and a skewed likelihood that bounds: exact draws of the posterior are those of the prior that
-a rejection test leaves. Single coordinates and products of two are compared, of parameters and function together.
+Compared are single coordinates and products of two, of parameters and function together. Bugs are planted in the forms.
 """
 
-from functools import partial
-
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
 import numpyro.distributions as dist
 import pytest
-import state_space_laws as laws
+from latent_laws import PRIOR, build, draw_data, draw_posterior, draw_prior, kernel_of, log_likelihood
 
-import bayesinf as bi
-from bayesinf import kernels
-from bayesinf.conformance import FALSE_ALARM, contract, exact_start_invariance, simulation_based_calibration
-from bayesinf.kernels import HyperGibbs
+from bayesinf.conformance import FALSE_ALARM, Report, simulation_based_calibration
+from bayesinf.conformance.comparison import law_has_moved
+from bayesinf.kernels import HyperGibbs, latent_forms
 from bayesinf.kernels.latent_forms import FORMS, Form, as_latent
 from bayesinf.kernels.posterior import Laws
-from bayesinf.models import gp
 
-X = jnp.array([0.0, 0.6, 1.0])
-Y = jnp.array([3.0, 1.2, 0.4])
-PRIOR = {
-    "lengthscale": dist.LogNormal(0.0, 0.5),
-    "scale": dist.LogNormal(-0.3, 0.4),
-    "shape": dist.Uniform(0.5, 3.0),
-}
+NUM_CHAINS, NUM_STEPS = 10_000, 5
 
 
-def build(theta):
-    return gp.GP(theta["scale"] ** 2 * gp.Matern32(theta["lengthscale"]), X, mean=0.3)
+@eqx.filter_jit
+def run(kernel, keys, starts):
+    def chain(key, start):
+        def move(t, state):
+            return kernel.step(jax.random.fold_in(key, t), state)[0]
+
+        return jax.lax.fori_loop(0, NUM_STEPS, move, kernel.init(start)).position
+
+    return jax.vmap(chain)(keys, starts)
 
 
-def log_likelihood(f, y, theta):
-    """Of Gamma variables of mean e^f."""
-    return jnp.sum(dist.Gamma(theta["shape"], theta["shape"] * jnp.exp(-f)).log_prob(y))
-
-
-def variance(theta):
-    """A noise of surrogate data that moves with two parameters."""
-    return jnp.array([0.3, 0.5, 0.8]) * theta["scale"] / theta["shape"]
-
-
-def draw_prior(key):
-    key_theta, key_f = jax.random.split(key)
-    theta = Laws(PRIOR).draw(key_theta)
-    return {"theta": theta, "f": build(Laws(PRIOR).constrain(theta)).sample(key_f)}
-
-
-def draw_data(key, position):
-    shape = Laws(PRIOR).constrain(position["theta"])["shape"]
-    return jnp.exp(position["f"]) * jax.random.gamma(key, shape, (3,)) / shape
-
-
-def draw_posterior(key, block=64):
-    """The first draw of the prior that is accepted with its likelihood over the largest, at f = log y, shape = 3."""
-    largest = log_likelihood(jnp.log(Y), Y, {"shape": 3.0})
-
-    def attempt(carry):
-        i, _, _ = carry
-        key_draws, key_accept = jax.random.split(jax.random.fold_in(key, i))
-        drawn = jax.vmap(draw_prior)(jax.random.split(key_draws, block))
-        values = jax.vmap(Laws(PRIOR).constrain)(drawn["theta"])
-        heights = jax.vmap(log_likelihood, (0, None, 0))(drawn["f"], Y, values) - largest
-        is_accepted = jnp.log(jax.random.uniform(key_accept, (block,))) < heights
-        first = jnp.argmax(is_accepted)
-        return i + 1, jax.tree.map(lambda leaf: leaf[first], drawn), jnp.any(is_accepted)
-
-    start = attempt((0, None, None))
-    return jax.lax.while_loop(lambda carry: ~carry[2], attempt, start)[1]
-
-
-RANDOM_WALK = partial(kernels.PCN, step_size=0.3, prior_tril=0.5)
-MALA = partial(kernels.MALA, step_size=0.1)
-
-
-def kernel_of(form, y=Y, prior=PRIOR, parameter_kernel=MALA, **options):
-    forms = (form,) if isinstance(form, str) else form
-    noise = variance if any(FORMS[one].has_noise for one in forms) else None
-    return HyperGibbs(
-        build,
-        prior,
-        log_likelihood,
-        y,
-        parameter_kernel=parameter_kernel,
-        form=form,
-        auxiliary_variance=noise,
-        **options,
-    )
-
-
-def p_value_of(kernel, num_chains=10_000, num_steps=5):
-    report = exact_start_invariance(1, kernel, draw_posterior, num_chains=num_chains, num_steps=num_steps)
-    assert report.notes["moved"] > 0.9
-    return report.p_value
+def p_value_of(kernel):
+    """That exact draws have the same law after some steps."""
+    exact = draw_posterior()
+    starts = jax.tree.map(lambda leaf: leaf[:NUM_CHAINS], exact)
+    fresh = jax.tree.map(lambda leaf: leaf[NUM_CHAINS:], exact)
+    ends = run(kernel, jax.random.split(jax.random.key(2), NUM_CHAINS), starts)
+    assert np.mean(np.asarray(ends["theta"]["scale"]) != starts["theta"]["scale"]) > 0.5
+    assert np.mean(np.asarray(ends["f"][:, 1]) != starts["f"][:, 1]) > 0.9
+    return Report("the law after some steps", law_has_moved(starts, ends, fresh)).p_value
 
 
 @pytest.mark.parametrize("form", ["whitened", "centred", "surrogate"])
 def test_law_is_invariant(form):
     assert p_value_of(kernel_of(form)) > FALSE_ALARM
+
+
+# ---- planted bugs ----
+
+
+def without_determinant(latent, f):
+    """The quadratic form alone of N(f; m, K)."""
+    return f, -0.5 * jnp.sum(latent.whiten(f) ** 2)
+
+
+def law_of(latent):
+    return dist.MultivariateNormal(latent.loc, scale_tril=latent.factor.tril)
+
+
+def fix_noisier(key, latent, f):
+    """Surrogate data of half the variance with which the parameters are then moved."""
+    g, _ = FORMS["surrogate"].fix(key, as_latent(law_of(latent), latent.noise / 2), f)
+    mean, tril, _ = latent_forms._given_surrogate(latent, g)
+    return g, tril.T @ (latent.whiten(f) - mean)
+
+
+def without_density_of_the_data(latent, fixed):
+    """What the surrogate data say of the parameters is forgotten."""
+    f, log_density = FORMS["surrogate"].place(latent, fixed)
+    return f, 0.0 * log_density
+
+
+def with_prior_twice(latent, z):
+    """The density of f under its prior once more, as if z were f."""
+    f = latent.color(z)
+    return f, latent.log_prob(f)
+
+
+class WithoutJacobian(Laws):
+    """Parameters that are moved on the real line by their density on the support."""
+
+    def log_density(self, position):
+        values = self.constrain(position)
+        return sum(law.log_prob(values[name]) for name, law in self.laws.items())
+
+
+WRONG = {
+    "no determinant": Form(FORMS["centred"].fix, without_determinant),
+    "other variance": Form(fix_noisier, FORMS["surrogate"].place, has_noise=True),
+    "no surrogate density": Form(FORMS["surrogate"].fix, without_density_of_the_data, has_noise=True),
+    "prior twice": Form(FORMS["whitened"].fix, with_prior_twice),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_planted_forms_are_found(name, monkeypatch):
+    monkeypatch.setitem(FORMS, name, WRONG[name])
+    assert p_value_of(kernel_of(name)) < FALSE_ALARM
+
+
+def test_a_forgotten_jacobian_is_found():
+    assert p_value_of(kernel_of("centred", prior=WithoutJacobian(PRIOR))) < FALSE_ALARM
+
+
+class StaleLatent(HyperGibbs):
+    """f is drawn at the parameters of the step before, and the parameters at the f of the step before."""
+
+    def step(self, key, state):
+        moved, info = super().step(key, state)
+        again, _ = super().step(jax.random.fold_in(key, 1), state)
+        return moved._replace(position={"theta": moved.position["theta"], "f": again.position["f"]}), info
+
+
+def test_blocks_that_see_old_values_are_found():
+    kernel = kernel_of("whitened", kind=StaleLatent)
+    assert p_value_of(kernel) < FALSE_ALARM
+
+
+# ---- over data: calibration ----
+
+
+def crosses(position, y):
+    """What belongs to parameters and function together."""
+    theta, f = Laws(PRIOR).constrain(position["theta"]), position["f"]
+    return {
+        "scale x size of f": theta["scale"] * jnp.sum((f - 0.3) ** 2),
+        "lengthscale x roughness": theta["lengthscale"] * jnp.abs(f[1] - f[2]),
+        "shape x misfit": theta["shape"] * jnp.sum((f - jnp.log(y)) ** 2),
+        "log joint density": log_likelihood(f, y, theta) + build(theta).log_prob(f),
+    }
+
+
+def calibration_of(form, num_simulations=1_000, num_draws=19, thin=12, num_burn_in=3, **options):
+    def posterior(key, y, num_draws):
+        key_start, key_steps = jax.random.split(key)
+        kernel = kernel_of(form, y, **options)
+
+        def draw(state, i):
+            def move(t, state):
+                return kernel.step(jax.random.fold_in(key_steps, t), state)[0]
+
+            state = jax.lax.fori_loop(i * thin, (i + 1) * thin, move, state)
+            return state, state.position
+
+        steps = jnp.arange(num_burn_in + num_draws)
+        positions = jax.lax.scan(draw, kernel.init(draw_prior(key_start)), steps)[1]
+        return jax.tree.map(lambda leaf: leaf[num_burn_in:], positions)
+
+    options_of_test = {"num_simulations": num_simulations, "num_draws": num_draws, "quantities": crosses}
+    return simulation_based_calibration(0, draw_prior, draw_data, posterior, **options_of_test)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["surrogate", ("centred", "whitened")], ids=["surrogate", "interwoven"])
+def test_is_calibrated(form):
+    """A start at a draw of the prior is forgotten over the burn-in, and thinned draws hardly correlate."""
+    calibration_of(form).raise_if_rejected()
+
+
+@pytest.mark.slow
+def test_calibration_finds_blocks_that_see_old_values():
+    found = calibration_of("whitened", kind=StaleLatent)
+    assert found.p_value < FALSE_ALARM
