@@ -70,7 +70,10 @@ def draw_posterior(num=500_000):
     return jax.tree.map(lambda leaf: np.asarray(leaf)[np.asarray(is_accepted)], drawn)
 
 
-RANDOM_WALK = functools.partial(kernels.PCN, step_size=0.1, prior_tril=0.8)
+# on the scale of the prior, which is not far from that of the posterior
+RANDOM_WALK = functools.partial(
+    kernels.PCN, step_size=0.4, prior_mean=jnp.array([0.0, -0.3, 0.0]), prior_tril=jnp.array([0.5, 0.4, 1.8])
+)
 MALA = functools.partial(kernels.MALA, step_size=0.1)
 
 
