@@ -86,6 +86,8 @@ class Kernel(eqx.Module):
             be adjusted by `Metropolize`.
         is_tied_to_target: whether its state holds draws of the target besides the position, as of replicas; such a
             kernel is no block of `Gibbs`, whose target changes from step to step.
+        is_memoryless: whether its state follows from the position, and holds besides it what goes stale when another
+            kernel moves the chain; compositions then start it anew at every step.
         is_exact: whether its own steps leave the target invariant; False for a discretised diffusion that no
             Metropolis test corrects. What a composite is follows from its parts.
 
@@ -118,6 +120,7 @@ class Kernel(eqx.Module):
     is_sequential: ClassVar[bool] = False
     is_self_reverse: ClassVar[bool] = False
     is_tied_to_target: ClassVar[bool] = False
+    is_memoryless: ClassVar[bool] = False
     is_exact: ClassVar[bool] = True
 
     @abc.abstractmethod

@@ -31,6 +31,7 @@ from bayesinf.kernels.genealogy import fixed_lag_smoother as fixed_lag_smoother
 from bayesinf.kernels.gibbs import Gibbs as Gibbs
 from bayesinf.kernels.guarantees import guarantee as guarantee
 from bayesinf.kernels.guarantees import wasserstein_bound as wasserstein_bound
+from bayesinf.kernels.hyper_gibbs import HyperGibbs as HyperGibbs
 from bayesinf.kernels.ibis import IBISResult as IBISResult
 from bayesinf.kernels.ibis import ibis as ibis
 from bayesinf.kernels.inference_scaling import infer as infer

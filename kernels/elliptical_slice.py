@@ -89,6 +89,7 @@ class EllipticalSlice(Kernel):
     """
 
     is_sequential: ClassVar[bool] = True
+    is_memoryless: ClassVar[bool] = True
 
     likelihood: Target
     prior_mean: Float[Array, "..."]

@@ -6,7 +6,8 @@ what follows from its position (BlackJAX's HMC, NUTS, MALA, random walks, slices
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,7 +18,7 @@ from bayesinf.kernel import Info, Kernel
 from bayesinf.kernels.vectors import strong
 from bayesinf.target import Target
 
-__all__ = ["Foreign", "ForeignOn", "ForeignState", "as_kernel"]
+__all__ = ["Foreign", "ForeignOn", "ForeignState", "as_kernel", "rebindable"]
 
 
 class ForeignState(NamedTuple):
@@ -57,20 +58,22 @@ class Foreign(Kernel):
 
 
 class ForeignOn(Kernel):
-    """A foreign kernel that is built anew on the target of every step, for targets that change between them.
+    """A kernel that is built anew on the target of every step, for targets that change between them.
 
     Attributes:
         target: what it is built on.
-        make: `make(target)` returns the two functions. Static.
+        make: `make(target)` returns the two functions, or a kernel that remembers nothing. Static.
     """
+
+    is_memoryless: ClassVar[bool] = True
 
     target: Target
     make: Callable[[Target], Any] = eqx.field(static=True)
 
-    def init(self, position: PyTree) -> ForeignState:
+    def init(self, position: PyTree) -> Any:
         return as_kernel(self.make(self.target)).init(position)
 
-    def step(self, key: Key[jax.Array, ""], state: ForeignState) -> tuple[ForeignState, Info]:
+    def step(self, key: Key[jax.Array, ""], state: Any) -> tuple[Any, Any]:
         return as_kernel(self.make(self.target)).step(key, state)
 
 
@@ -87,3 +90,44 @@ def as_kernel(part: Any) -> Any:
     if isinstance(part, eqx.Module) and not isinstance(part, Kernel):
         raise ValueError(f"an equinox module that is a kernel must inherit from bayesinf.Kernel; {type(part)} does not")
     return part if isinstance(part, Kernel) else Foreign(part.init, part.step)
+
+
+def rebindable(name: str, part: Any, target: Target) -> Kernel:
+    """A kernel on `target`, which can be rebound to another one in every step.
+
+    Args:
+        name: of the argument, for errors.
+        part: a kernel with a target; or a function of a target that returns a kernel, BlackJAX's too.
+        target: one such as it will be bound to; it needs no data yet.
+    """
+    if not isinstance(part, Kernel) and callable(part):
+        make = part
+        if _is_without_target(make):
+            raise ValueError(f"{name} must be a kernel with a target, got the class {make.__name__}, which has none")
+        try:
+            part = make(target)
+        except TypeError as error:
+            if not isinstance(make, type):
+                raise
+            raise ValueError(
+                f"{name}={make.__name__} needs more than a target ({error}); give its parameters too, such as "
+                f"functools.partial({make.__name__}, step_size=0.05)"
+            ) from error
+        is_foreign = not isinstance(part, Kernel) and all(
+            callable(getattr(part, method, None)) for method in ("init", "step")
+        )
+        if is_foreign or (getattr(part, "is_memoryless", False) and not hasattr(part, "target")):
+            part = ForeignOn(target, make)
+    if not isinstance(part, Kernel) or not hasattr(part, "target"):
+        raise ValueError(
+            f"{name} must be a kernel with a target, or a function of a target that returns one, such as "
+            f"functools.partial(MALA, step_size=0.05); got {part!r}"
+        )
+    return part.with_target(target)
+
+
+def _is_without_target(make: Any) -> bool:
+    """Whether it is the class of a kernel that samples no target, as those on paths do."""
+    if not isinstance(make, type) or not issubclass(make, Kernel):
+        return False
+    return "target" not in {field.name for field in fields(make)} and not hasattr(make, "target")

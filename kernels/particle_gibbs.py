@@ -21,7 +21,7 @@ References:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -36,7 +36,7 @@ from bayesinf.kernel import Kernel
 from bayesinf.kernels.backward import backward_sample
 from bayesinf.kernels.conditional_smc import REFRESHMENTS, ConditionalSMC
 from bayesinf.kernels.filter_steps import PROPOSALS
-from bayesinf.kernels.foreign import ForeignOn
+from bayesinf.kernels.foreign import rebindable
 from bayesinf.kernels.innovations import innovations, path_of
 from bayesinf.kernels.particle_filter import particle_filter
 from bayesinf.kernels.parts import (
@@ -137,10 +137,10 @@ class ParticleGibbs(Kernel):
         self.build = captured(build)
         self.prior = log_prior if isinstance(log_prior, Target) else Target(log_prior)
         self.ys = check_series(ys)
-        kernels = [_as_part("parameter_kernel", parameter_kernel, Target(_GivenPath(build), ()))]
+        kernels = [rebindable("parameter_kernel", parameter_kernel, Target(_GivenPath(build), ()))]
         if interweave:
             second = parameter_kernel if innovation_kernel is None else innovation_kernel
-            kernels.append(_as_part("innovation_kernel", second, Target(_GivenInnovations(build), ())))
+            kernels.append(rebindable("innovation_kernel", second, Target(_GivenInnovations(build), ())))
         self.parts = tuple(kernels)
         self.num_particles = errors.check_count("num_particles", num_particles, minimum=2)
         self.refresh, self.proposal = refresh, proposal
@@ -291,38 +291,6 @@ class _GivenInnovations:
         prior, ys, z = data
         model = self.build(prior.constrain(theta))
         return prior.logdensity(theta) + log_likelihood(model, path_of(model, z), ys)
-
-
-def _as_part(name: str, part: Any, target: Target) -> Kernel:
-    """A kernel of theta, which can be rebound to the target of every sweep."""
-    if not isinstance(part, Kernel) and callable(part):
-        make = part
-        if _is_without_target(make):
-            raise ValueError(f"{name} must be a kernel with a target, got the class {make.__name__}, which has none")
-        try:
-            part = make(target)
-        except TypeError as error:
-            if not isinstance(make, type):
-                raise
-            raise ValueError(
-                f"{name}={make.__name__} needs more than a target ({error}); give its parameters too, such as "
-                f"functools.partial({make.__name__}, step_size=0.05)"
-            ) from error
-        if not isinstance(part, Kernel) and all(callable(getattr(part, method, None)) for method in ("init", "step")):
-            part = ForeignOn(target, make)
-    if not isinstance(part, Kernel) or not hasattr(part, "target"):
-        raise ValueError(
-            f"{name} must be a kernel with a target, or a function of a target that returns one, such as "
-            f"functools.partial(MALA, step_size=0.05); got {part!r}"
-        )
-    return part.with_target(target)
-
-
-def _is_without_target(make: Any) -> bool:
-    """Whether it is the class of a kernel that samples no target, as those on paths do."""
-    if not isinstance(make, type) or not issubclass(make, Kernel):
-        return False
-    return "target" not in {field.name for field in fields(make)} and not hasattr(make, "target")
 
 
 def _describe(position: Any) -> str:

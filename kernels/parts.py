@@ -128,6 +128,8 @@ def detach(state: Any) -> Any:
 
 def attach(part: Any, memory: Any, position: PyTree, known: Evaluation | None) -> tuple[Any, int]:
     """The part's state at `position`, and the gradients that it cost, given what is known of the target there."""
+    if getattr(part, "is_memoryless", False):
+        return part.init(position), 0
     if not hasattr(memory, "evaluation"):
         return memory._replace(position=position), 0
     evaluation, cost = _evaluation_like(memory.evaluation, part.target, position, known)

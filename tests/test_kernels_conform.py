@@ -235,5 +235,6 @@ def test_no_kernel_is_left_out():
     public = {name for name, value in vars(kernels).items() if is_concrete(value)}
     ys = jnp.zeros(laws.NUM_STEPS)
     tested = [*(INVARIANT | UNADJUSTED | ON_PATHS).values(), *(build(ys) for build in JOINT.values())]
-    elsewhere = {"ParticleMarginal"}  # on the space of parameters and random numbers: test_particle_marginal.py
+    # on parameters and random numbers, on parameters and functions: test_particle_marginal.py, test_hyper_gibbs.py
+    elsewhere = {"ParticleMarginal", "HyperGibbs"}
     assert public == {type(kernel).__name__ for kernel in tested} | elsewhere

@@ -92,6 +92,16 @@ class DenseFactor(Factor):
     def sqrt_matvec(self, columns: Float[Array, "... n s"]) -> Float[Array, "... n s"]:
         return self.tril @ columns
 
+    def whiten(self, columns: Float[Array, "... n s"]) -> Float[Array, "... n s"]:
+        return solve(self.tril, columns)
+
+    def innovations(self, columns: Float[Array, "... n s"]) -> tuple[Float[Array, "... n s"], Float[Array, "... n s"]]:
+        log_scales = jnp.log(jnp.diagonal(self.tril, axis1=-2, axis2=-1))[..., None]
+        # no scale is right where there is no factor: the density is then 0
+        log_scales = jnp.where(jnp.isneginf(self.log_ok)[..., None, None], jnp.inf, log_scales)
+        whitened = self.whiten(columns)
+        return whitened, jnp.broadcast_to(log_scales, whitened.shape)
+
     def predict(self, columns: Any, kernel: Any, X: Any, Xs: Any, full_cov: bool) -> tuple[Array, Array]:
         whitened = solve(self.tril, columns)
         cross = solve(self.tril, gram(kernel, X, Xs))

@@ -92,6 +92,31 @@ class Process(dist.Distribution):
         residual = jnp.broadcast_to(value - self.loc, (*shape, value.shape[-1]))
         return self._log_prob(residual)
 
+    def log_conditionals(self, value: ArrayLike) -> Float[Array, "... n"]:
+        """Log p(y_i | y_0, ..., y_{i-1}) of every row, from one factorisation; their sum is `log_prob`.
+
+        They score one-step-ahead predictions, and are what `ibis` asks of a likelihood. With `solver=statespace()` the
+        rows must be sorted by time; y_i that are missing have 0.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> from bayesinf.models import gp
+            >>> process, y = gp.GP(gp.RBF(), jnp.arange(3.0), noise=0.1), jnp.array([0.5, 1.0, 0.0])
+            >>> bool(abs(jnp.sum(process.log_conditionals(y)) - process.log_prob(y)) < 1e-5)
+            True
+        """
+        value = self._check_data("value", value)
+        shape = jnp.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        value = jnp.broadcast_to(value, (*shape, value.shape[-1]))
+        if self._num_mapped():
+            axis = len(shape) - len(self.batch_shape)
+            return jax.vmap(lambda process, y: process.log_conditionals(y), (0, axis), axis)(self, value)
+        residual = value - self.loc
+        columns, batch = to_columns(residual, self.batch_shape)
+        whitened, log_scales = (from_columns(rows, batch) for rows in self.factor.innovations(columns))
+        is_missing = jnp.isnan(residual)
+        return jnp.where(is_missing, 0.0, self._log_news(whitened, log_scales, ~is_missing))
+
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Float[Array, "... n"]:
         """Draws of y, of shape (*sample_shape, *batch_shape, n)."""
         if self._num_mapped():
@@ -133,6 +158,10 @@ class Process(dist.Distribution):
 
     def _log_prob(self, residual: Array) -> Array:
         raise NotImplementedError
+
+    def _log_news(self, whitened: Array, log_scales: Array, is_seen: Array) -> Array:
+        """The terms of `log_conditionals`, from what `Factor.innovations` tells."""
+        raise ValueError(f"{type(self).__name__} has no log_conditionals in closed form; GP and StudentTProcess have")
 
     def _sample(self, key: Any, sample_shape: tuple[int, ...]) -> Array:
         raise NotImplementedError
@@ -209,6 +238,9 @@ class GP(Process):
     def _log_prob(self, residual: Array) -> Array:
         columns, batch = to_columns(residual, self.batch_shape)
         return from_columns(self.factor.log_prob(columns)[..., None, :], batch)[..., 0]
+
+    def _log_news(self, whitened: Array, log_scales: Array, is_seen: Array) -> Array:
+        return dist.Normal(0.0, 1.0).log_prob(whitened) - log_scales
 
     def _sample(self, key: Any, sample_shape: tuple[int, ...]) -> Array:
         return self._correlated(key, sample_shape)

@@ -40,6 +40,21 @@ class Factor(eqx.Module):
     def sqrt_matvec(self, columns: Float[Array, "... k s"]) -> Float[Array, "... n s"]:
         """R z for every column z of standard normals, with R R^T = S."""
 
+    def whiten(self, columns: Float[Array, "... n s"]) -> Float[Array, "... n s"]:
+        """R^{-1} r for every column r, the inverse of `sqrt_matvec`."""
+        raise ValueError(f"solver must be dense(), statespace() or vecchia() to whiten by, got {type(self).__name__}")
+
+    def innovations(self, columns: Float[Array, "... n s"]) -> tuple[Float[Array, "... n s"], Float[Array, "... n s"]]:
+        """What each number of a column adds to those before it, in standard deviations, and their logarithm.
+
+        Row i of the first is (r_i - E[r_i | r_0, ..., r_{i-1}]) / d_i, and of the second log d_i; both are 0 where r_i
+        is missing.
+        """
+        raise ValueError(
+            f"solver must be dense(), or statespace() of sorted times, to take the data one by one; got "
+            f"{type(self).__name__}"
+        )
+
     @abc.abstractmethod
     def predict(
         self, columns: Float[Array, "... n s"], kernel: Any, X: Array, Xs: Array, full_cov: bool

@@ -139,6 +139,21 @@ class StateSpaceFactor(Factor):
     def sqrt_matvec(self, columns: Float[Array, "n s"]) -> Float[Array, "n s"]:
         return jnp.zeros_like(columns).at[self.order].set(_color(self.sde, self.noise, columns))
 
+    def whiten(self, columns: Float[Array, "n s"]) -> Float[Array, "n s"]:
+        return _whiten(self.sde, self.noise, columns[self.order], jnp.zeros(self.order.shape, bool))
+
+    def innovations(self, columns: Float[Array, "n s"]) -> tuple[Float[Array, "n s"], Float[Array, "n s"]]:
+        """Given the data at earlier times; these are the rows before where the times are sorted."""
+
+        def one(column: Array) -> tuple[Array, Array]:
+            is_missing = jnp.isnan(column)
+            news, spread = _filter(self.sde, self.noise, jnp.where(is_missing, 0.0, column), is_missing)
+            return jnp.where(is_missing, 0.0, news / jnp.sqrt(spread)), 0.5 * jnp.log(spread)
+
+        told = jax.lax.map(one, columns[self.order].T)
+        whitened, log_scales = (jnp.zeros_like(columns).at[self.order].set(rows.T) for rows in told)
+        return whitened, log_scales
+
     def predict(self, columns: Any, kernel: Any, X: Any, Xs: Any, full_cov: bool) -> tuple[Array, Array]:
         if full_cov:
             return self._predict_jointly(columns, kernel, X, Xs)

@@ -82,6 +82,14 @@ class StudentTProcess(Process):
         log_ratio = gammaln(self.a + half) - gammaln(self.a) - half * jnp.log(self.b)
         return log_scale + log_ratio - (self.a + half) * jnp.log1p(0.5 * quadratic / self.b)
 
+    def _log_news(self, whitened: Array, log_scales: Array, is_seen: Array) -> Array:
+        # of s the data before know InverseGamma(a + number / 2, b + sum of squares / 2)
+        count, square = jnp.asarray(is_seen, whitened.dtype), jnp.where(is_seen, whitened**2, 0.0)
+        a = self.a[..., None] + 0.5 * (jnp.cumsum(count, axis=-1) - count)
+        before = jnp.concatenate([jnp.zeros_like(square[..., :1]), square[..., :-1]], axis=-1)
+        scale = jnp.sqrt((self.b[..., None] + 0.5 * jnp.cumsum(before, axis=-1)) / a)
+        return dist.StudentT(2.0 * a, 0.0, scale).log_prob(whitened) - log_scales
+
     def _sample(self, key: Any, sample_shape: tuple[int, ...]) -> Array:
         key_scale, key_path = jax.random.split(key)
         scales = dist.InverseGamma(self.a, self.b).sample(key_scale, sample_shape)

@@ -111,9 +111,11 @@ class VecchiaFactor(Factor):
         return self.variances.shape[0]
 
     def log_prob(self, columns: Float[Array, "n s"]) -> Float[Array, " s"]:
-        ordered = columns[self.rank]
-        news = ordered - jnp.einsum("nm,nms->ns", self.weights, ordered[self.neighbours])
-        terms = news**2 / self.variances[:, None] + jnp.log(self.variances)[:, None] + math.log(2 * math.pi)
+        terms = (
+            self._news(columns) ** 2 / self.variances[:, None]
+            + jnp.log(self.variances)[:, None]
+            + math.log(2 * math.pi)
+        )
         return jnp.where(jnp.isneginf(self.log_ok), -jnp.inf, -0.5 * jnp.sum(terms, axis=0))
 
     def sqrt_matvec(self, columns: Float[Array, "n s"]) -> Float[Array, "n s"]:
@@ -123,6 +125,9 @@ class VecchiaFactor(Factor):
 
         drawn = jax.lax.fori_loop(0, columns.shape[0], step, jnp.zeros_like(columns))
         return jnp.zeros_like(columns).at[self.rank].set(drawn)
+
+    def whiten(self, columns: Float[Array, "n s"]) -> Float[Array, "n s"]:
+        return self._news(columns) / jnp.sqrt(self.variances)[:, None]
 
     def predict(self, columns: Any, kernel: Any, X: Any, Xs: Any, full_cov: bool) -> tuple[Array, Array]:
         """Every new point given its nearest data; the joint law of several is not approximated."""
@@ -134,6 +139,11 @@ class VecchiaFactor(Factor):
         zero = jnp.zeros(Xs.shape[0], self.noise.dtype)
         weights, variances, _ = _regress(kernel, Xs, zero, X[nearest], self.noise[nearest], is_used)
         return jnp.einsum("km,kms->ks", weights, columns[nearest]), variances
+
+    def _news(self, columns: Array) -> Array:
+        """What each point adds to those before it, in that order."""
+        ordered = columns[self.rank]
+        return ordered - jnp.einsum("nm,nms->ns", self.weights, ordered[self.neighbours])
 
 
 def _regress(

@@ -71,6 +71,49 @@ def test_prior_is_invariant_only_with_its_mean(kind):
     assert (p_value > FALSE_ALARM) == (kind is kernels.EllipticalSlice)
 
 
+def log_gammas(x):
+    """x_0 and x_1 - x_0 independent logarithms of Gamma(3) variables."""
+    return 3.0 * x[1] - jnp.exp(x[0]) - jnp.exp(x[1] - x[0])
+
+
+def relative(x, target):
+    """A density over that of N(0, I)."""
+    return target.logdensity(x) + 0.5 * jnp.sum(x**2)
+
+
+def slice_on(target, size=1):
+    return kernels.EllipticalSlice(relative, 0.0, jnp.ones(size), target)
+
+
+class StaleSlice(kernels.EllipticalSlice):
+    """Goes on with the likelihood of where it was, though another kernel has moved the chain."""
+
+    is_memoryless = False
+
+
+GAMMAS = bi.Target(log_gammas)
+MALA = kernels.MALA(GAMMAS, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "is_right"),
+    [
+        (kernels.Cycle([slice_on(GAMMAS, 2), MALA], target=GAMMAS), True),
+        (kernels.Gibbs({(0,): slice_on, (1,): MALA}), True),
+        (kernels.Gibbs({(0,): lambda target: StaleSlice(relative, 0.0, jnp.ones(1), target), (1,): MALA}), False),
+    ],
+    ids=["Cycle", "Gibbs", "stale"],
+)
+def test_in_a_composition_it_sees_where_the_others_have_moved(kernel, is_right):
+    def draw(key):
+        first, second = jnp.log(jax.random.exponential(key, (2, 3)).sum(axis=1))
+        start = jnp.stack([first, first + second])
+        return list(start) if isinstance(kernel, kernels.Gibbs) else start
+
+    p_value = exact_start_invariance(0, kernel, draw, num_chains=10_000, num_steps=10).p_value
+    assert (p_value > FALSE_ALARM) == is_right
+
+
 @pytest.mark.parametrize("elsewhere", [-jnp.inf, jnp.nan, jnp.inf])
 def test_a_likelihood_of_one_point_ends_there(elsewhere):
     """The bracket shrinks to nothing, or ends at once; BlackJAX alone would go on for ever, or move to the NaN.
