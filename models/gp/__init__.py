@@ -19,6 +19,8 @@ from bayesinf.models.gp.dense import dense as dense
 from bayesinf.models.gp.functional_prior import PriorMatch as PriorMatch
 from bayesinf.models.gp.functional_prior import bures_distance as bures_distance
 from bayesinf.models.gp.functional_prior import match_prior as match_prior
+from bayesinf.models.gp.functional_tucker import FunctionalTucker as FunctionalTucker
+from bayesinf.models.gp.functional_tucker import TuckerGibbs as TuckerGibbs
 from bayesinf.models.gp.latent import gp_latent as gp_latent
 from bayesinf.models.gp.latent import latent_log_likelihood as latent_log_likelihood
 from bayesinf.models.gp.latent import latent_target as latent_target
