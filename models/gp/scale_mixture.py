@@ -97,9 +97,7 @@ class ScaleMixtureGP(Process):
             )
         self.values = self.vectors = None
         if not noise_scaled:
-            root = jnp.sqrt(self._noise())
-            scaled = gram(self.kernel, self.X) / root[:, None] / root
-            self.values, self.vectors = _eigh(scaled)
+            self.values, self.vectors = self._eigh()
         super().__init__((), self.loc.shape[-1:], validate_args=validate_args)
 
     def scale_posterior(self, y: ArrayLike) -> tuple[Float[Array, " j"], Float[Array, " j"]]:
@@ -110,6 +108,17 @@ class ScaleMixtureGP(Process):
 
     def _noise(self) -> Array:
         return jnp.broadcast_to(jnp.asarray(self.noise, self.loc.dtype), self.loc.shape)
+
+    def _eigh(self) -> tuple[Array, Array]:
+        """Of D^{-1/2} K D^{-1/2}; under a vmap over one noise for all data, one decomposition serves the whole batch."""
+        if jnp.ndim(self.noise) == 0:
+            values, vectors = _eigh(gram(self.kernel, self.X))
+            return values / self.noise, vectors
+        return _eigh(self._whitened())
+
+    def _whitened(self) -> Array:
+        root = jnp.sqrt(self._noise())
+        return gram(self.kernel, self.X) / root[:, None] / root
 
     def _log_prob(self, residual: Array) -> Array:
         flat = residual.reshape(-1, residual.shape[-1])
@@ -144,8 +153,7 @@ class ScaleMixtureGP(Process):
             log_scale, quadratic = scale_free(self.factor, residual, ())
             n = residual.shape[-1]
             return lambda u: log_scale - 0.5 * n * u - 0.5 * quadratic * jnp.exp(-u)
-        root = jnp.sqrt(self._noise())
-        scaled = gram(self.kernel, self.X) / root[:, None] / root
+        root, scaled = jnp.sqrt(self._noise()), self._whitened()
         log_scale = jnp.sum(jnp.log(root))
         return lambda u: _log_densities(scaled, residual / root, jnp.exp(u), self.values, self.vectors) - log_scale
 

@@ -173,6 +173,27 @@ def test_a_mixture_in_single_precision_is_that_in_double():
     assert abs(found[0] - found[1]) < 2_000 * np.finfo(np.float32).eps * abs(found[1])
 
 
+def test_noises_share_one_eigendecomposition(double):
+    """A grid of noises, values and gradients, is as its members made with one noise for every datum."""
+    noises = jnp.array([0.05, 0.1, 0.4])
+    law = dist.HalfCauchy(1.0)
+
+    def value(noise, lengthscale):
+        return gp.ScaleMixtureGP(law, gp.RBF(lengthscale), X, noise).log_prob(Y)
+
+    over_noises = jax.vmap(jax.value_and_grad(value, argnums=(0, 1)), (0, None))
+    eighs = [line for line in str(jax.make_jaxpr(over_noises)(noises, 1.0)).splitlines() if " eigh[" in line]
+    assert len(eighs) == 1
+    assert "f64[12,12]" in eighs[0]
+    assert "f64[3,12,12]" not in eighs[0]
+    found, slopes = jax.jit(over_noises)(noises, 1.0)
+    each = jax.jit(jax.value_and_grad(lambda e, l: value(jnp.full(12, e), l), argnums=(0, 1)))
+    for i, noise in enumerate(noises):
+        expected, gradient = each(noise, 1.0)
+        np.testing.assert_allclose(found[i], expected, rtol=1e-11)
+        np.testing.assert_allclose([slope[i] for slope in slopes], gradient, rtol=1e-9)
+
+
 def build(kind, lengthscale):
     if kind == "GP":
         return gp.GP(gp.RBF(lengthscale), jnp.asarray(X), mean=jnp.sin, noise=0.1)
