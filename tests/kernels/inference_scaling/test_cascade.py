@@ -41,10 +41,27 @@ def test_the_number_of_children_is_held():
 
     # k = 5: up while at most min(N, 4) have been made, down after
     assert (children(2.4, 5, 4), children(2.4, 5, 5)) == (3, 2)
-    # k = 30: N bounds
-    assert (children(2.4, 30, 8), children(2.4, 30, 9)) == (3, 2)
+    # no more than there is room for among N, and one in any case
+    assert (children(2.4, 30, 5), children(2.4, 30, 6), children(2.4, 30, 8), children(2.4, 30, 9)) == (3, 2, 1, 1)
     assert children(1.0, 30, 9) == children(1.0 + 1e-12, 1, 0) == children(1.0 - 1e-12, 1, 0) == 1
     assert (children(0.4, 5, 0), children(0.6, 5, 0)) == (0, 1)
+
+
+def test_weights_of_heavy_tails_do_not_multiply_the_population():
+    """By the rule as published these 16 are thousands after twelve steps."""
+    rng, size = np.random.default_rng(0), 16
+    log_weights = np.zeros(size)
+    for _ in range(12):
+        log_weights = log_weights + 2.5 * rng.normal(size=len(log_weights))
+        born: list[float] = []
+        log_sum = -np.inf
+        for arrival, log_weight in enumerate(log_weights, 1):
+            log_sum = np.logaddexp(log_sum, log_weight)
+            num, log_child = num_children(log_weight, log_sum - np.log(arrival), arrival, len(born), size, rng)
+            born += [log_child] * num
+        assert len(born) <= size + len(log_weights)
+        log_weights = np.array(born)
+    assert 0 < len(log_weights) <= 4 * size
 
 
 def test_the_evidence_and_its_variance_are_unbiased():
