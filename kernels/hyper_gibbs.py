@@ -15,9 +15,7 @@ References:
     Yu and Meng (2011), doi:10.1198/jcgs.2011.203main (interweaving).
 """
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -27,11 +25,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from bayesinf import errors
-from bayesinf.captured import as_pytree, captured, current, original
+from bayesinf.captured import as_pytree, captured, current
 from bayesinf.kernel import Kernel, select
-from bayesinf.kernels.elliptical_slice import EllipticalSlice
 from bayesinf.kernels.foreign import rebindable
-from bayesinf.kernels.latent_forms import FORMS, LatentGaussian, as_latent
+from bayesinf.kernels.latent_forms import FORMS, LatentGaussian
+from bayesinf.kernels.latent_model import GivenForm, GivenParameters, LatentModel, SliceOf, takes_theta
 from bayesinf.kernels.parts import (
     PartsState,
     attach,
@@ -134,7 +132,7 @@ class HyperGibbs(Kernel):
     ):
         errors.check_arguments("build", build, "theta")
         arguments = ("f",) if data is None else ("f", "data")
-        arguments = (*arguments, "theta") if _takes_theta(log_likelihood) else arguments
+        arguments = (*arguments, "theta") if takes_theta(log_likelihood) else arguments
         errors.check_arguments("log_likelihood", log_likelihood, ", ".join(arguments))
         self.build, self.log_likelihood = captured(build), captured(log_likelihood)
         self.prior = errors.as_arrays("prior", as_prior(prior))
@@ -150,10 +148,10 @@ class HyperGibbs(Kernel):
         self.auxiliary_variance = self._as_variance(auxiliary_variance)
 
         size = self._check()
-        latent_kernel = _SliceOf(size) if latent_kernel is None else latent_kernel
-        self.latent_part = rebindable("latent_kernel", latent_kernel, Target(_GivenParameters(self._model), ()))
+        latent_kernel = SliceOf(size) if latent_kernel is None else latent_kernel
+        self.latent_part = rebindable("latent_kernel", latent_kernel, Target(GivenParameters(self._model), ()))
         self.parts = tuple(
-            rebindable("parameter_kernel", parameter_kernel, Target(_GivenForm(self._model, form), ()))
+            rebindable("parameter_kernel", parameter_kernel, Target(GivenForm(self._model, form), ()))
             for form in self.forms
         )
         for name, part in (("latent_kernel", self.latent_part), ("parameter_kernel", self.parts[0])):
@@ -268,18 +266,18 @@ class HyperGibbs(Kernel):
         return any(FORMS[form].has_noise for form in self.forms)
 
     @property
-    def _model(self) -> "_Model":
-        return _Model(self.build, self.log_likelihood)
+    def _model(self) -> LatentModel:
+        return LatentModel(self.build, self.log_likelihood)
 
     def _latent(self, theta: PyTree) -> LatentGaussian:
         return self._model.latent(self.prior.constrain(theta), self.auxiliary_variance)
 
     def _latent_kernel(self, theta: PyTree, latent: LatentGaussian) -> Any:
         data = (self.prior.constrain(theta), latent, self.data)
-        return self.latent_part.with_target(Target(_GivenParameters(self._model), data))
+        return self.latent_part.with_target(Target(GivenParameters(self._model), data))
 
     def _target(self, form: str, fixed: PyTree) -> Target:
-        return Target(_GivenForm(self._model, form), (self.prior, self.auxiliary_variance, self.data, fixed))
+        return Target(GivenForm(self._model, form), (self.prior, self.auxiliary_variance, self.data, fixed))
 
     def _as_variance(self, variance: Any) -> Any:
         if not self._has_noise:
@@ -329,70 +327,3 @@ def _draw_f_for_each(kernel: HyperGibbs, keys: Key[Array, " c"], theta: PyTree) 
         return f, latent.is_ok & jnp.isfinite(kernel._model.log_likelihood_of(f, values, kernel.data))
 
     return jax.lax.map(draw, (keys, theta))
-
-
-@dataclass(frozen=True)
-class _Model:
-    """The functions of a model; equal for equal functions, so that it compiles once."""
-
-    build: Callable[[PyTree], Any]
-    log_likelihood: Callable[..., Any]
-
-    def latent(self, theta: PyTree, variance: Any) -> LatentGaussian:
-        return as_latent(self.build(theta), variance(theta) if callable(variance) else variance)
-
-    def log_likelihood_of(self, f: Array, theta: PyTree, data: PyTree) -> Any:
-        arguments = (f,) if data is None else (f, data)
-        return self.log_likelihood(*arguments, *((theta,) if _takes_theta(self.log_likelihood) else ()))
-
-
-@dataclass(frozen=True)
-class _GivenForm:
-    """Log p(theta | what the form holds fixed, y), NaN where K has no factor: such a move is undone and counted."""
-
-    model: _Model
-    form: str
-
-    def __call__(self, theta: PyTree, data: tuple[Any, Any, PyTree, PyTree]) -> Array:
-        prior, variance, observed, fixed = data
-        values = prior.constrain(theta)
-        latent = self.model.latent(values, variance)
-        f, log_density = FORMS[self.form].place(latent, fixed)
-        log_density = log_density + self.model.log_likelihood_of(f, values, observed)
-        return prior.log_density(theta) + jnp.where(latent.is_ok, log_density, jnp.nan)
-
-
-@dataclass(frozen=True)
-class _GivenParameters:
-    """Log p(z | theta, y), for f = m + L z."""
-
-    model: _Model
-
-    def __call__(self, z: Array, data: tuple[PyTree, LatentGaussian, PyTree]) -> Array:
-        return self.log_likelihood(z, data) - 0.5 * jnp.sum(z**2)
-
-    def log_likelihood(self, z: Array, data: tuple[PyTree, LatentGaussian, PyTree]) -> Array:
-        theta, latent, observed = data
-        return jnp.asarray(self.model.log_likelihood_of(latent.color(z), theta, observed))
-
-
-@dataclass(frozen=True)
-class _SliceOf:
-    """Elliptical slice sampling of z."""
-
-    size: int
-
-    def __call__(self, target: Target) -> EllipticalSlice:
-        return EllipticalSlice(_log_likelihood_of, 0.0, jnp.ones(self.size), target)
-
-
-def _log_likelihood_of(z: Array, target: Target) -> Array:
-    given: Any = target.logdensity_fn
-    return given.log_likelihood(z, target.data)
-
-
-def _takes_theta(log_likelihood: Any) -> bool:
-    try:
-        return "theta" in inspect.signature(original(log_likelihood)).parameters
-    except (TypeError, ValueError):  # of another language: it does not tell
-        return False

@@ -2,7 +2,7 @@
 
 A14: under a Gaussian likelihood parameters and function by `HyperGibbs`, and parameters alone by NUTS on the marginal
 density, have the moments of quadrature. A10: with an inverse Gamma law on the scale they are those of the Student-t
-process. Tests are of means over chains, which are independent, by p-values; R-hat is below 1.01.
+process. Tests are of means over batches of chains, by p-values; R-hat is below 1.01.
 """
 
 import functools
@@ -22,8 +22,9 @@ pytestmark = pytest.mark.slow
 
 X = jnp.linspace(0.0, 3.0, 6)
 Y = jnp.array([0.8, 1.5, 0.6, -0.7, -1.2, 0.3])
-NOISE = 0.1
-NUM_CHAINS, NUM_SAMPLES, NUM_WARMUP = 16, 2_500, 500
+NOISE = 0.4
+NUM_CHAINS, NUM_SAMPLES, NUM_WARMUP = 16, 2_400, 400
+NUM_BATCHES = 4  # of each chain, long beside its autocorrelation
 BARKER = functools.partial(kernels.Barker, step_size=0.5)
 
 
@@ -34,12 +35,10 @@ def sample(kernel, start, num_samples=NUM_SAMPLES):
 
 
 def judge(draws, moments, truth):
-    """That the means of `moments(draws)`, over chains, are the truth."""
+    """That the means of `moments(draws)`, over batches of chains, are the truth."""
     assert np.all(np.asarray(draws.summary()["r_hat"], float) < 1.01)
     values = np.stack(moments({name: np.asarray(draws[name], np.float64) for name in draws.variables}), axis=-1)
-    means = values.mean(axis=1)
-    z = (means.mean(axis=0) - truth) / (means.std(axis=0, ddof=1) / np.sqrt(len(means)))
-    print("largest z", np.abs(z).max())
+    means = values.reshape(NUM_BATCHES * NUM_CHAINS, -1, values.shape[-1]).mean(axis=1)
     assert mean_p_value(means, truth) > FALSE_ALARM
 
 
