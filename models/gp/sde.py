@@ -92,7 +92,9 @@ STATIONARY = (
 
 
 def _matern(kernel: Any, p: int, intervals: Array) -> LinearSDE:
-    u = intervals * (math.sqrt(2 * p + 1) / _scalar("lengthscale", kernel.lengthscale))
+    length = _scalar("lengthscale", kernel.lengthscale)
+    length = jnp.where(length > 0, length, jnp.nan)  # a negative one has no stationary law
+    u = intervals * (math.sqrt(2 * p + 1) / length)
     drift = np.eye(p + 1, k=1)
     drift[-1] = [-math.comb(p + 1, j) for j in range(p + 1)]
     nilpotent, power = drift + np.eye(p + 1), np.eye(p + 1)
