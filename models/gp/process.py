@@ -298,7 +298,9 @@ def mean_at(mean: Any, X: Array, n: int) -> Array:
 def mean_elsewhere(mean: Any, Xs: Array) -> Array:
     """The mean function at new inputs, shape (..., m); numbers that were given for those of X are of no use there."""
     if not callable(mean) and mean.ndim and mean.shape[-1] != 1:
-        raise ValueError(f"mean must be a number, or a function to predict elsewhere than at X; got shape {mean.shape}")
+        raise ValueError(
+            f"mean must be a number, a function of the inputs, to predict elsewhere than at X; got {mean.shape}"
+        )
     return mean_at(mean, Xs, Xs.shape[0])
 
 

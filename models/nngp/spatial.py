@@ -118,7 +118,10 @@ class AveragePool(Layer):
                     raise ValueError(
                         f"size must not exceed the image, of {x.shape[-state.num_places :]}, got {self.size}"
                     )
-                x = sum(_window(x, (axis,), offset, self.size, self.stride) for offset in range(self.size)) / self.size
+                total = jnp.zeros((), x.dtype)
+                for offset in range(self.size):
+                    total = total + _window(x, (axis,), offset, self.size, self.stride)
+                x = total / self.size
             return x
 
         q, p, c = (average(x) for x in (state.q, state.p, state.c))

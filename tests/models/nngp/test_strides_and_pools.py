@@ -38,7 +38,7 @@ def moments(key, padding, stride, pool, pool_stride):
     def one(key):
         keys = jax.random.split(key, 4)
         shapes = ((3, 3, 2, WIDTH), (WIDTH,), (7, 6, WIDTH), ())
-        weights = tuple(jax.random.normal(k, shape) for k, shape in zip(keys, shapes, strict=True))
+        weights = tuple(jax.random.normal(k, shape, jnp.float32) for k, shape in zip(keys, shapes, strict=True))
         value = partial(output, padding=padding, stride=stride, pool=pool, pool_stride=pool_stride)
         outputs, slopes = zip(*(jax.value_and_grad(value)(weights, image) for image in IMAGES), strict=True)
         pairs = ((0, 0), (0, 1), (1, 1))
