@@ -71,12 +71,12 @@ class Constant(Combinable):
 
     def __call__(self, X1: Any, X2: Any = None) -> Float[Array, "... n m"]:
         """The matrix of v, as many rows and columns as inputs."""
-        rows, columns = jnp.shape(X1)[0], jnp.shape(X1 if X2 is None else X2)[0]
+        rows, columns = _count("X1", X1), _count("X2", X1 if X2 is None else X2)
         return jnp.broadcast_to(self.variance[..., None, None], (*self.variance.shape, rows, columns))
 
     def diagonal(self, X: Any) -> Float[Array, "... n"]:
         """The variances v."""
-        return jnp.broadcast_to(self.variance[..., None], (*self.variance.shape, jnp.shape(X)[0]))
+        return jnp.broadcast_to(self.variance[..., None], (*self.variance.shape, _count("X", X)))
 
 
 class Sum(Combinable):
@@ -119,9 +119,13 @@ class Product(Combinable):
 
 def gram(kernel: Any, X1: Any, X2: Any = None) -> Float[Array, "... n m"]:
     """The matrix k(x_i, y_j) of any covariance function; of X1 with itself where X2 is None."""
-    if X2 is None and isinstance(kernel, Combinable):  # which may know that the matrix is symmetric
-        return jnp.asarray(kernel(X1))
-    return jnp.asarray(kernel(X1, X1 if X2 is None else X2))
+    # a network knows that the matrix of one set of inputs is symmetric
+    is_alone = X2 is None and isinstance(kernel, Combinable)
+    matrix = jnp.asarray(kernel(X1) if is_alone else kernel(X1, X1 if X2 is None else X2))
+    shape = jnp.shape(X1)[0], jnp.shape(X1 if X2 is None else X2)[0]
+    if matrix.shape[-2:] != shape:
+        raise ValueError(f"kernel must give a matrix of shape {shape}, one entry a pair of inputs, got {matrix.shape}")
+    return matrix
 
 
 def diagonal(kernel: Any, X: Any) -> Float[Array, "... n"]:
@@ -142,6 +146,12 @@ def as_covariance(kernel: Any) -> Any:
     if not callable(kernel) or isinstance(kernel, type):
         raise ValueError(f"kernel must be a covariance function k(X1, X2), got {kernel!r}; for instance RBF(1.0)")
     return as_pytree(kernel)
+
+
+def _count(name: str, X: Any) -> int:
+    if jnp.ndim(X) == 0:
+        raise ValueError(f"{name} must have inputs along its first axis, got shape ()")
+    return int(jnp.shape(X)[0])
 
 
 def _as_part(part: Any) -> Any:

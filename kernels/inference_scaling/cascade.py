@@ -12,11 +12,11 @@ the last step to the first
 
     Zhat = (1/N) sum of the weights of the finished answers,    E[Zhat] = Z
 
-with N the number of particles that begin. The bound on m is not in the paper. Weights of heavy tails have records, those
-that come late are compared with a mean that is no longer theirs, and without the bound 16 particles of a chain of
-reasoning were 16,000 after eleven steps; what is not split now is split at a later step, where there is room. The totals S_i of the
-answers that descend from the i-th beginner are uncorrelated, of mean Z: their sample variance over N is an unbiased
-estimate of var(Zhat).
+with N the number of particles that begin. The bound on m is not in the paper. Weights of heavy tails have records, and
+those that come late are compared with a mean that is no longer theirs: without the bound 16 particles of a chain of
+reasoning were 16,000 after eleven steps. What is not split now is split at a later step, where there is room. The
+totals S_i of the answers that descend from the i-th beginner are uncorrelated, of mean Z: their sample variance over N
+is an unbiased estimate of var(Zhat).
 
 References:
     Paige, Wood, Doucet, Teh (2014), 'Asynchronous anytime sequential Monte Carlo', https://arxiv.org/abs/1407.2864.

@@ -65,7 +65,10 @@ class Covariance(Combinable):
     def __call__(self, X1: ArrayLike, X2: ArrayLike | None = None) -> Float[Array, "... n m"]:
         """The matrix k(x_i, y_j); of X1 with itself where X2 is None."""
         X1 = _as_rows("X1", X1)
-        return self.evaluate(X1, X1 if X2 is None else _as_rows("X2", X2))
+        X2 = X1 if X2 is None else _as_rows("X2", X2)
+        if X2.shape[1] != X1.shape[1]:
+            raise ValueError(f"X2 must have {X1.shape[1]} columns, those of X1, got {X2.shape[1]}")
+        return self.evaluate(X1, X2)
 
     @abc.abstractmethod
     def evaluate(self, X1: Float[Array, "n d"], X2: Float[Array, "m d"]) -> Float[Array, "... n m"]:

@@ -19,9 +19,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, Float
 
-from bayesinf import errors
 from bayesinf.models.gp.covariances import diagonal, gram
-from bayesinf.models.gp.solver import Factor, Solver, add_jitter
+from bayesinf.models.gp.solver import Factor, Solver, check_jitter, raise_noise
 
 __all__ = ["Dense", "DenseFactor", "cholesky_or_identity", "dense", "log_density", "solve"]
 
@@ -48,16 +47,15 @@ class Dense(Solver):
     jitter: float | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        if self.jitter is not None:
-            errors.check_nonnegative("jitter", self.jitter)
+        check_jitter(self.jitter)
 
     def factorize(self, kernel: Any, X: Array, noise: Float[Array, "..."] | None) -> "DenseFactor":
         K = gram(kernel, X)
         variances = jnp.diagonal(K, axis1=-2, axis2=-1)
-        noise = add_jitter(variances, noise, self.jitter)
+        noise, log_valid = raise_noise(variances, noise, self.jitter)
         covariance = K + jnp.eye(K.shape[-1], dtype=K.dtype) * noise[..., None, :]
         tril, log_ok = cholesky_or_identity(covariance)
-        return DenseFactor(covariance, tril, log_ok)
+        return DenseFactor(covariance, tril, log_ok + log_valid)
 
 
 class DenseFactor(Factor):

@@ -158,8 +158,14 @@ class LatentTarget(eqx.Module):
 
     def to_function(self, z: ArrayLike) -> Float[Array, "... n"]:
         """The function at X that z stands for, m + R z; NaN where the covariance has no factor."""
-        columns, shape = to_columns(jnp.asarray(z), ())
+        columns, shape = to_columns(self._check(z), ())
         return self.loc + from_columns(or_nan(self.factor, self.factor.sqrt_matvec(columns)), shape)
+
+    def _check(self, z: ArrayLike) -> Array:
+        z = jnp.asarray(z)
+        if z.ndim == 0 or z.shape[-1] != self.dim:
+            raise ValueError(f"z must have a last axis of length {self.dim}, the dim of the target; got {z.shape}")
+        return z
 
     def predict(
         self, key: errors.KeyLike, z: ArrayLike, Xs: ArrayLike, *, full_cov: bool = False, block: int | None = None
@@ -169,7 +175,7 @@ class LatentTarget(eqx.Module):
 
     def log_likelihood(self, z: ArrayLike) -> Float[Array, ""]:
         """Log L(m + R z); -inf where the covariance has no factor."""
-        value = self.likelihood.logdensity(self.loc + _color(self.factor, jnp.asarray(z), ()))
+        value = self.likelihood.logdensity(self.loc + _color(self.factor, self._check(z), ()))
         log_ok = getattr(self.factor, "log_ok", None)
         return value if log_ok is None else jnp.where(jnp.isneginf(log_ok), -jnp.inf, value)
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, ArrayLike, Float
 from bayesinf import errors
 from bayesinf.models.gp.covariances import RBF, Constant, Matern12, Matern32, Matern52, Product, diagonal, gram
 from bayesinf.models.gp.dense import cholesky_or_identity, solve
-from bayesinf.models.gp.solver import Factor, Solver, add_jitter
+from bayesinf.models.gp.solver import Factor, Solver, add_jitter, check_jitter, raise_noise
 
 __all__ = ["HSGP", "SGPR", "LowRankFactor", "hsgp", "sgpr"]
 
@@ -56,6 +56,12 @@ class SGPR(Solver):
     Z: Float[Array, "k ..."] = eqx.field(converter=errors.as_array("Z", is_floating=True))
     jitter: float | None = eqx.field(static=True, default=None)
 
+    def __check_init__(self):
+        check_jitter(self.jitter)
+        if 0 in jnp.shape(self.Z):
+            raise ValueError(f"Z must have at least one row, shape (k,) or (k, d); got {jnp.shape(self.Z)}")
+        errors.check_not_nan("Z", self.Z, cure="inducing inputs are places like those of X")
+
     def factorize(self, kernel: Any, X: Array, noise: Float[Array, "..."] | None) -> "LowRankFactor":
         if self.Z.ndim == 0 or self.Z.shape[1:] != X.shape[1:]:
             raise ValueError(f"Z must have rows of the shape of those of X, {X.shape[1:]}, got shape {self.Z.shape}")
@@ -64,8 +70,8 @@ class SGPR(Solver):
         added = add_jitter(jnp.diagonal(inner, axis1=-2, axis2=-1), None, self.jitter)
         tril, log_ok = cholesky_or_identity(inner + jnp.eye(inner.shape[-1], dtype=inner.dtype) * added[..., None, :])
 
-        noise = add_jitter(variances, noise, self.jitter)
-        factor = _factorize(_projected, (kernel, self.Z, tril), X, noise, is_projection=True, log_ok=log_ok)
+        noise, log_valid = raise_noise(variances, noise, self.jitter)
+        factor = _factorize(_projected, (kernel, self.Z, tril), X, noise, is_projection=True, log_ok=log_ok + log_valid)
         rest = variances - jnp.sum(factor.matrix**2, axis=-1)
         return eqx.tree_at(lambda f: f.slack, factor, 0.5 * jnp.sum(rest / noise, axis=-1))
 
@@ -90,6 +96,7 @@ def hsgp(m: int | tuple[int, ...], *, boundary: float = 1.5, jitter: float | Non
         >>> bool(abs(near - exact) < 0.1)
         True
     """
+    boundary = errors.as_number("boundary", boundary)
     if not boundary > 1.0:
         raise ValueError(f"boundary must be above 1, got {boundary}; 1.5 suits length scales up to the inputs' width")
     counts = m if isinstance(m, tuple) else (m,)
@@ -102,6 +109,9 @@ class HSGP(Solver):
     m: tuple[int, ...] = eqx.field(static=True)
     boundary: float = eqx.field(static=True)
     jitter: float | None = eqx.field(static=True)
+
+    def __check_init__(self):
+        check_jitter(self.jitter)
 
     def factorize(self, kernel: Any, X: Array, noise: Float[Array, "..."] | None) -> "LowRankFactor":
         from numpyro.contrib.hsgp import spectral_densities
@@ -124,10 +134,12 @@ class HSGP(Solver):
             nu = {Matern12: 0.5, Matern32: 1.5, Matern52: 2.5}[type(base)]
             return spectral_densities.spectral_density_matern(dim, nu, wave, 1.0, length)
 
-        roots = jnp.sqrt(variance * base.variance * jax.vmap(density)(_waves(half, m)))
+        total = variance * base.variance
+        total = jnp.where(total >= 0, total, 1.0)  # the density is -inf there
+        roots = jnp.sqrt(total * jax.vmap(density)(_waves(half, m)))
 
-        noise = add_jitter(diagonal(kernel, X), noise, self.jitter)
-        return _factorize(_Eigenfunctions(tuple(m)), (centre, half, roots), X, noise, False, jnp.zeros((), X.dtype))
+        noise, log_valid = raise_noise(diagonal(kernel, X), noise, self.jitter)
+        return _factorize(_Eigenfunctions(tuple(m)), (centre, half, roots), X, noise, False, log_valid)
 
 
 class LowRankFactor(Factor):
@@ -215,7 +227,14 @@ class _Eigenfunctions(NamedTuple):
         from numpyro.contrib.hsgp import laplacian
 
         centre, half, roots = data
-        return laplacian.eigenfunctions(_columns(X) - centre, half[:, None], list(self.m)) * roots
+        is_outside = jnp.any(jnp.abs(_columns(X) - centre) > half, axis=-1, keepdims=True)
+        if errors.is_concrete(is_outside) and jnp.any(is_outside):
+            raise ValueError(
+                f"Xs must lie in the box of solver=hsgp(), from {centre - half} to {centre + half}, beyond which its "
+                "functions mean nothing; make boundary larger"
+            )
+        found = laplacian.eigenfunctions(_columns(X) - centre, half[:, None], list(self.m)) * roots
+        return jnp.where(is_outside, jnp.nan, found)
 
 
 def _waves(half: Array, m: list[int]) -> Array:

@@ -186,12 +186,14 @@ class Process(dist.Distribution):
         return prior_mean + from_columns(or_nan(self.factor, mean), batch), spread
 
     def _check_data(self, name: str, y: Any) -> Array:
-        y = jnp.asarray(y)
+        y = errors.as_array(name)(y)
         n = self.loc.shape[-1]
         if y.ndim == 0 or y.shape[-1] != n:
             raise ValueError(f"{name} must have a last axis of length {n}, one number for each row of X; got {y.shape}")
         if not self.solver.takes_missing:
-            errors.check_not_nan(name, y)
+            errors.check_not_nan(name, y, cure="leave missing ones out, or use solver=statespace() for a series")
+        if errors.is_concrete(y) and np.any(np.isinf(np.asarray(y, float))):
+            raise ValueError(f"{name} must not be infinite; no Gaussian law has such values")
         return y.astype(jnp.result_type(y, self.loc))
 
 
@@ -328,7 +330,9 @@ def mean_at(mean: Any, X: Array, n: int) -> Array:
 def mean_elsewhere(mean: Any, Xs: Array) -> Array:
     """The mean function at new inputs, shape (..., m); numbers that were given for those of X are of no use there."""
     if not callable(mean) and mean.ndim and mean.shape[-1] != 1:
-        raise ValueError(f"mean must be a number, or a function to predict elsewhere than at X; got shape {mean.shape}")
+        raise ValueError(
+            f"mean must be a number, a function of the inputs, to predict elsewhere than at X; got {mean.shape}"
+        )
     return mean_at(mean, Xs, Xs.shape[0])
 
 

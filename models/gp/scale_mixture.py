@@ -84,6 +84,12 @@ class ScaleMixtureGP(Process):
     ):
         if not isinstance(mixing, dist.Distribution) or mixing.event_shape or mixing.batch_shape:
             raise ValueError(f"mixing must be a NumPyro distribution of one positive number, got {mixing!r}")
+        lower = getattr(mixing.support, "lower_bound", None)
+        if mixing.is_discrete or lower is None or (errors.is_concrete(lower) and np.any(np.asarray(lower) < 0)):
+            raise ValueError(
+                "mixing must be a continuous law on positive numbers, such as HalfCauchy, got "
+                f"{type(mixing).__name__}, whose support is {mixing.support}"
+            )
         self.mixing, self.noise_scaled = mixing, bool(noise_scaled)
         self.nodes = errors.check_count("nodes", nodes, minimum=8)
         if noise is None:
@@ -123,7 +129,8 @@ class ScaleMixtureGP(Process):
     def _log_prob(self, residual: Array) -> Array:
         flat = residual.reshape(-1, residual.shape[-1])
         found = jax.lax.map(lambda row: logsumexp(self._quadrature(row)[1]), flat)
-        return found.reshape(residual.shape[:-1])
+        # traced noise is not refused; the eigenvalues are then NaN
+        return jnp.where(jnp.isneginf(self.factor.log_ok), -jnp.inf, found.reshape(residual.shape[:-1]))
 
     def _sample(self, key: Any, sample_shape: tuple[int, ...]) -> Array:
         key_scale, key_path, key_noise = jax.random.split(key, 3)

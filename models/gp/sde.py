@@ -130,7 +130,9 @@ def _matern(kernel: Any, p: int, intervals: Array) -> LinearSDE:
 
 
 def _in_lengths(kernel: Any, p: int, intervals: Array) -> Array:
-    return intervals * (math.sqrt(2 * p + 1) / _scalar("lengthscale", kernel.lengthscale))
+    length = _scalar("lengthscale", kernel.lengthscale)
+    length = jnp.where(length > 0, length, jnp.nan)  # a negative one has no stationary law
+    return intervals * (math.sqrt(2 * p + 1) / length)
 
 
 def _matern_transitions(p: int, u: Array) -> Array:

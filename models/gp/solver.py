@@ -11,7 +11,9 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-__all__ = ["Factor", "Solver", "add_jitter"]
+from bayesinf import errors
+
+__all__ = ["Factor", "Solver", "add_jitter", "check_jitter", "raise_noise"]
 
 
 class Factor(eqx.Module):
@@ -74,6 +76,26 @@ class Solver(eqx.Module):
     @abc.abstractmethod
     def factorize(self, kernel: Any, X: Array, noise: Float[Array, "..."] | None) -> Factor:
         """The covariance of kernel and noise at X; noise is None, or variances of shape (), (..., 1) or (..., n)."""
+
+
+def raise_noise(
+    variances: Float[Array, "... n"], noise: Float[Array, "..."] | None, jitter: float | None
+) -> tuple[Float[Array, "... n"], Float[Array, "..."]]:
+    """The noise after `add_jitter`, and 0; or ones, and -inf where a variance of prior or noise is negative, or NaN.
+
+    Values that are traced are not refused. Without this a negative noise would be raised to the jitter, and a negative
+    prior variance be hidden by the noise.
+    """
+    given = jnp.zeros((), variances.dtype) if noise is None else noise
+    is_ok = jnp.all(variances >= 0, axis=-1) & jnp.all(jnp.atleast_1d(given) >= 0, axis=-1)
+    raised = jnp.where(is_ok[..., None], add_jitter(variances, noise, jitter), 1.0)
+    return raised, jnp.where(is_ok, 0.0, -jnp.inf).astype(variances.dtype)
+
+
+def check_jitter(jitter: float | None) -> None:
+    """None, or a number that is not negative."""
+    if jitter is not None:
+        errors.check_nonnegative("jitter", jitter)
 
 
 def add_jitter(

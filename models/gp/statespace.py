@@ -32,7 +32,7 @@ from bayesinf import errors
 from bayesinf.models.gp.covariances import gram
 from bayesinf.models.gp.parallel_filter import filter_in_parallel
 from bayesinf.models.gp.sde import LinearSDE, as_sde
-from bayesinf.models.gp.solver import Factor, Solver, add_jitter
+from bayesinf.models.gp.solver import Factor, Solver, check_jitter, raise_noise
 
 __all__ = ["StateSpace", "StateSpaceFactor", "statespace"]
 
@@ -75,6 +75,9 @@ class StateSpace(Solver):
     order: int = eqx.field(static=True)
     jitter: float | None = eqx.field(static=True)
 
+    def __check_init__(self):
+        check_jitter(self.jitter)
+
     def factorize(self, kernel: Any, X: Array, noise: Float[Array, "..."] | None) -> "StateSpaceFactor":
         if X.ndim > 2 or (X.ndim == 2 and X.shape[1] != 1):
             raise ValueError(f"X must be times, of shape (n,) or (n, 1), for solver=statespace(); got {X.shape}")
@@ -86,10 +89,12 @@ class StateSpace(Solver):
         gaps = jnp.asarray(xp.diff(times, prepend=times[:1]))
         sde = as_sde(kernel, gaps, self.order)
         variance = sde.observation @ sde.stationary @ sde.observation
-        noise = add_jitter(jnp.broadcast_to(variance, times.shape), noise, self.jitter)
+        noise, log_valid = raise_noise(jnp.broadcast_to(variance, times.shape), noise, self.jitter)
         if noise.ndim > 1:
             raise ValueError(f"noise must be a number or (n,) for solver=statespace(), got {noise.shape}; use jax.vmap")
-        return StateSpaceFactor(sde, noise[order], jnp.asarray(order), jnp.asarray(times), self.order, self.parallel)
+        sde, log_ok = _sde_or_zero(sde, log_valid)
+        order, times = jnp.asarray(order), jnp.asarray(times)
+        return StateSpaceFactor(sde, noise[order], order, times, log_ok, self.order, self.parallel)
 
 
 class StateSpaceFactor(Factor):
@@ -100,6 +105,7 @@ class StateSpaceFactor(Factor):
         noise: at the sorted times, shape (n,).
         order: which data belong to them.
         times: sorted, shape (n,).
+        log_ok: 0, or -inf where a parameter is negative or NaN, and the state space one without noise of its own.
         num_terms: of Fourier series. Static.
         parallel: whether densities are computed by an associative scan. Static.
     """
@@ -108,6 +114,7 @@ class StateSpaceFactor(Factor):
     noise: Float[Array, " n"]
     order: Int[Array, " n"]
     times: Float[Array, " n"]
+    log_ok: Float[Array, ""]
     num_terms: int = eqx.field(static=True)
     parallel: bool = eqx.field(static=True)
 
@@ -131,7 +138,7 @@ class StateSpaceFactor(Factor):
                 news, spread = filter_in_parallel(self.sde, self.noise, column, is_missing)
             else:
                 news, spread = _filter(self.sde, self.noise, column, is_missing)
-            return _log_normal(news, spread, is_missing)
+            return jnp.where(jnp.isneginf(self.log_ok), -jnp.inf, _log_normal(news, spread, is_missing))
 
         rows = columns[self.order].T
         return one(rows[0])[None] if len(rows) == 1 else jax.lax.map(one, rows)
@@ -181,6 +188,14 @@ class StateSpaceFactor(Factor):
         whitened = whiten(jnp.where(jnp.isnan(columns), 0.0, columns)[self.order])
         cross = whiten(gram(kernel, X, Xs)[self.order])
         return cross.T @ whitened, gram(kernel, Xs) - cross.T @ cross
+
+
+def _sde_or_zero(sde: LinearSDE, log_valid: Array) -> tuple[LinearSDE, Array]:
+    """The state space and 0; or one of zeros and -inf where it is not finite, or `log_valid` is -inf."""
+    is_ok = jnp.isfinite(log_valid) & jnp.all(jnp.isfinite(sde.transitions)) & jnp.all(jnp.isfinite(sde.stationary))
+    transitions, stationary = (jnp.where(is_ok, part, 0.0) for part in (sde.transitions, sde.stationary))
+    safe = LinearSDE(transitions, stationary, sde.observation)
+    return safe, jnp.where(is_ok, 0.0, -jnp.inf).astype(log_valid.dtype)
 
 
 def _log_normal(news: Array, spread: Array, is_missing: Array) -> Array:

@@ -79,8 +79,11 @@ class StudentTProcess(Process):
     def _log_prob(self, residual: Array) -> Array:
         log_scale, quadratic = scale_free(self.factor, residual, self.batch_shape)
         half = 0.5 * jnp.sum(~jnp.isnan(residual), axis=-1)
-        log_ratio = gammaln(self.a + half) - gammaln(self.a) - half * jnp.log(self.b)
-        return log_scale + log_ratio - (self.a + half) * jnp.log1p(0.5 * quadratic / self.b)
+        is_ok = (self.a > 0) & (self.b > 0)  # traced values are not refused
+        a, b = (jnp.where(is_ok, value, 1.0) for value in (self.a, self.b))
+        log_ratio = gammaln(a + half) - gammaln(a) - half * jnp.log(b)
+        value = log_scale + log_ratio - (a + half) * jnp.log1p(0.5 * quadratic / b)
+        return jnp.where(is_ok, value, -jnp.inf)
 
     def _log_news(self, whitened: Array, log_scales: Array, is_seen: Array) -> Array:
         # of s the data before know InverseGamma(a + number / 2, b + sum of squares / 2)
@@ -100,6 +103,7 @@ class StudentTProcess(Process):
         half = 0.5 * jnp.sum(~jnp.isnan(residual), axis=-1)
         mean, spread = self._predict(residual, Xs, full_cov)
         root = jnp.sqrt((self.b + 0.5 * quadratic) / (self.a + half))
+        root = jnp.where((self.a > 0) & (self.b > 0), root, jnp.nan)
         df = 2.0 * (self.a + half)
         if full_cov:
             return df, mean, root[..., None, None] * joint_tril(spread, noise)

@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bayesinf import errors
 from bayesinf.models.gp.covariances import diagonal, gram
 from bayesinf.models.gp.dense import cholesky_or_identity, solve
-from bayesinf.models.gp.solver import Factor, Solver, add_jitter
+from bayesinf.models.gp.solver import Factor, Solver, check_jitter, raise_noise
 
 __all__ = ["Vecchia", "VecchiaFactor", "vecchia"]
 
@@ -60,6 +60,9 @@ class Vecchia(Solver):
     order: str = eqx.field(static=True)
     jitter: float | None = eqx.field(static=True)
 
+    def __check_init__(self):
+        check_jitter(self.jitter)
+
     def factorize(self, kernel: Any, X: Array, noise: Float[Array, "..."] | None) -> "VecchiaFactor":
         if not errors.is_concrete(X):
             raise ValueError(
@@ -69,12 +72,19 @@ class Vecchia(Solver):
         points = np.asarray(X).reshape(X.shape[0], -1)
         rank = _maxmin(points) if self.order == "maxmin" else np.arange(len(points))
         neighbours, is_used = _neighbours(points[rank], min(self.m, max(len(points) - 1, 1)))
-        noise = jnp.broadcast_to(add_jitter(diagonal(kernel, X), noise, self.jitter), X.shape[:1])
+        noise, log_valid = raise_noise(diagonal(kernel, X), noise, self.jitter)
+        if noise.ndim > 1:
+            raise ValueError(
+                "kernel and noise must be those of one process for solver=vecchia(), got batch shape "
+                f"{noise.shape[:-1]}; use jax.vmap"
+            )
         ordered = X[rank]
         weights, variances, log_ok = _regress(
             kernel, ordered, noise[rank], ordered[neighbours], noise[rank][neighbours], jnp.asarray(is_used)
         )
-        return VecchiaFactor(jnp.asarray(rank), jnp.asarray(neighbours), weights, variances, log_ok, noise, self.m)
+        return VecchiaFactor(
+            jnp.asarray(rank), jnp.asarray(neighbours), weights, variances, log_ok + log_valid, noise, self.m
+        )
 
 
 class VecchiaFactor(Factor):

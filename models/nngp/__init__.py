@@ -33,6 +33,7 @@ from bayesinf.models.nngp.layers import layer_norm as layer_norm
 from bayesinf.models.nngp.layers import repeat as repeat
 from bayesinf.models.nngp.layers import residual as residual
 from bayesinf.models.nngp.signature import NeuralSignature as NeuralSignature
+from bayesinf.models.nngp.spatial import average_pool as average_pool
 from bayesinf.models.nngp.spatial import conv as conv
 from bayesinf.models.nngp.spatial import flatten as flatten
 from bayesinf.models.nngp.spatial import global_pool as global_pool

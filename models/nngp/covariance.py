@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bayesinf import errors
@@ -86,6 +87,8 @@ def check_inputs(name: str, X: object) -> Array:
     if 0 in array.shape:
         raise ValueError(f"{name} must not be empty, got shape {array.shape}")
     errors.check_not_nan(name, array)
+    if errors.is_concrete(array) and np.any(np.isinf(np.asarray(array))):
+        raise ValueError(f"{name} must be finite; scale the columns, and leave out what is not")
     return array
 
 

@@ -1,6 +1,7 @@
 """Layers over places: convolution, read-outs of images, and recurrence over time.
 
-    conv           K_{a,a'} <- b + (w / |B|) sum_{o in B} K_{a+o, a'+o}         over the offsets B of the filter
+    conv           K_{a,a'} <- b + (w / |B|) sum_{o in B} K_{sa+o, sa'+o}         offsets B of the filter, stride s
+    average_pool   K_{a,a'} <- mean_{o,o' in B} K_{sa+o, sa'+o'}                memory n^2 P^2
     flatten        K <- mean_a K_{a,a}                                          memory n^2 P for P pixels
     global_pool    K <- mean_{a,a'} K_{a,a'}                                    memory n^2 P^2
     recurrent      K_{s+1} = b + w E phi(u_s) phi(v_s) + u <x_{s+1}, x'_{s+1}> / d,   the last K is what it gives
@@ -27,7 +28,18 @@ from bayesinf.models.nngp.covariance import Covariance
 from bayesinf.models.nngp.duals.dual import Dual
 from bayesinf.models.nngp.layers import Activation, Dense, Layer, Sequence, check_dual, check_variances
 
-__all__ = ["Conv", "Flatten", "GlobalPool", "Recurrent", "conv", "flatten", "global_pool", "recurrent"]
+__all__ = [
+    "AveragePool",
+    "Conv",
+    "Flatten",
+    "GlobalPool",
+    "Recurrent",
+    "average_pool",
+    "conv",
+    "flatten",
+    "global_pool",
+    "recurrent",
+]
 
 Scalar = Real[ArrayLike, ""]
 Floats = Float[Array, "..."]
@@ -41,10 +53,12 @@ class Conv(Layer):
     b_var: Float[Array, ""] = eqx.field(converter=errors.as_array("b_var", is_floating=True))
     size: int = eqx.field(static=True)
     padding: Padding = eqx.field(static=True)
+    stride: int = eqx.field(static=True, default=1)
 
     def __check_init__(self):
         check_variances(self.w_var, self.b_var)
         errors.check_count("size", self.size)
+        errors.check_count("stride", self.stride)
         errors.check_choice("padding", self.padding, ("same", "circular", "valid"))
         if self.padding != "valid" and self.size % 2 == 0:
             raise ValueError(f"size must be odd to keep the image with padding={self.padding!r}, got {self.size}")
@@ -75,12 +89,43 @@ class Conv(Layer):
             moved = axes[parity::2]
             total = jnp.zeros((), x.dtype)
             for offset in range(self.size):
-                window = [slice(None)] * x.ndim
-                for axis in moved:
-                    window[axis] = slice(offset, x.shape[axis] - self.size + 1 + offset)
-                total = total + x[tuple(window)]
+                total = total + _window(x, moved, offset, self.size, self.stride)
             x = total / self.size
         return x
+
+
+class AveragePool(Layer):
+    """The average over windows of size x size places."""
+
+    size: int = eqx.field(static=True)
+    stride: int = eqx.field(static=True)
+
+    def __check_init__(self):
+        errors.check_count("size", self.size)
+        errors.check_count("stride", self.stride)
+
+    @property
+    def needs_pairs(self) -> bool:
+        return True
+
+    def propagate(self, state: Covariance) -> Covariance:
+        if not state.num_places:
+            raise ValueError("average_pool must be given images or sequences, got inputs without places")
+
+        def average(x: Floats) -> Floats:
+            for axis in range(x.ndim - 2 * state.num_places, x.ndim):  # the places of both inputs by themselves
+                if x.shape[axis] < self.size:
+                    raise ValueError(
+                        f"size must not exceed the image, of {x.shape[-state.num_places :]}, got {self.size}"
+                    )
+                total = jnp.zeros((), x.dtype)
+                for offset in range(self.size):
+                    total = total + _window(x, (axis,), offset, self.size, self.stride)
+                x = total / self.size
+            return x
+
+        q, p, c = (average(x) for x in (state.q, state.p, state.c))
+        return state.replace(q=q, p=p, c=c, t=None if state.t is None else average(state.t))
 
 
 class Flatten(Layer):
@@ -148,13 +193,23 @@ class Recurrent(Layer):
         return jax.lax.scan(jax.checkpoint(step, prevent_cse=False), start, rest)[0]
 
 
+def _window(x: Floats, axes: tuple[int, ...], offset: int, size: int, stride: int) -> Floats:
+    """What lies `offset` after the start of every window of `size` places, `stride` apart, along all axes together."""
+    window = [slice(None)] * x.ndim
+    for axis in axes:
+        window[axis] = slice(offset, x.shape[axis] - size + 1 + offset, stride)
+    return x[tuple(window)]
+
+
 def _without_places(state: Covariance, read: Callable[[Floats], Floats], *, is_gaussian: bool) -> Covariance:
     q, p, c = (read(x) for x in (state.q, state.p, state.c))
     t = None if state.t is None else read(state.t)
     return Covariance(q, p, c, t, num_places=0, has_pairs=False, is_gaussian=is_gaussian)
 
 
-def conv(size: int = 3, w_var: Scalar = 1.0, b_var: Scalar = 0.0, *, padding: Padding = "same") -> Conv:
+def conv(
+    size: int = 3, w_var: Scalar = 1.0, b_var: Scalar = 0.0, *, padding: Padding = "same", stride: int = 1
+) -> Conv:
     """A convolution of images with a filter of size x size pixels.
 
     Args:
@@ -162,11 +217,38 @@ def conv(size: int = 3, w_var: Scalar = 1.0, b_var: Scalar = 0.0, *, padding: Pa
         w_var: variance of the weights, times channels and pixels of the filter; > 0.
         b_var: variance of the biases; >= 0.
         padding: "same" puts zeros around the image, "circular" repeats it, "valid" makes it smaller.
+        stride: of the filter, in both directions. It begins where it would without: with "same" and "circular" around
+            the first pixel, then `stride` pixels on.
 
     Raises:
         ValueError: an argument is out of its range.
     """
-    return Conv(w_var, b_var, size, padding)
+    return Conv(w_var, b_var, size, padding, stride)
+
+
+def average_pool(size: int = 2, stride: int | None = None) -> AveragePool:
+    """The average over windows of size x size pixels, or of `size` times; what does not fill a window is left out.
+
+    Pixels of one window are correlated: covariances are kept for all pairs of pixels, n^2 P^2 numbers, in all layers
+    before it.
+
+    Args:
+        size: of a window.
+        stride: from one window to the next; `size` if None.
+
+    Raises:
+        ValueError: an argument is less than 1.
+
+    Example:
+        >>> import jax
+        >>> from bayesinf.models import nngp
+        >>> kernel = nngp.serial(
+        ...     nngp.conv(3, stride=2), nngp.activation(nngp.relu()), nngp.average_pool(2), nngp.flatten(), nngp.dense()
+        ... )
+        >>> kernel(jax.random.normal(jax.random.key(0), (5, 8, 8, 3))).shape
+        (5, 5)
+    """
+    return AveragePool(size, size if stride is None else stride)
 
 
 def flatten() -> Flatten:

@@ -111,8 +111,8 @@ def test_without_a_joint_law_no_functions_are_drawn():
         (lambda: gp.plot_functions(PROCESSES["GP"].condition(Y, GRID), GRID[:3]), "law must be one of the values at X"),
         (lambda: gp.plot_functions(dist.Normal(GRID, 1.0), GRID, Y), "y must be None where law is not a process"),
         (lambda: gp.plot_functions(gp.GP(gp.RBF(jnp.ones((2, 1))), X), GRID), "law must be one process"),
-        (lambda: gp.plot_functions(gp.GP(gp.RBF(), X, mean=Y), GRID), "mean must be a number, or a function"),
-        (lambda: gp.plot_functions(gp.GP(gp.RBF(), X, mean=Y), X), "mean must be a number, or a function"),
+        (lambda: gp.plot_functions(gp.GP(gp.RBF(), X, mean=Y), GRID), "mean must be a number, a function"),
+        (lambda: gp.plot_functions(gp.GP(gp.RBF(), X, mean=Y), X), "mean must be a number, a function"),
     ],
 )
 def test_bad_arguments_are_named(call, message):
