@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -76,6 +77,7 @@ def observe(
     return Observations(series, features, is_seen, _lengths(lengths, shape), is_single)
 
 
+@eqx.filter_jit
 def score(emission: Emission, data: Observations) -> Float[Array, "b t k"]:
     """Log p(y_t | x_t = k); 0 where y_t is missing."""
     shape = data.is_seen.shape
