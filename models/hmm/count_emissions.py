@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array, Float, Key
 
@@ -53,7 +54,7 @@ class Poisson(Emission):
     def __check_init__(self):
         if self.rate.ndim not in (1, 2):
             raise ValueError(f"rate must have shape (K,) or (K, d), got {self.rate.shape}")
-        if errors.is_concrete(self.rate) and bool(jnp.any(self.rate < 0) | jnp.any(~jnp.isfinite(self.rate))):
+        if errors.is_concrete(self.rate) and not np.all((np.asarray(self.rate) >= 0) & np.isfinite(self.rate)):
             raise ValueError(f"rate must be finite and not negative, got {self.rate}")
 
     @property

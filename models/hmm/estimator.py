@@ -15,6 +15,7 @@ What predicts must not look ahead: a strategy or an alarm tested on `predict_pro
 import inspect
 from typing import Any, Literal, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,7 +169,7 @@ class HMMEstimator:
         if isinstance(self.emission, str):  # no start of the user's
             data = observe(emission, series, lengths=counts)
             flat = data.ys.reshape(-1, *data.ys.shape[2:])
-            emission = emission.guess(key_start, flat, data.is_seen.reshape(-1), None)
+            emission = eqx.filter_jit(emission.guess)(key_start, flat, data.is_seen.reshape(-1), None)
         priors = {"initial_prior": self.initial_prior, "transition_prior": self.transition_prior}
         found = HiddenMarkovModel(emission, **priors).fit(
             key_fit,

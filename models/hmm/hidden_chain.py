@@ -69,9 +69,9 @@ class HiddenChainModel(eqx.Module):
             )
         num = emission.num_states
         leave = (1.0 - stay) / (num - 1) if num > 1 else 0.0
-        every = jnp.full((num, num), leave) + (1.0 - num * leave) * jnp.eye(num)
+        every = np.full((num, num), leave) + (1.0 - num * leave) * np.eye(num)
         self.emission = emission
-        self.initial = _probabilities("initial", jnp.full(num, 1.0 / num) if initial is None else initial, (num,))
+        self.initial = _probabilities("initial", np.full(num, 1.0 / num) if initial is None else initial, (num,))
         self.transition = _probabilities("transition", every if transition is None else transition, (num, num))
         self.initial_prior = _concentrations("initial_prior", initial_prior, (num,))
         self.transition_prior = _concentrations("transition_prior", transition_prior, (num, num))

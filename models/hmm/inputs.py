@@ -57,9 +57,14 @@ def as_chain(log_init: Any, log_trans: Any, log_lik: Any, mask: Any, lengths: An
     check_rows("log_trans", log_trans)
     is_observed = _mask(mask, log_lik.shape[:-1])
     is_real = _before_end(lengths, log_lik.shape[:-1])
-    log_lik = jnp.where((is_observed & is_real)[..., None], log_lik, 0.0)
+    log_lik = _without(log_lik, is_observed, is_real)
     _check_likelihoods(log_lik)
     return Chain(log_init, log_trans, log_lik, is_real)
+
+
+@jax.jit
+def _without(log_lik: Array, is_observed: Array, is_real: Array) -> Array:
+    return jnp.where((is_observed & is_real)[..., None], log_lik, 0.0)
 
 
 def over_series(function: Any, log_lik: Array, *arrays: Array) -> Any:
@@ -121,7 +126,7 @@ def check_row(log_lik: Array) -> None:
 
 def _mask(mask: Any, shape: tuple[int, ...]) -> Array:
     if mask is None:
-        return jnp.ones(shape, bool)
+        return jnp.asarray(np.ones(shape, bool))
     mask = jnp.asarray(mask)
     if mask.dtype != bool:
         raise ValueError(f"mask must be boolean, True where y_t is observed, got dtype {mask.dtype}")
@@ -132,7 +137,7 @@ def _mask(mask: Any, shape: tuple[int, ...]) -> Array:
 
 def _before_end(lengths: Any, shape: tuple[int, ...]) -> Array:
     if lengths is None:
-        return jnp.ones(shape, bool)
+        return jnp.asarray(np.ones(shape, bool))
     lengths = jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape != shape[:-1]:
         raise ValueError(
@@ -147,9 +152,10 @@ def _check_likelihoods(log_lik: Array) -> None:
     """Skipped while traced, where NaN gives NaN."""
     if not errors.is_concrete(log_lik):
         return
-    is_bad = jnp.any(jnp.isnan(log_lik) | (log_lik == jnp.inf), -1)
-    if bool(jnp.any(is_bad)):
-        where = np.argwhere(np.asarray(is_bad))[:5].squeeze(-1 if is_bad.ndim == 1 else ()).tolist()
+    values = np.asarray(log_lik)
+    is_bad = np.any(np.isnan(values) | (values == np.inf), -1)
+    if np.any(is_bad):
+        where = np.argwhere(is_bad)[:5].squeeze(-1 if is_bad.ndim == 1 else ()).tolist()
         raise ValueError(
             f"log_lik must hold log densities below infinity, got NaN or inf at steps {where}; where y_t is missing, "
             "say so with mask, True where it is observed"

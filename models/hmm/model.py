@@ -11,6 +11,7 @@ References:
 from collections.abc import Mapping
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -240,7 +241,12 @@ class HiddenMarkovModel(HiddenChainModel):
             ((100,), (100,))
         """
         num_steps = errors.check_count("num_steps", num_steps)
-        key_first, key_moves, key_ys = jax.random.split(errors.as_key(key), 3)
+        given = None if covariates is None else jnp.asarray(covariates)
+        return self._simulate(errors.as_key(key), num_steps, given)
+
+    @eqx.filter_jit
+    def _simulate(self, key: Key[Array, ""], num_steps: int, covariates: Array | None) -> tuple[Array, Array]:
+        key_first, key_moves, key_ys = jax.random.split(key, 3)
         first = jax.random.categorical(key_first, self.log_initial)
 
         def move(state: Array, key: Array) -> tuple[Array, Array]:
@@ -249,8 +255,7 @@ class HiddenMarkovModel(HiddenChainModel):
 
         _, later = jax.lax.scan(move, first, jax.random.split(key_moves, num_steps)[1:])
         states = jnp.concatenate([first[None], later]).astype(jnp.int32)
-        given = None if covariates is None else jnp.asarray(covariates)
-        return states, self.emission.sample(key_ys, states, given)
+        return states, self.emission.sample(key_ys, states, covariates)
 
 
 def sticky(num_states: int, concentration: float = 1.0, stickiness: float = 10.0) -> Float[Array, "k k"]:

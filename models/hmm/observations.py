@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -61,9 +63,7 @@ def observe(
             raise ValueError("lengths are of several series, of shape (B, T, ...); one series has all its rows")
         series, given = series[None], None if given is None else given[None]
     shape = series.shape[:2]
-    is_real = _mask(mask, shape) & (jnp.arange(shape[1]) < _lengths(lengths, shape)[:, None])
-    series = _where_rows(is_real, series, jnp.nan)
-    is_nan = jnp.isnan(series).reshape(*shape, -1)
+    is_real, series, is_nan = _take_out(series, _mask(mask, shape), _lengths(lengths, shape))
     _check_values(emission, series, is_nan)
     is_seen = ~jnp.all(is_nan, -1) if emission.takes_partial else ~jnp.any(is_nan, -1)
     features = each(emission.features, series, given)
@@ -76,6 +76,7 @@ def observe(
     return Observations(series, features, is_seen, _lengths(lengths, shape), is_single)
 
 
+@eqx.filter_jit
 def score(emission: Emission, data: Observations) -> Float[Array, "b t k"]:
     """Log p(y_t | x_t = k); 0 where y_t is missing."""
     shape = data.is_seen.shape
@@ -97,7 +98,7 @@ def evidence(model: Any, data: Observations, method: Method) -> Float[Array, ""]
 
 
 def _mask(mask: Any, shape: tuple[int, ...]) -> Array:
-    is_observed = jnp.ones(shape, bool) if mask is None else jnp.asarray(mask)
+    is_observed = jnp.asarray(np.ones(shape, bool) if mask is None else mask)
     if is_observed.dtype != bool or is_observed.shape not in (shape, shape[1:]):
         raise ValueError(
             f"mask must be boolean, True where y_t is observed, of shape {shape[1:]} or {shape}, got "
@@ -108,7 +109,7 @@ def _mask(mask: Any, shape: tuple[int, ...]) -> Array:
 
 def _lengths(lengths: Any, shape: tuple[int, ...]) -> Array:
     if lengths is None:
-        return jnp.full(shape[0], shape[1])
+        return jnp.asarray(np.full(shape[0], shape[1]))
     counts = jnp.asarray(lengths)
     if counts.shape != shape[:1] or not jnp.issubdtype(counts.dtype, jnp.integer):
         raise ValueError(
@@ -118,7 +119,16 @@ def _lengths(lengths: Any, shape: tuple[int, ...]) -> Array:
     return counts
 
 
-def _where_rows(is_kept: Array, rows: Array, otherwise: float) -> Array:
+@jax.jit
+def _take_out(series: Array, is_observed: Array, counts: Array) -> tuple[Array, Array, Array]:
+    """Which rows there are, NaN where there is none, and what is NaN of each row."""
+    is_real = is_observed & (jnp.arange(series.shape[1]) < counts[:, None])
+    series = _where_rows(is_real, series, jnp.nan)
+    return is_real, series, jnp.isnan(series).reshape(*series.shape[:2], -1)
+
+
+@jax.jit
+def _where_rows(is_kept: Array, rows: Array, otherwise: Array | float) -> Array:
     return jnp.where(is_kept.reshape(is_kept.shape + (1,) * (rows.ndim - 2)), rows, otherwise)
 
 

@@ -93,6 +93,7 @@ def log_total(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
     return jnp.log(total) + jnp.squeeze(largest, axis)
 
 
+@jax.jit
 def log_or_never(p: Float[Array, "..."]) -> Float[Array, "..."]:
     """Log p; -inf, with a gradient of zero, where p is 0."""
     return jnp.where(p == 0, -jnp.inf, jnp.log(jnp.where(p == 0, 1.0, p)))

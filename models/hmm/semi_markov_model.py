@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
@@ -262,7 +263,12 @@ class HiddenSemiMarkovModel(HiddenChainModel):
             [0, 0, 0, 1, 1, 0, 0, 0]
         """
         num_steps = errors.check_count("num_steps", num_steps)
-        key_first, key_stays, key_ys = jax.random.split(errors.as_key(key), 3)
+        given = None if covariates is None else jnp.asarray(covariates)
+        return self._simulate(errors.as_key(key), num_steps, given)
+
+    @eqx.filter_jit
+    def _simulate(self, key: Key[Array, ""], num_steps: int, covariates: Array | None) -> tuple[Array, Array]:
+        key_first, key_stays, key_ys = jax.random.split(key, 3)
         log_initial, log_transition, log_duration = self._laws()
 
         def step(carry: tuple[Array, Array], key: Array) -> tuple[tuple[Array, Array], Array]:
@@ -278,8 +284,7 @@ class HiddenSemiMarkovModel(HiddenChainModel):
         begin = first, jax.random.categorical(key_duration, log_duration[first])
         _, later = jax.lax.scan(step, begin, jax.random.split(key_stays, num_steps)[1:])
         states = jnp.concatenate([first[None], later]).astype(jnp.int32)
-        given = None if covariates is None else jnp.asarray(covariates)
-        return states, self.emission.sample(key_ys, states, given)
+        return states, self.emission.sample(key_ys, states, covariates)
 
     def _laws(self) -> tuple[Float[Array, " k"], Float[Array, "k k"], Float[Array, "k d"]]:
         return self.log_initial, self.log_transition, self.duration.log_prob()

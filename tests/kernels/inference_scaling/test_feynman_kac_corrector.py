@@ -160,7 +160,7 @@ def test_the_variance_of_the_evidence_is_unbiased():
     """Exactly, where particles are resampled in every step: E[Zhat^2 V] = var(Zhat)."""
     case = CASES["product"]
     expected = discretised(case, 40)[0]
-    estimates, variances = replicates(case, 1_500, 40, 128, ess_threshold=1.0)
+    estimates, variances = replicates(case, 1_500, 40, 256, ess_threshold=1.0)
     squares = (estimates[:, 0] - expected) ** 2
     assert mean_p_value(variances - squares, 0.0) > FALSE_ALARM
     assert mean_p_value(0.25 * variances - squares, 0.0) < FALSE_ALARM
