@@ -249,6 +249,8 @@ class VectorField(eqx.Module):
     def fit(self, index: Any, vectors: Any, *, num_steps: int = 100) -> tuple["VectorField", Bool[Array, ""]]:
         """The field whose length scale, variance and noise maximise the evidence, and whether L-BFGS has converged.
 
+        It has not where there is no maximum: a turn of a sphere has a length scale without bound.
+
         Args:
             index, vectors: as of `log_evidence`.
             num_steps: at most.

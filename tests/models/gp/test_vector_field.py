@@ -161,6 +161,12 @@ def test_posteriors_of_fields_of_the_prior_are_calibrated(laplacian):
     assert 2 * min(chi2(600).sf(total), chi2(600).cdf(total)) > FALSE_ALARM
 
 
+def test_a_fit_without_a_maximum_has_not_converged(laplacian):
+    """A turn is of the first eigenvalue: the longer the length scale, the higher the evidence."""
+    _, is_converged = gp.VectorField(gp.ConnectionMatern(laplacian), 1.0).fit(SEEN, FLOW[SEEN], num_steps=50)
+    assert not is_converged
+
+
 def test_draws_have_the_mean_and_covariance_of_the_posterior(laplacian):
     """Whitened draws at a point are standard normal: their mean and squares by chi-squared tests."""
     field = gp.VectorField(gp.ConnectionMatern(laplacian, 1.5, 0.7), 0.1)
@@ -176,12 +182,13 @@ def test_draws_have_the_mean_and_covariance_of_the_posterior(laplacian):
 
 def test_a_smooth_field_is_recovered_with_fitted_parameters(laplacian):
     """Held-out errors are below those of one observation, by a factor of four, a judgement; draws by z-scores."""
-    noise = 0.2 * np.random.default_rng(5).normal(size=FLOW.shape)
+    flow = FLOW + np.cross(SPHERE**2 * [1.0, -2.0, 1.0], SPHERE)  # of a finite length scale
+    seen = flow + 0.2 * np.random.default_rng(5).normal(size=FLOW.shape)
     field = gp.VectorField(gp.ConnectionMatern(laplacian), 1.0)
-    fitted, is_converged = field.fit(SEEN, (FLOW + noise)[SEEN])
+    fitted, is_converged = field.fit(SEEN, seen[SEEN])
     assert is_converged
-    posterior = fitted.condition(SEEN, (FLOW + noise)[SEEN])
-    error = np.asarray(posterior.mean(HELD)) - FLOW[HELD]
+    posterior = fitted.condition(SEEN, seen[SEEN])
+    error = np.asarray(posterior.mean(HELD)) - flow[HELD]
     assert np.mean(error**2) < 0.2**2 / 4
     draws = posterior.sample(0, HELD[:5], 2000) - posterior.mean(HELD[:5])
     found = np.einsum("stD,stE->tDE", draws, draws) / 2000
