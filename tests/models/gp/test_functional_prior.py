@@ -1,11 +1,12 @@
 """Priors of networks matched to processes: the distance, networks whose best parameters are known, and posteriors."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from scipy.stats import multivariate_normal, t
+from scipy.stats import multivariate_normal, norm, t
 
 import bayesinf as bi
 from bayesinf.conformance import FALSE_ALARM
@@ -77,6 +78,38 @@ def test_the_divergence_of_draws_has_slope_zero_at_the_truth():
     )
     z = found.mean(axis=0) / (found.std(axis=0) / 300**0.5)
     assert 2 * t(299).sf(np.max(np.abs(z))) * EXPECTED.size > FALSE_ALARM
+
+
+class Shifted(eqx.Module):
+    """One value, normal about this mean."""
+
+    mean: jax.Array
+
+    def sample(self, key, X):
+        return self.mean + jax.random.normal(key, X.shape[:1])
+
+
+def test_the_critic_finds_the_distance():
+    """Of N(4, 1) and N(0, 1): W = 4, where a linear critic is best, of the slope s that maximises s W - 10 (s - 1)^2.
+
+    The gap it sees is s W at new draws. That it may be 2 % off besides is a judgement, of 300 steps.
+    """
+    found = gp.match_prior(
+        3,
+        Shifted(jnp.asarray(4.0)),
+        gp.Constant(1.0),
+        lambda key: jnp.zeros(1),
+        method="wasserstein",
+        num_functions=1000,
+        num_steps=1,
+        critic_steps=300,
+        critic_width=32,
+    )
+    slope = 1 + 4 / 20
+    deviation = slope * np.sqrt(2 / 1000)
+    excess = abs(float(found.losses[0]) - slope * 4) - 0.02 * slope * 4
+    assert 2 * norm.sf(excess / deviation) > FALSE_ALARM, found.losses
+    assert found.network.mean < 4.0
 
 
 SMALL = {"num_functions": 64, "num_steps": 60, "critic_steps": 30, "critic_width": 32}
