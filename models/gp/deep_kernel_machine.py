@@ -168,7 +168,7 @@ class DeepKernelFit(eqx.Module):
         X, Y, Z: to what; Z is None for the exact objective.
         raw: M_l of all layers, as of `DeepKernelMachine.objective`.
         objective: L there.
-        is_converged: whether a further step promises less than sqrt(eps) of L / (c + sum_l nu_l).
+        is_converged: whether a further step promises an increase of at most ten times the rounding of L, as of `lbfgs`.
     """
 
     machine: DeepKernelMachine

@@ -46,7 +46,9 @@ class PriorMatch(eqx.Module):
 
     Attributes:
         network: the network with its parameters matched.
-        losses: after each step; in closed form, the last alone. Of the critic an estimate of the Wasserstein distance.
+        losses: after each step; in closed form, the last alone. Of the critic what it sees of the Wasserstein distance:
+            all of a difference of means, and often less of others, since it is trained from a start that is nearly
+            linear, and the penalty keeps it there.
     """
 
     network: Any

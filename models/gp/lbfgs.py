@@ -1,7 +1,10 @@
 """Minimising a smooth function by L-BFGS, in one compiled loop.
 
 It ends by the decrease that a Newton step promises, <g, H g> / 2, which has the unit of the function and does not
-depend on how its arguments are scaled.
+depend on how its arguments are scaled. No decrease can be seen that is below the rounding r of the function: at least
+eps of its value, or of 1 where that is more, and more where values differ by more at points that are the last one with
+its numbers moved by one rounding up or down. The search has converged where the promise is at most 10 r: it ends there,
+or because the line search, misled by rounding, finds nothing lower.
 
 References:
     Liu and Nocedal (1989), doi:10.1007/BF01589116.
@@ -18,6 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 __all__ = ["Minimum", "minimise"]
 
+FACTOR = 10.0  # of the rounding: the promise has that of the gradient in it, too
+
 
 class Minimum(NamedTuple):
     """Where the search ended.
@@ -26,13 +31,15 @@ class Minimum(NamedTuple):
         point: the last point.
         value: of the function there.
         decrease: what one more step promises.
+        rounding: r, of the value.
         num_steps: steps made.
-        is_converged: whether that is at most sqrt(eps) of the value, or of 1 where that is more.
+        is_converged: whether the decrease is at most 10 r.
     """
 
     point: PyTree
     value: Float[Array, ""]
     decrease: Float[Array, ""]
+    rounding: Float[Array, ""]
     num_steps: Int[Array, ""]
     is_converged: Bool[Array, ""]
 
@@ -53,7 +60,7 @@ def minimise(loss: Callable[[PyTree], Array], start: PyTree, num_steps: int) -> 
 
     def is_unfinished(carry: Any) -> Array:
         _, _, value, _, decrease, count, is_stuck = carry
-        return (count < num_steps) & (decrease > 10.0 * _rounding(value)) & ~is_stuck
+        return (count < num_steps) & (decrease > FACTOR * _least_rounding(value)) & ~is_stuck
 
     def step(carry: Any) -> Any:
         point, (state, was_searching), before, grad, _, count, _ = carry
@@ -76,10 +83,22 @@ def minimise(loss: Callable[[PyTree], Array], start: PyTree, num_steps: int) -> 
         ~jnp.isfinite(value),
     )
     point, _, value, _, decrease, count, _ = jax.lax.while_loop(is_unfinished, step, carry)
-    return Minimum(
-        point, value, decrease, count, decrease <= float(jnp.finfo(value.dtype).eps) ** -0.5 * _rounding(value)
-    )
+    rounding = jnp.maximum(_least_rounding(value), _seen_rounding(loss, point, value))
+    return Minimum(point, value, decrease, rounding, count, decrease <= FACTOR * rounding)
 
 
-def _rounding(value: Array) -> Array:
+def _least_rounding(value: Array) -> Array:
     return float(jnp.finfo(value.dtype).eps) * jnp.maximum(1.0, jnp.abs(value))
+
+
+def _seen_rounding(loss: Callable[[PyTree], Array], point: PyTree, value: Array) -> Array:
+    """The root mean square change of the loss over eight points within one rounding."""
+
+    def change(key: Array) -> Array:
+        signs = ot.random_like(key, point, jax.random.rademacher)
+        moved = jax.tree.map(
+            lambda x, sign: x * (1.0 + float(jnp.finfo(x.dtype).eps) * sign).astype(x.dtype), point, signs
+        )
+        return loss(moved) - value
+
+    return jnp.sqrt(jnp.mean(jax.lax.map(change, jax.random.split(jax.random.key(0), 8)) ** 2))

@@ -107,10 +107,8 @@ def test_single_precision_finds_the_same():
         single = network(1.5, jitter=1e-3).fit(X.astype(np.float32), Y[:, 0].astype(np.float32))
         assert single.raw.dtype == jnp.float32
         assert single.is_converged
-        # what convergence promises, relative to c + sum nu = 4
-        np.testing.assert_allclose(
-            single.objective, exact.objective, atol=4 * 2 * float(jnp.finfo(jnp.float32).eps) ** 0.5
-        )
+        # relative to c + sum nu = 4, twice what convergence promises, of a rounding of 8 eps: that of sums over 8 rows
+        np.testing.assert_allclose(single.objective, exact.objective, atol=4 * 2 * 10 * 8 * jnp.finfo(jnp.float32).eps)
 
 
 @pytest.mark.parametrize(

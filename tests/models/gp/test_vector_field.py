@@ -37,19 +37,60 @@ def laplacian():
 
 
 def test_the_spectrum_of_the_sphere():
-    """A15: l (l + 1) - 1, of multiplicity 2 (2 l + 1), to 2 %."""
+    """A15: l (l + 1) - 1, of multiplicity 2 (2 l + 1), to its 2 %."""
     found = gp.connection_laplacian(fibonacci(1500), dim=2, num_eigenpairs=17).eigenvalues
     np.testing.assert_allclose(found[:16], np.repeat([1.0, 5.0], [6, 10]), rtol=0.02)
     assert found[16] > 10.0
 
 
 def test_the_spectrum_does_not_depend_on_the_density_of_the_points():
-    """A circle with four times as many points on one side: squares of whole numbers, to 2 %."""
+    """A circle with four times as many points on one side: squares of whole numbers, to the 2 % of A15."""
     uniform = np.linspace(0.0, 2.0 * np.pi, 600, endpoint=False)
     angles = uniform + 0.6 * np.sin(uniform)
     circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     found = gp.connection_laplacian(circle, dim=1, num_neighbors=4, num_eigenpairs=5).eigenvalues
     np.testing.assert_allclose(found, [0.0, 1.0, 1.0, 4.0, 4.0], rtol=0.02, atol=1e-6)
+
+
+def test_the_spectrum_of_the_flat_torus():
+    """In R^4: m^2 + n^2, each twice for each wave. A lattice whose points are all alike, so that waves are exact.
+
+    The graph's own eigenvalues are known to rounding, and theirs are below those of the torus by (lambda - 1) s^2 / 4
+    for weights that fall as a Gaussian of variance s^2, to second order; the next one is bounded by (lambda s^2)^2.
+    """
+    n, k = 1597, 8
+    angles = 2.0 * np.pi * np.stack([np.arange(n) / n, np.arange(n) * 987 % n / n], axis=1)
+    torus = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    found = np.asarray(gp.connection_laplacian(torus, dim=2, num_neighbors=k, num_eigenpairs=26).eigenvalues)
+    squared = np.sum((torus - torus[0]) ** 2, axis=1)
+    near = np.argsort(squared)[1 : k + 1]
+    width = np.mean(squared[near])
+    weights = np.exp(-2.0 * squared[near] / width)
+    waves = np.stack(np.meshgrid(np.arange(-4, 5), np.arange(-4, 5)), axis=-1).reshape(-1, 2)
+    of_waves = 4.0 * (1.0 - np.cos(waves @ angles[near].T)) @ weights / np.sum(weights * squared[near])
+    np.testing.assert_allclose(found, np.repeat(np.sort(of_waves), 2)[:26], atol=1e-10)
+    expected, variance = np.repeat([1.0, 2.0, 4.0], 8), width / 4.0
+    bound = (expected - 1.0) * variance / 4.0 + (expected * variance) ** 2
+    assert np.all(np.abs(found[2:] / expected - 1.0) < bound)
+
+
+def test_the_spectrum_of_points_at_random():
+    """Without relaxed points 26 % too low. The bound of 10 % is a judgement: four times what was seen at this size."""
+    points = np.random.default_rng(4).normal(size=(2000, 3))
+    points /= np.linalg.norm(points, axis=1)[:, None]
+    found = gp.connection_laplacian(points, dim=2, num_eigenpairs=6).eigenvalues
+    assert abs(np.mean(found) - 1.0) < 0.1
+
+
+def test_the_spectrum_of_a_sphere_that_is_seen_unevenly():
+    """Nine times as many points at one pole as at the other. On average over the six fields, which differ by O(h^2)."""
+    share = 1.0 - (2.0 * np.arange(1500) + 1.0) / 1500
+    height = (np.sqrt(1.64 + 1.6 * share) - 1.0) / 0.8  # of density 1 + 0.8 height
+    flat = fibonacci(1500)[:, :2]
+    radius = np.sqrt((1.0 - height**2) / np.sum(flat**2, axis=1))
+    points = np.concatenate([radius[:, None] * flat, height[:, None]], axis=1)
+    found = gp.connection_laplacian(points, dim=2, num_eigenpairs=6).eigenvalues
+    np.testing.assert_allclose(np.mean(found), 1.0, rtol=0.02)  # that of the even sphere: a judgement
 
 
 def test_predictions_turn_with_the_points():
@@ -91,7 +132,7 @@ def test_evidence_and_posterior_are_those_of_the_dense_process(laplacian, nu):
 
 
 def test_the_variance_is_that_of_a_component(laplacian):
-    """On the sphere all points are alike: |F_i|^2 is twice the variance, on average over the points."""
+    """|F_i|^2 is twice the variance on average over the sphere, and nearly over points spread evenly: to A15's 2 %."""
     features = gp.ConnectionMatern(laplacian, 1.5, 0.5, 3.0).features(np.arange(400))
     np.testing.assert_allclose(jnp.mean(jnp.sum(features**2, axis=(1, 2))), 6.0, rtol=0.02)
 
@@ -120,6 +161,12 @@ def test_posteriors_of_fields_of_the_prior_are_calibrated(laplacian):
     assert 2 * min(chi2(600).sf(total), chi2(600).cdf(total)) > FALSE_ALARM
 
 
+def test_a_fit_without_a_maximum_has_not_converged(laplacian):
+    """A turn is of the first eigenvalue: the longer the length scale, the higher the evidence."""
+    _, is_converged = gp.VectorField(gp.ConnectionMatern(laplacian), 1.0).fit(SEEN, FLOW[SEEN], num_steps=50)
+    assert not is_converged
+
+
 def test_draws_have_the_mean_and_covariance_of_the_posterior(laplacian):
     """Whitened draws at a point are standard normal: their mean and squares by chi-squared tests."""
     field = gp.VectorField(gp.ConnectionMatern(laplacian, 1.5, 0.7), 0.1)
@@ -134,13 +181,14 @@ def test_draws_have_the_mean_and_covariance_of_the_posterior(laplacian):
 
 
 def test_a_smooth_field_is_recovered_with_fitted_parameters(laplacian):
-    """Held-out errors are below the noise of one observation, and within the posterior's own variance."""
-    noise = 0.2 * np.random.default_rng(5).normal(size=FLOW.shape)
+    """Held-out errors are below those of one observation, by a factor of four, a judgement; draws by z-scores."""
+    flow = FLOW + np.cross(SPHERE**2 * [1.0, -2.0, 1.0], SPHERE)  # of a finite length scale
+    seen = flow + 0.2 * np.random.default_rng(5).normal(size=FLOW.shape)
     field = gp.VectorField(gp.ConnectionMatern(laplacian), 1.0)
-    fitted, is_converged = field.fit(SEEN, (FLOW + noise)[SEEN])
+    fitted, is_converged = field.fit(SEEN, seen[SEEN])
     assert is_converged
-    posterior = fitted.condition(SEEN, (FLOW + noise)[SEEN])
-    error = np.asarray(posterior.mean(HELD)) - FLOW[HELD]
+    posterior = fitted.condition(SEEN, seen[SEEN])
+    error = np.asarray(posterior.mean(HELD)) - flow[HELD]
     assert np.mean(error**2) < 0.2**2 / 4
     draws = posterior.sample(0, HELD[:5], 2000) - posterior.mean(HELD[:5])
     found = np.einsum("stD,stE->tDE", draws, draws) / 2000

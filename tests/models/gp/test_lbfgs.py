@@ -1,0 +1,45 @@
+"""When L-BFGS says that it has converged: by the rounding of what it minimises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bayesinf.models.gp.lbfgs import FACTOR, minimise
+
+
+def banana(point):
+    return 10.0 * (point["y"] - point["x"] ** 2) ** 2 + (1.0 - point["x"]) ** 2
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_minimum_is_found_to_the_rounding_of_its_value(x64):
+    """A constant beside it raises the rounding; near the minimum the promise is the decrease that there is."""
+    with jax.enable_x64(x64):
+        start = {"x": jnp.asarray(-1.0), "y": jnp.asarray(1.0)}
+        for constant in (0.0, 1e3):
+            found = jax.jit(minimise, static_argnums=(0, 2))(lambda p: banana(p) + constant, start, 200)  # noqa: B023
+            assert found.is_converged
+            assert found.rounding >= jnp.finfo(found.value.dtype).eps * max(1.0, constant)
+            assert banana(found.point) <= 2 * FACTOR * found.rounding
+        few = minimise(banana, start, 3)
+        assert not few.is_converged
+        assert few.decrease > FACTOR * few.rounding
+
+
+def test_without_a_minimum_it_has_not_converged():
+    found = minimise(lambda x: 1.0 / (1.0 + x), jnp.asarray(0.0), 20)
+    assert not found.is_converged
+    assert found.num_steps <= 20
+
+
+def test_rounding_is_seen_that_the_value_does_not_tell():
+    """Terms of 1e4 that cancel: the loss is known to their rounding only, not to that of its own value."""
+    with jax.enable_x64(False):
+        a = jnp.asarray(np.random.default_rng(0).normal(size=1000) * 1e4, jnp.float32)
+
+        def loss(x):
+            return jnp.sum(jnp.cos(x[:1000]) * a) - jnp.sum(jnp.cos(x[1000:]) * a) + jnp.sum((x - 1.0) ** 2)
+
+        found = minimise(loss, jnp.ones(2000, jnp.float32), 1)
+        assert found.rounding > 1e4 * jnp.finfo(jnp.float32).eps  # of one of the terms
