@@ -110,7 +110,7 @@ class ScaleMixtureGP(Process):
         return jnp.broadcast_to(jnp.asarray(self.noise, self.loc.dtype), self.loc.shape)
 
     def _eigh(self) -> tuple[Array, Array]:
-        """Of D^{-1/2} K D^{-1/2}; under a vmap over one noise for all data, one decomposition serves the whole batch."""
+        """Of D^{-1/2} K D^{-1/2}; under a vmap over one noise for all data, one decomposition serves the batch."""
         if jnp.ndim(self.noise) == 0:
             values, vectors = _eigh(gram(self.kernel, self.X, self.X))
             return values / self.noise, vectors

@@ -155,7 +155,7 @@ def test_noises_share_one_eigendecomposition(double):
     assert "f64[12,12]" in eighs[0]
     assert "f64[3,12,12]" not in eighs[0]
     found, slopes = jax.jit(over_noises)(noises, 1.0)
-    each = jax.jit(jax.value_and_grad(lambda e, l: value(jnp.full(12, e), l), argnums=(0, 1)))
+    each = jax.jit(jax.value_and_grad(lambda e, length: value(jnp.full(12, e), length), argnums=(0, 1)))
     for i, noise in enumerate(noises):
         expected, gradient = each(noise, 1.0)
         np.testing.assert_allclose(found[i], expected, rtol=1e-11)
