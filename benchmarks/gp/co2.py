@@ -222,7 +222,7 @@ def draw(times: np.ndarray, y: np.ndarray, rows: list[dict], pictures: dict):
             axes[1].plot(times[ahead], sign * sd[ahead], "k--", lw=0.7)
     axes[0].set(title="forecasts of five years, two standard deviations", ylabel="ppm", xlim=(origins[0] - 4, None))
     axes[0].set_ylim(np.nanmin(y[times > origins[0] - 4]) - 2, None)
-    axes[1].set(title="errors (blue), of the rule (red)", ylabel="ppm")
+    axes[1].set(title="errors (blue), of the rule (red)", ylabel="ppm", xticks=origins)
     for method, color in ((FULL, "#0072B2"), (FROZEN, "#009E73"), (RULE, "#D55E00")):
         for level, style in ((50, "s--"), (95, "o-")):
             years = range(1, NUM_YEARS + 1)

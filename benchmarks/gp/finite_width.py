@@ -143,8 +143,8 @@ def main(
     depths: Sequence[int] = (1, 2),
     widths: Sequence[int] = (4, 16, 64),
     wider: Sequence[int] = (256,),
-    num_samples: int = 1_000,
-    num_draws: int = 80_000,
+    num_samples: int = 500,
+    num_draws: int = 20_000,
 ) -> list[dict]:
     """Runs everything, writes finite_width.png and finite_width.csv, and returns the rows of the table.
 
@@ -168,7 +168,7 @@ def main(
                 row = {"depth": depth, "width": width, "method": method, "ess": moments.ess}
                 rows.append(row | distances(moments, truth))
                 print(rows[-1], flush=True)
-    save(folder, "finite_width", draw(rows, pictures), rows)
+        save(folder, "finite_width", draw(rows, pictures), rows)  # deeper networks may take long
     return rows
 
 
