@@ -111,9 +111,10 @@ class ScaleMixtureGP(Process):
 
     def _eigh(self) -> tuple[Array, Array]:
         """Of D^{-1/2} K D^{-1/2}; under a vmap over one noise for all data, one decomposition serves the batch."""
-        if jnp.ndim(self.noise) == 0:
+        noise = jnp.asarray(self.noise, self.loc.dtype)
+        if noise.ndim == 0:
             values, vectors = _eigh(gram(self.kernel, self.X, self.X))
-            return values / self.noise, vectors
+            return values / noise, vectors
         return _eigh(self._whitened())
 
     def _whitened(self) -> Array:
