@@ -40,7 +40,7 @@ from bayesinf.kernels.parts import (
     merge_infos,
     scale_steps,
 )
-from bayesinf.kernels.posterior import Model, as_prior
+from bayesinf.kernels.posterior import Model, as_prior, constrain_beside
 from bayesinf.kernels.vectors import as_position, differ
 from bayesinf.target import Target
 
@@ -239,12 +239,7 @@ class HyperGibbs(Kernel):
 
     def constrain(self, position: PyTree) -> PyTree:
         """The parameters by name as `build` gets them, and "f"; {"theta", "f"} where they have no names."""
-        theta = self.prior.constrain(position["theta"])
-        if not isinstance(theta, dict):
-            return {"theta": theta, "f": position["f"]}
-        if "f" in theta:
-            raise ValueError('the prior must not have a parameter named "f": that is the name of the function')
-        return {**theta, "f": position["f"]}
+        return constrain_beside(self.prior, position, "f", "the function")
 
     def with_step_size(self, step_size: Any) -> "HyperGibbs":
         return eqx.tree_at(lambda kernel: kernel.parts, self, tuple(scale_steps(self.parts, step_size)))

@@ -49,6 +49,7 @@ from bayesinf.kernels.parts import (
     scale_steps,
 )
 from bayesinf.kernels.path_kernel import PathState
+from bayesinf.kernels.posterior import constrain_beside
 from bayesinf.models.state_space import StateSpaceModel, check_series, log_joint, log_likelihood
 from bayesinf.target import Target
 
@@ -224,12 +225,7 @@ class ParticleGibbs(Kernel):
 
     def constrain(self, position: PyTree) -> PyTree:
         """The parameters by name as `build` gets them, and "path"; {"theta", "path"} where they have no names."""
-        theta = self.prior.constrain(position["theta"])
-        if not isinstance(theta, dict):
-            return {"theta": theta, "path": position["path"]}
-        if "path" in theta:
-            raise ValueError('the prior must not have a site named "path": that is the name of the states')
-        return {**theta, "path": position["path"]}
+        return constrain_beside(self.prior, position, "path", "the states")
 
     def with_step_size(self, step_size: Any) -> "ParticleGibbs":
         return eqx.tree_at(lambda kernel: kernel.parts, self, tuple(scale_steps(self.parts, step_size)))

@@ -29,7 +29,7 @@ from bayesinf.captured import captured
 from bayesinf.kernel import is_finite
 from bayesinf.target import Target, as_target
 
-__all__ = ["Model", "Posterior", "as_posterior", "as_prior", "check_proper", "powered"]
+__all__ = ["Model", "Posterior", "as_posterior", "as_prior", "check_proper", "constrain_beside", "powered"]
 
 
 class Laws(eqx.Module):
@@ -218,6 +218,16 @@ def check_proper(prior: Laws | Pair | Model) -> PyTree:
         raise ValueError("prior must be proper and have a sampler, since particles start from its draws") from error
     errors.check_floating("prior", position)
     return position
+
+
+def constrain_beside(prior: Any, position: PyTree, name: str, meaning: str) -> PyTree:
+    """The parameters by name as users know them, and position[name]; {"theta", name} where they have no names."""
+    theta = prior.constrain(position["theta"])
+    if not isinstance(theta, dict):
+        return {"theta": theta, name: position[name]}
+    if name in theta:
+        raise ValueError(f'the prior must not have a parameter named "{name}": that is the name of {meaning}')
+    return {**theta, name: position[name]}
 
 
 def _is_law(leaf: Any) -> bool:
