@@ -42,4 +42,5 @@ autodoc_default_options = {"members": True, "show-inheritance": False}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 napoleon_use_rtype = False
+napoleon_attr_annotations = False  # they are in the text, and a "*batch" of them would be emphasis
 napoleon_custom_sections = [("Class attributes", "params_style")]
