@@ -182,6 +182,8 @@ class Process(dist.Distribution):
         """Means (..., m), and variances or covariance, of f* given the residuals."""
         columns, batch = to_columns(residual, self.batch_shape)
         mean, spread = self.factor.predict(columns, self.kernel, self.X, Xs, full_cov)
+        if spread.ndim > len(self.batch_shape) + (2 if full_cov else 1):  # series that miss different data
+            spread = spread.reshape((*batch, *spread.shape[1:]))
         prior_mean = mean_elsewhere(self.mean_function, Xs)
         return prior_mean + from_columns(or_nan(self.factor, mean), batch), spread
 

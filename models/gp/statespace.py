@@ -155,7 +155,8 @@ class StateSpaceFactor(Factor):
         def one(column: Array) -> tuple[Array, Array]:
             is_missing = jnp.isnan(column)
             news, spread = _filter(self.sde, self.noise, jnp.where(is_missing, 0.0, column), is_missing)
-            return jnp.where(is_missing, 0.0, news / jnp.sqrt(spread)), 0.5 * jnp.log(spread)
+            log_scale = jnp.where(jnp.isneginf(self.log_ok), jnp.inf, 0.5 * jnp.log(spread))  # as of `dense`
+            return jnp.where(is_missing, 0.0, news / jnp.sqrt(spread)), log_scale
 
         told = jax.lax.map(one, columns[self.order].T)
         whitened, log_scales = (jnp.zeros_like(columns).at[self.order].set(rows.T) for rows in told)
@@ -183,11 +184,18 @@ class StateSpaceFactor(Factor):
 
     def _predict_jointly(self, columns: Array, kernel: Any, X: Array, Xs: Array) -> tuple[Array, Array]:
         """By m columns K(X, Xs), in O(n m)."""
+        is_alike = jnp.all(jnp.isnan(columns) == jnp.isnan(columns[:, :1]), axis=0)
+        if errors.is_concrete(is_alike) and not np.all(np.asarray(is_alike)):
+            raise ValueError(
+                "y must miss the same times in every series with full_cov=True, since one covariance serves all; "
+                "condition on them one by one"
+            )
         is_missing = jnp.isnan(columns[:, 0])[self.order]
         whiten = partial(_whiten, self.sde, self.noise, is_missing=is_missing)
         whitened = whiten(jnp.where(jnp.isnan(columns), 0.0, columns)[self.order])
         cross = whiten(gram(kernel, X, Xs)[self.order])
-        return cross.T @ whitened, gram(kernel, Xs) - cross.T @ cross
+        mean = jnp.where(is_alike, cross.T @ whitened, jnp.nan)  # where it is not known yet
+        return mean, gram(kernel, Xs) - cross.T @ cross
 
 
 def _sde_or_zero(sde: LinearSDE, log_valid: Array) -> tuple[LinearSDE, Array]:
