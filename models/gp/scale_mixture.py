@@ -222,7 +222,7 @@ def _reach(mixing: dist.Distribution, dtype: Any) -> tuple[Array, Array]:
     """Between which u the search is made: nodes do not straddle the edges of a support, where densities jump."""
     lower = jnp.asarray(getattr(mixing.support, "lower_bound", 0.0), dtype)
     upper = jnp.asarray(getattr(mixing.support, "upper_bound", jnp.inf), dtype)
-    low, high = (jnp.log(jnp.maximum(bound, 0.0)) for bound in (lower, upper))
+    low, high = (jnp.where(bound > 0, jnp.log(jnp.where(bound > 0, bound, 1.0)), -jnp.inf) for bound in (lower, upper))
     # NumPyro's densities may square s, as InverseGamma does: in float32 from 4e-19 to 2e18
     reach = min(REACH, 0.48 * math.log(float(jnp.finfo(dtype).max)))
     return jnp.clip(low, -reach, reach), jnp.clip(high, -reach, reach)

@@ -160,6 +160,8 @@ def test_gradients_know_that_the_edges_of_a_law_move(double, name, noise_scaled)
     step = 1e-4
     expected = (value(2.0 + step) - value(2.0 - step)) / (2 * step)
     np.testing.assert_allclose(jax.grad(value)(2.0), expected, rtol=1e-5)
+    at_zero = jax.grad(lambda low: gp.ScaleMixtureGP(dist.Uniform(low, 3.0), gp.RBF(1.0), X, 0.1).log_prob(Y))(0.0)
+    assert np.isfinite(at_zero)
 
 
 def test_second_derivatives_of_a_mixture_are_right_or_refused(double):
