@@ -31,6 +31,7 @@ __all__ = [
     "GP",
     "Process",
     "as_inputs",
+    "check_resolution",
     "from_columns",
     "joint_tril",
     "marginal_scale",
@@ -60,6 +61,7 @@ class Process(dist.Distribution):
         if not isinstance(solver, Solver):
             raise ValueError(f"solver must be one of dense(), statespace(), vecchia(), sgpr(), hsgp(); got {solver!r}")
         self.kernel, self.X, self.solver = as_covariance(kernel), as_inputs("X", X), solver
+        check_resolution("X", X, self.X.dtype)
         n = self.X.shape[0]
         self.noise = _as_noise(noise, n)
         self.mean_function = as_pytree(mean) if callable(mean) else errors.as_array("mean", is_floating=True)(mean)
@@ -303,6 +305,22 @@ def as_inputs(name: str, X: Any) -> Array:
     if errors.is_concrete(X) and not np.all(np.isfinite(np.asarray(X))):
         raise ValueError(f"{name} must be finite; drop the rows that are not")
     return X
+
+
+def check_resolution(name: str, given: Any, dtype: Any) -> None:
+    """That places on a line, which are kept in fewer digits than they were given in, are still told apart."""
+    if not isinstance(given, np.ndarray) or given.size < 2 or given.size != len(given):
+        return
+    if given.dtype.itemsize <= np.dtype(dtype).itemsize:
+        return
+    values = np.unique(given)
+    spacing = float(np.spacing(np.max(np.abs(values)).astype(dtype)))
+    if np.median(np.diff(values)) < 2.0 * spacing:
+        raise ValueError(
+            f"{name} must be told apart in {np.dtype(dtype)}, which rounds them to multiples of {spacing:.3g}, got a "
+            f"median gap of {np.median(np.diff(values)):.3g}; subtract an origin, such as {name}[0], or enable float64 "
+            'by jax.config.update("jax_enable_x64", True)'
+        )
 
 
 def _as_noise(noise: Any, n: int, name: str = "noise") -> Any:
