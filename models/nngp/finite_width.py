@@ -149,12 +149,12 @@ def excess_kurtosis(
     """
     dual = relu() if dual is None else dual
     check_dual(dual)
-    given = list(width) if isinstance(width, Sequence) else None
-    depth = errors.check_count("depth", (len(given) if given else 1) if depth is None else depth)
-    if given is not None and len(given) != depth:
+    given = len(width) if isinstance(width, Sequence) else None
+    depth = errors.check_count("depth", (given or 1) if depth is None else depth)
+    if given not in (None, depth):
         raise ValueError(f"width must be one number, or one for each of {depth} hidden layers, got {width}")
     errors.check_positive_scalar("variance", variance)
-    widths = [width] * depth if given is None else given
+    widths = list(width) if isinstance(width, Sequence) else [width] * depth
     for one in widths:
         errors.check_count("width", one)
     if isinstance(dual, Rectifier):
