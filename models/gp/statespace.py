@@ -151,6 +151,10 @@ class StateSpaceFactor(Factor):
 
     def innovations(self, columns: Float[Array, "n s"]) -> tuple[Float[Array, "n s"], Float[Array, "n s"]]:
         """Given the data at earlier times; these are the rows before where the times are sorted."""
+        if errors.is_concrete(self.order) and np.any(np.diff(np.asarray(self.order)) < 0):
+            raise ValueError(
+                "X must be sorted by time to take the data one by one with solver=statespace(), got others"
+            )
 
         def one(column: Array) -> tuple[Array, Array]:
             is_missing = jnp.isnan(column)

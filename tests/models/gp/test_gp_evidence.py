@@ -121,6 +121,7 @@ def test_negative_parameters_that_are_not_known_yet_have_conditionals_of_minus_i
     [
         (lambda: gp.GP(gp.RBF(), TIMES, solver=gp.vecchia(2)).log_conditionals(Y), "solver must be dense"),
         (lambda: gp.GP(gp.RBF(), TIMES, solver=gp.hsgp(8)).factor.whiten(Y[:, None]), "solver must be dense"),
+        (lambda: gp.GP(gp.Matern32(), TIMES[::-1], solver=gp.statespace()).log_conditionals(Y), "X must be sorted"),
         (lambda: gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(), TIMES, 0.1).log_conditionals(Y), "closed form"),
     ],
 )
