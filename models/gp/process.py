@@ -154,6 +154,11 @@ class Process(dist.Distribution):
     def _given(self, y: Array, Xs: Array, noise: Array, full_cov: bool) -> tuple[Array, ...]:
         """What `_law` makes a distribution of; arrays, since a distribution under vmap does not know its shape."""
         if self._num_mapped():
+            if y.ndim > self.loc.ndim:
+                raise ValueError(
+                    f"y must have at most the axes {self.batch_shape} in front for processes made by vmap, got "
+                    f"{y.shape[:-1]}; condition inside of the vmap, or a series at a time"
+                )
             y = jnp.broadcast_to(y, (*self.batch_shape, y.shape[-1]))
             return jax.vmap(lambda process, y: process._given(y, Xs, noise, full_cov))(self, y)
         return self._condition(y - self.loc, Xs, noise, full_cov)

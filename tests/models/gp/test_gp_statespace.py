@@ -142,6 +142,8 @@ def test_batches_are_made_by_vmap():
     expected = [build(lengthscale).log_prob(Y) for lengthscale in (0.5, 1.0)]
     np.testing.assert_allclose(batch.log_prob(Y), expected, rtol=1e-10)
     assert batch.sample(jax.random.key(0), (3,)).shape == (3, 2, 40)
+    with pytest.raises(ValueError, match="y must have at most the axes"):
+        batch.condition(jnp.zeros((3, 2, 40)), TIMES)
 
 
 @pytest.mark.usefixtures("unchecked")
