@@ -227,6 +227,14 @@ def _learn(taken: Array, gain: Array, spread: Array) -> Array:
     return taken + spread * gain[:, None] * gain[None, :]
 
 
+def _start(shape: tuple[int, ...], dtype: Any, inputs: Any) -> tuple[Array, Array]:
+    """Means of zero, and nothing taken; in a `shard_map` they vary over devices as the inputs do, as scans ask for."""
+    zero = jnp.zeros((), dtype)
+    for leaf in jax.tree.leaves(inputs):
+        zero = jnp.where(jnp.ravel(leaf)[0] == 0, zero, zero)
+    return jnp.broadcast_to(zero, shape), jnp.broadcast_to(zero, (shape[0], shape[0]))
+
+
 @jax.jit
 def _filter(sde: LinearSDE, noise: Array, data: Array, is_missing: Array) -> tuple[Array, Array]:
     """What is new in every observation, and its variance."""
@@ -241,7 +249,7 @@ def _filter(sde: LinearSDE, noise: Array, data: Array, is_missing: Array) -> tup
         new = y - sde.observation @ mean
         return (mean + gain * new, _learn(taken, gain, spread)), (new, spread)
 
-    start = jnp.zeros(d, data.dtype), jnp.zeros((d, d), data.dtype)
+    start = _start((d,), data.dtype, (sde, noise, data, is_missing))
     return jax.lax.scan(step, start, (sde.transitions, noise, data, is_missing))[1]
 
 
@@ -259,7 +267,7 @@ def _whiten(sde: LinearSDE, noise: Array, columns: Array, is_missing: Array) -> 
         whitened = jnp.where(is_missing, 0.0, news / jnp.sqrt(spread))
         return (means + gain[:, None] * news, _learn(taken, gain, spread)), whitened
 
-    start = jnp.zeros((d, columns.shape[1]), columns.dtype), jnp.zeros((d, d), columns.dtype)
+    start = _start((d, columns.shape[1]), columns.dtype, (sde, noise, columns, is_missing))
     return jax.lax.scan(step, start, (sde.transitions, noise, columns, is_missing))[1]
 
 
@@ -276,7 +284,7 @@ def _color(sde: LinearSDE, noise: Array, normals: Array) -> Array:
         news = jnp.sqrt(spread) * row
         return (means + gain[:, None] * news, _learn(taken, gain, spread)), sde.observation @ means + news
 
-    start = jnp.zeros((d, normals.shape[1]), normals.dtype), jnp.zeros((d, d), normals.dtype)
+    start = _start((d, normals.shape[1]), normals.dtype, (sde, noise, normals))
     return jax.lax.scan(step, start, (sde.transitions, noise, normals))[1]
 
 
@@ -299,7 +307,7 @@ def _smooth(sde: LinearSDE, noise: Array, data: Array, is_missing: Array) -> tup
         new = y - h @ mean
         return (mean + gain * new, _learn(taken, gain, spread)), (mean, taken, gain, new, spread)
 
-    start = jnp.zeros(d, data.dtype), jnp.zeros((d, d), data.dtype)
+    start = _start((d,), data.dtype, (sde, noise, data, is_missing))
     _, (means, takens, gains, news, spreads) = jax.lax.scan(step, start, (sde.transitions, noise, data, is_missing))
 
     def back(carry, now):
@@ -312,6 +320,6 @@ def _smooth(sde: LinearSDE, noise: Array, data: Array, is_missing: Array) -> tup
         left = (sde.stationary - taken) @ h
         return (r, N, A), (h @ mean + left @ r, h @ left - left @ N @ left)
 
-    end = jnp.zeros(d, data.dtype), jnp.zeros((d, d), data.dtype), jnp.eye(d, dtype=data.dtype)
+    end = (*start, start[1] + jnp.eye(d, dtype=data.dtype))
     steps = (sde.transitions, means, takens, gains, news, spreads, is_missing)
     return jax.lax.scan(back, end, steps, reverse=True)[1]

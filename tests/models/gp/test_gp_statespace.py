@@ -134,6 +134,19 @@ def test_float32_on_a_dense_grid():
     assert abs(values[0] - values[1]) < n * np.sqrt(n) * float(jnp.finfo(jnp.float32).eps)
 
 
+def test_works_in_a_shard_map():
+    """Parameters spread over devices: density and draws."""
+    mesh = jax.make_mesh((1,), ("chains",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def told(lengthscale):
+        process = gp.GP(gp.Matern32(lengthscale), TIMES.astype(float), noise=0.1, solver=gp.statespace(parallel=False))
+        return process.log_prob(Y), process.sample(jax.random.key(0))
+
+    spec, scales = jax.sharding.PartitionSpec("chains"), jnp.array([0.5, 1.0])
+    found = jax.jit(jax.shard_map(jax.vmap(told), mesh=mesh, in_specs=spec, out_specs=spec))(scales)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, jax.jit(jax.vmap(told))(scales))
+
+
 def test_batches_are_made_by_vmap():
     def build(lengthscale):
         return gp.GP(gp.Matern32(lengthscale), TIMES.astype(float), noise=0.1, solver=gp.statespace())
