@@ -91,6 +91,9 @@ def as_latent(law: Any, noise: Any = None) -> LatentGaussian:
     Raises:
         ValueError: the law is neither, or one of several vectors, or `noise` does not fit it.
     """
+    shape = law.shape() if isinstance(law, dist.Distribution) else ()
+    if len(shape) > 1:
+        raise ValueError(f"build must return the law of one vector f, got one of shape {shape}")
     while isinstance(law, dist.Independent | dist.ExpandedDistribution):
         law = law.base_dist
     loc, factor = getattr(law, "loc", None), getattr(law, "factor", None)

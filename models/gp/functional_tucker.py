@@ -33,6 +33,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from bayesinf import errors
 from bayesinf.kernel import Kernel
 from bayesinf.models.gp.markov import Moves, draw_between, draw_path, moves_of
+from bayesinf.models.gp.process import check_resolution
 from bayesinf.models.square_root import solve_lower, triangularize
 
 __all__ = ["FunctionalTucker", "TuckerGibbs", "TuckerInfo", "TuckerState"]
@@ -294,10 +295,12 @@ def _distinct(indices: np.ndarray) -> tuple[list[np.ndarray], Array]:
 def _check_indices(indices: Any, num_modes: int) -> np.ndarray:
     if not errors.is_concrete(indices):
         raise ValueError("indices must be known values, which are sorted on the host; close over them")
-    indices = np.asarray(indices)
-    indices = indices.astype(jnp.result_type(indices, 1.0))
+    given = np.asarray(indices)
+    indices = given.astype(jnp.result_type(given, 1.0))
     if indices.ndim != 2 or indices.shape[0] == 0 or indices.shape[1] != num_modes:
         raise ValueError(f"indices must have shape (n, {num_modes}), one column for each mode, got {indices.shape}")
     if not np.all(np.isfinite(indices)):
         raise ValueError(f"indices must be finite, got {int(np.sum(~np.isfinite(indices)))} that are not")
+    for mode in range(num_modes):
+        check_resolution(f"indices[:, {mode}]", given[:, mode], indices.dtype)
     return indices

@@ -59,7 +59,12 @@ def gp_latent(
     process = GP(kernel, X, mean=mean, solver=solver)
     outputs = () if num_outputs is None else (errors.check_count("num_outputs", num_outputs),)
     if not whiten:
-        law: dist.Distribution = process.expand([*outputs, *process.batch_shape]) if outputs else process
+        if outputs and process.batch_shape:
+            raise ValueError(
+                "num_outputs must be None with whiten=False for a batch of processes, whose axis is not that of "
+                f"outputs, got {num_outputs} and batch shape {process.batch_shape}; give whiten=True"
+            )
+        law: dist.Distribution = process.expand([*outputs]) if outputs else process
         return jnp.asarray(numpyro.sample(name, law.to_event(len(outputs)) if outputs else law))
     shape = (*process.batch_shape, *outputs, process.factor.num_normals)
     normals = dist.Normal(jnp.zeros((), process.loc.dtype), 1.0).expand(shape).to_event(1 + len(outputs))

@@ -65,6 +65,9 @@ def minimise(loss: Callable[[PyTree], Array], start: PyTree, num_steps: int) -> 
     def step(carry: Any) -> Any:
         point, (state, was_searching), before, grad, _, count, _ = carry
         direction, state, _ = promised(grad, state, point)
+        # the first step tries a length of one: the curvature is not known yet, and a small slope may lead far down
+        length = jnp.where(count == 0, jnp.maximum(1.0, 1.0 / ot.norm(grad)), 1.0).astype(before.dtype)
+        direction = ot.scale(length, direction)
         search_state: Any
         updates, search_state = search.update(direction, was_searching, point, value=before, grad=grad, value_fn=loss)
         point = optax.apply_updates(point, updates)
@@ -78,7 +81,7 @@ def minimise(loss: Callable[[PyTree], Array], start: PyTree, num_steps: int) -> 
         (direct.init(start), search.init(start)),
         value,
         grad,
-        0.5 * ot.norm(grad, squared=True),
+        jnp.where(ot.norm(grad) == 0, 0.0, jnp.inf).astype(value.dtype),
         jnp.zeros((), jnp.int32),
         ~jnp.isfinite(value),
     )

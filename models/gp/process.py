@@ -31,6 +31,7 @@ __all__ = [
     "GP",
     "Process",
     "as_inputs",
+    "check_resolution",
     "from_columns",
     "joint_tril",
     "marginal_scale",
@@ -60,6 +61,7 @@ class Process(dist.Distribution):
         if not isinstance(solver, Solver):
             raise ValueError(f"solver must be one of dense(), statespace(), vecchia(), sgpr(), hsgp(); got {solver!r}")
         self.kernel, self.X, self.solver = as_covariance(kernel), as_inputs("X", X), solver
+        check_resolution("X", X, self.X.dtype)
         n = self.X.shape[0]
         self.noise = _as_noise(noise, n)
         self.mean_function = as_pytree(mean) if callable(mean) else errors.as_array("mean", is_floating=True)(mean)
@@ -152,6 +154,11 @@ class Process(dist.Distribution):
     def _given(self, y: Array, Xs: Array, noise: Array, full_cov: bool) -> tuple[Array, ...]:
         """What `_law` makes a distribution of; arrays, since a distribution under vmap does not know its shape."""
         if self._num_mapped():
+            if y.ndim > self.loc.ndim:
+                raise ValueError(
+                    f"y must have at most the axes {self.batch_shape} in front for processes made by vmap, got "
+                    f"{y.shape[:-1]}; condition inside of the vmap, or a series at a time"
+                )
             y = jnp.broadcast_to(y, (*self.batch_shape, y.shape[-1]))
             return jax.vmap(lambda process, y: process._given(y, Xs, noise, full_cov))(self, y)
         return self._condition(y - self.loc, Xs, noise, full_cov)
@@ -182,6 +189,8 @@ class Process(dist.Distribution):
         """Means (..., m), and variances or covariance, of f* given the residuals."""
         columns, batch = to_columns(residual, self.batch_shape)
         mean, spread = self.factor.predict(columns, self.kernel, self.X, Xs, full_cov)
+        if spread.ndim > len(self.batch_shape) + (2 if full_cov else 1):  # series that miss different data
+            spread = spread.reshape((*batch, *spread.shape[1:]))
         prior_mean = mean_elsewhere(self.mean_function, Xs)
         return prior_mean + from_columns(or_nan(self.factor, mean), batch), spread
 
@@ -301,6 +310,22 @@ def as_inputs(name: str, X: Any) -> Array:
     if errors.is_concrete(X) and not np.all(np.isfinite(np.asarray(X))):
         raise ValueError(f"{name} must be finite; drop the rows that are not")
     return X
+
+
+def check_resolution(name: str, given: Any, dtype: Any) -> None:
+    """That places on a line, which are kept in fewer digits than they were given in, are still told apart."""
+    if not isinstance(given, np.ndarray) or given.size < 2 or given.size != len(given):
+        return
+    if given.dtype.itemsize <= np.dtype(dtype).itemsize:
+        return
+    values = np.unique(given)
+    spacing = float(np.spacing(np.max(np.abs(values)).astype(dtype)))
+    if np.median(np.diff(values)) < 2.0 * spacing:
+        raise ValueError(
+            f"{name} must be told apart in {np.dtype(dtype)}, which rounds them to multiples of {spacing:.3g}, got a "
+            f"median gap of {np.median(np.diff(values)):.3g}; subtract an origin, such as {name}[0], or enable float64 "
+            'by jax.config.update("jax_enable_x64", True)'
+        )
 
 
 def _as_noise(noise: Any, n: int, name: str = "noise") -> Any:

@@ -152,7 +152,6 @@ class ScaleMixtureGP(Process):
             return log_likelihood(u) + _log_prior(self.mixing, u)
 
         low, high = _window(log_terms, *_reach(self.mixing, self.loc.dtype))
-        low, high = jax.lax.stop_gradient((low, high))
         u = 0.5 * (low + high) + 0.5 * (high - low) * points
         return jnp.exp(u), log_terms(u) + log_rule + jnp.log(0.5 * (high - low))
 
@@ -223,7 +222,7 @@ def _reach(mixing: dist.Distribution, dtype: Any) -> tuple[Array, Array]:
     """Between which u the search is made: nodes do not straddle the edges of a support, where densities jump."""
     lower = jnp.asarray(getattr(mixing.support, "lower_bound", 0.0), dtype)
     upper = jnp.asarray(getattr(mixing.support, "upper_bound", jnp.inf), dtype)
-    low, high = (jnp.log(jnp.maximum(bound, 0.0)) for bound in (lower, upper))
+    low, high = (jnp.where(bound > 0, jnp.log(jnp.where(bound > 0, bound, 1.0)), -jnp.inf) for bound in (lower, upper))
     # NumPyro's densities may square s, as InverseGamma does: in float32 from 4e-19 to 2e18
     reach = min(REACH, 0.48 * math.log(float(jnp.finfo(dtype).max)))
     return jnp.clip(low, -reach, reach), jnp.clip(high, -reach, reach)
@@ -233,7 +232,7 @@ def _window(log_terms: Any, low: Array, high: Array) -> tuple[Array, Array]:
     """Where the terms are within DEPTH of the largest, found on ever finer grids, a cell more on either side."""
     for _ in range(4):
         grid = jnp.linspace(low, high, GRID)
-        values = log_terms(grid)
+        values = log_terms(jax.lax.stop_gradient(grid))
         values = jnp.where(jnp.isnan(values), -jnp.inf, values)
         is_near = values >= jnp.max(values) - DEPTH
         first, last = jnp.argmax(is_near), GRID - 1 - jnp.argmax(is_near[::-1])
@@ -258,7 +257,8 @@ def _eigh(matrix: Array) -> tuple[Array, Array]:
 def _log_densities(K: Array, r: Array, scales: Array, values: Array, vectors: Array) -> Array:
     """Log N(r; 0, s K + I) for every s, given the eigenvalues and vectors of K; -inf where K is not semidefinite.
 
-    The derivative goes through K alone: that of an eigendecomposition does not exist where eigenvalues are equal.
+    The derivative goes through K alone: that of an eigendecomposition does not exist where eigenvalues are equal. The
+    second would need it, and is refused.
     """
     del K
     spread = scales[:, None] * values + 1.0
@@ -270,6 +270,7 @@ def _log_densities(K: Array, r: Array, scales: Array, values: Array, vectors: Ar
 @_log_densities.defjvp
 def _log_densities_jvp(primals, tangents):
     (K, r, scales, values, vectors), (K_dot, r_dot, scales_dot, _, _) = primals, tangents
+    values, vectors = _differentiable_once(K, values, vectors)
     is_ok = ~jnp.any(jnp.isnan(values))
     values = jnp.where(jnp.isnan(values), 0.0, values)
     spread = scales[:, None] * values + 1.0
@@ -279,3 +280,18 @@ def _log_densities_jvp(primals, tangents):
     by_scale = jnp.sum(values * (solved**2 - 1.0 / spread), axis=-1)
     tangent = 0.5 * scales * by_matrix + 0.5 * scales_dot * by_scale - solved @ (vectors.T @ r_dot)
     return _log_densities(K, r, scales, primals[3], vectors), jnp.where(is_ok, tangent, 0.0)
+
+
+@jax.custom_jvp
+def _differentiable_once(K: Array, values: Array, vectors: Array) -> tuple[Array, Array]:
+    """The eigenvalues and vectors of K, which have no derivative here: it would be taken for zero."""
+    del K
+    return values, vectors
+
+
+@_differentiable_once.defjvp
+def _differentiable_once_jvp(primals, tangents):
+    raise ValueError(
+        "log_prob must be differentiated once only in the parameters of the kernel and the noise, for a ScaleMixtureGP "
+        "whose noise is not scaled; noise_scaled=True and StudentTProcess have second derivatives"
+    )

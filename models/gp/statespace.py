@@ -151,11 +151,16 @@ class StateSpaceFactor(Factor):
 
     def innovations(self, columns: Float[Array, "n s"]) -> tuple[Float[Array, "n s"], Float[Array, "n s"]]:
         """Given the data at earlier times; these are the rows before where the times are sorted."""
+        if errors.is_concrete(self.order) and np.any(np.diff(np.asarray(self.order)) < 0):
+            raise ValueError(
+                "X must be sorted by time to take the data one by one with solver=statespace(), got others"
+            )
 
         def one(column: Array) -> tuple[Array, Array]:
             is_missing = jnp.isnan(column)
             news, spread = _filter(self.sde, self.noise, jnp.where(is_missing, 0.0, column), is_missing)
-            return jnp.where(is_missing, 0.0, news / jnp.sqrt(spread)), 0.5 * jnp.log(spread)
+            log_scale = jnp.where(jnp.isneginf(self.log_ok), jnp.inf, 0.5 * jnp.log(spread))  # as of `dense`
+            return jnp.where(is_missing, 0.0, news / jnp.sqrt(spread)), log_scale
 
         told = jax.lax.map(one, columns[self.order].T)
         whitened, log_scales = (jnp.zeros_like(columns).at[self.order].set(rows.T) for rows in told)
@@ -183,11 +188,18 @@ class StateSpaceFactor(Factor):
 
     def _predict_jointly(self, columns: Array, kernel: Any, X: Array, Xs: Array) -> tuple[Array, Array]:
         """By m columns K(X, Xs), in O(n m)."""
+        is_alike = jnp.all(jnp.isnan(columns) == jnp.isnan(columns[:, :1]), axis=0)
+        if errors.is_concrete(is_alike) and not np.all(np.asarray(is_alike)):
+            raise ValueError(
+                "y must miss the same times in every series with full_cov=True, since one covariance serves all; "
+                "condition on them one by one"
+            )
         is_missing = jnp.isnan(columns[:, 0])[self.order]
         whiten = partial(_whiten, self.sde, self.noise, is_missing=is_missing)
         whitened = whiten(jnp.where(jnp.isnan(columns), 0.0, columns)[self.order])
         cross = whiten(gram(kernel, X, Xs)[self.order])
-        return cross.T @ whitened, gram(kernel, Xs) - cross.T @ cross
+        mean = jnp.where(is_alike, cross.T @ whitened, jnp.nan)  # where it is not known yet
+        return mean, gram(kernel, Xs) - cross.T @ cross
 
 
 def _sde_or_zero(sde: LinearSDE, log_valid: Array) -> tuple[LinearSDE, Array]:
@@ -215,6 +227,14 @@ def _learn(taken: Array, gain: Array, spread: Array) -> Array:
     return taken + spread * gain[:, None] * gain[None, :]
 
 
+def _start(shape: tuple[int, ...], dtype: Any, inputs: Any) -> tuple[Array, Array]:
+    """Means of zero, and nothing taken; in a `shard_map` they vary over devices as the inputs do, as scans ask for."""
+    zero = jnp.zeros((), dtype)
+    for leaf in jax.tree.leaves(inputs):
+        zero = jnp.where(jnp.ravel(leaf)[0] == 0, zero, zero)
+    return jnp.broadcast_to(zero, shape), jnp.broadcast_to(zero, (shape[0], shape[0]))
+
+
 @jax.jit
 def _filter(sde: LinearSDE, noise: Array, data: Array, is_missing: Array) -> tuple[Array, Array]:
     """What is new in every observation, and its variance."""
@@ -229,7 +249,7 @@ def _filter(sde: LinearSDE, noise: Array, data: Array, is_missing: Array) -> tup
         new = y - sde.observation @ mean
         return (mean + gain * new, _learn(taken, gain, spread)), (new, spread)
 
-    start = jnp.zeros(d, data.dtype), jnp.zeros((d, d), data.dtype)
+    start = _start((d,), data.dtype, (sde, noise, data, is_missing))
     return jax.lax.scan(step, start, (sde.transitions, noise, data, is_missing))[1]
 
 
@@ -247,7 +267,7 @@ def _whiten(sde: LinearSDE, noise: Array, columns: Array, is_missing: Array) -> 
         whitened = jnp.where(is_missing, 0.0, news / jnp.sqrt(spread))
         return (means + gain[:, None] * news, _learn(taken, gain, spread)), whitened
 
-    start = jnp.zeros((d, columns.shape[1]), columns.dtype), jnp.zeros((d, d), columns.dtype)
+    start = _start((d, columns.shape[1]), columns.dtype, (sde, noise, columns, is_missing))
     return jax.lax.scan(step, start, (sde.transitions, noise, columns, is_missing))[1]
 
 
@@ -264,7 +284,7 @@ def _color(sde: LinearSDE, noise: Array, normals: Array) -> Array:
         news = jnp.sqrt(spread) * row
         return (means + gain[:, None] * news, _learn(taken, gain, spread)), sde.observation @ means + news
 
-    start = jnp.zeros((d, normals.shape[1]), normals.dtype), jnp.zeros((d, d), normals.dtype)
+    start = _start((d, normals.shape[1]), normals.dtype, (sde, noise, normals))
     return jax.lax.scan(step, start, (sde.transitions, noise, normals))[1]
 
 
@@ -287,7 +307,7 @@ def _smooth(sde: LinearSDE, noise: Array, data: Array, is_missing: Array) -> tup
         new = y - h @ mean
         return (mean + gain * new, _learn(taken, gain, spread)), (mean, taken, gain, new, spread)
 
-    start = jnp.zeros(d, data.dtype), jnp.zeros((d, d), data.dtype)
+    start = _start((d,), data.dtype, (sde, noise, data, is_missing))
     _, (means, takens, gains, news, spreads) = jax.lax.scan(step, start, (sde.transitions, noise, data, is_missing))
 
     def back(carry, now):
@@ -300,6 +320,6 @@ def _smooth(sde: LinearSDE, noise: Array, data: Array, is_missing: Array) -> tup
         left = (sde.stationary - taken) @ h
         return (r, N, A), (h @ mean + left @ r, h @ left - left @ N @ left)
 
-    end = jnp.zeros(d, data.dtype), jnp.zeros((d, d), data.dtype), jnp.eye(d, dtype=data.dtype)
+    end = (*start, start[1] + jnp.eye(d, dtype=data.dtype))
     steps = (sde.transitions, means, takens, gains, news, spreads, is_missing)
     return jax.lax.scan(back, end, steps, reverse=True)[1]

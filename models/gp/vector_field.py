@@ -8,17 +8,21 @@ connection Laplacian of the neighbourhood graph
 
     w_ij = (h_i h_j)^{(d - 2) / 2} exp(-2 |x_i - x_j|^2 / (h_i h_j)),    h_i^2 the mean |x_i - x_j|^2 of the neighbours
 
-has nearly the eigenvalues of that of the manifold, whatever the density of the points: the power of h takes out the
-density (it makes the energy of an edge that of a volume h^d), and the denominator the scale. No constant is calibrated:
-for a weight of any shape w(r), int w (u(x + r) - u(x)) dr = Delta u int w |r|^2 dr / 2d to leading order. The 2 in the
-exponent makes weights exp(-2 (d + 2) / d) at the end of the neighbourhood, small enough for its shape not to show. What
-is left, for points spread evenly, is of order h^2: on a flat torus -s^2 |k|^2 / 4 of a wave k, with s^2 = h^2 / 4.
+has nearly the eigenvalues of that of the manifold, also where the density of the points varies: the power of h takes
+out the density (it makes the energy of an edge that of a volume h^d), and the denominator the scale. No constant is
+calibrated: for a weight of any shape w(r), int w (u(x + r) - u(x)) dr = Delta u int w |r|^2 dr / 2d to leading order.
+The 2 in the exponent makes weights exp(-2 (d + 2) / d) at the end of the neighbourhood, small enough for its shape not
+to show. What is left, for points spread evenly, is of order h^2: on a flat torus -s^2 |k|^2 / 4 of a wave k, with s^2 =
+h^2 / 4.
 
 Points drawn at random have neighbours on one side more than on the other. Fields adapt to that, and with z = x in the
 denominator eigenvalues are about 1.6 / (effective number of neighbours) too low, by a quarter to a third for ten of
 them, however many points there are. z are the points after they have been moved, along their tangent spaces, to the
 means of their neighbours in a few sweeps: the correctors of homogenisation, by which displacements adapt as fields do.
-Two percent are left. With the eigenpairs (lambda_k, u_k) the field is
+Two percent are left where points are spread evenly or their density is smooth. Points at random leave more: with 800 on
+a sphere single eigenvalues were up to 15 % off, their mean 2 %. On curves all must pass every gap: 300 at random on a
+circle gave .2 to .4 and .6 to .9 in the place of two ones with eight neighbours, and .7 to 1.15 with twenty. With the
+eigenpairs (lambda_k, u_k) the field is
 
     f(x_i) = T_i sum_k sqrt(S_k) z_k u_k(i),      z_k ~ N(0, 1)
     S_k proportional to (2 nu / l^2 + lambda_k)^{-nu - d/2}, or exp(-l^2 lambda_k / 2) for nu = inf

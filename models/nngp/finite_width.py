@@ -121,13 +121,18 @@ def _affine(kernel: NNGP, x: Array, weights: Array, key_bias: Array) -> Array:
 
 
 def excess_kurtosis(
-    width: int | Sequence[int], depth: int = 1, *, dual: Dual | None = None, variance: Real[ArrayLike, ""] = 1.0
+    width: int | Sequence[int],
+    depth: int | None = None,
+    *,
+    dual: Dual | None = None,
+    variance: Real[ArrayLike, ""] = 1.0,
 ) -> Float[Array, ""]:
     """E f^4 / (E f^2)^2 - 3 of one output of a network with independent normal weights and no biases.
 
     Args:
         width: of the hidden layers: one number, or one for each.
-        depth: how many hidden layers; only ReLU, leaky ReLU and the absolute value have a closed form beyond one.
+        depth: how many hidden layers; None for as many as there are widths. Only ReLU, leaky ReLU and the absolute
+            value have a closed form beyond one.
         dual: of the activation; ReLU where it is None.
         variance: of the units before the activation, which matters where it is not homogeneous.
 
@@ -144,9 +149,12 @@ def excess_kurtosis(
     """
     dual = relu() if dual is None else dual
     check_dual(dual)
-    errors.check_count("depth", depth)
+    given = len(width) if isinstance(width, Sequence) else None
+    depth = errors.check_count("depth", (given or 1) if depth is None else depth)
+    if given not in (None, depth):
+        raise ValueError(f"width must be one number, or one for each of {depth} hidden layers, got {width}")
     errors.check_positive_scalar("variance", variance)
-    widths = [width] * depth if not isinstance(width, Sequence) else list(width)
+    widths = list(width) if isinstance(width, Sequence) else [width] * depth
     for one in widths:
         errors.check_count("width", one)
     if isinstance(dual, Rectifier):

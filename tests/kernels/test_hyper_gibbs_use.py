@@ -120,6 +120,10 @@ def observed_prior():
         (lambda: simple(lambda: 0.0), r"build must be called as build\(theta\)"),
         (lambda: simple(lambda theta: theta), "build must return a models.gp.GP or a MultivariateNormal"),
         (lambda: simple(lambda theta: gp.GP(gp.RBF(theta * jnp.ones((2, 1))), X)), "the law of one vector f"),
+        (
+            lambda: simple(lambda theta: dist.MultivariateNormal(jnp.zeros(5), jnp.eye(5)).expand([3]).to_event(1)),
+            r"the law of one vector f, got one of shape \(3, 5\)",
+        ),
         (lambda: simple(log_likelihood=lambda f: 0.0), r"log_likelihood must be called as log_likelihood\(f, data\)"),
         (lambda: simple(log_likelihood=lambda f, y: f - y), "log_likelihood must return a floating-point scalar"),
         (lambda: simple(prior=lambda theta: 0.0), "prior must be a NumPyro distribution"),

@@ -114,6 +114,15 @@ def test_eigenfunctions_converge_to_the_process(kind):
     assert errors[2] < 0.5 * 40 * 2.0 * tail / 0.1
 
 
+def test_walls_take_variance_from_the_ends_as_is_said():
+    """The first reflection at the near wall, exp(-(2 margin)^2 / (2 l^2)); others are of its ninth power and less."""
+    X = jnp.linspace(0.0, 1.0, 21)
+    for boundary, length in ((1.5, 0.2), (1.5, 0.5), (1.0 + 2.5 * 0.4, 0.4)):
+        matrix = gp.GP(gp.RBF(length), X, noise=0.1, solver=gp.hsgp(100, boundary=boundary)).factor.matrix
+        share = np.exp(-((boundary - 1.0) ** 2) / (2.0 * length**2))
+        assert abs(1.0 - float(jnp.sum(matrix[0] ** 2)) - share) < share**9 + 1e-4
+
+
 def test_eigenfunctions_in_the_plane_predict():
     kernel, y = gp.RBF(jnp.array([0.5, 1.0])), np.sin(3.0 * PLANE[:, 0])
     laws = laws_of(kernel, PLANE, 0.05, y, PLANE[:3] + 0.01, (gp.hsgp((24, 14), boundary=6.0), EXACT))

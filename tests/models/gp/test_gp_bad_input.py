@@ -208,3 +208,19 @@ def test_data_that_do_not_fit_are_named_whatever_the_solver(name, changes, match
 def test_bad_arguments_are_named(call, match):
     with pytest.raises(ValueError, match=match):
         call()
+
+
+def test_places_that_single_precision_does_not_tell_apart_are_named():
+    """Seconds since 1970, which float32 rounds to two minutes."""
+    times = 1.6e9 + np.arange(20.0)
+    with jax.enable_x64(False):
+        for solver in (gp.statespace(), gp.dense()):
+            with pytest.raises(ValueError, match="X must be told apart in float32"):
+                gp.GP(gp.Matern12(5.0), times, noise=0.1, solver=solver)
+            gp.GP(gp.Matern12(5.0), times - times[0], noise=0.1, solver=solver)
+        model = gp.FunctionalTucker([gp.Matern12(5.0), gp.Matern12(5.0)], (1, 1))
+        indices = np.stack([np.arange(20.0), times], axis=1)
+        with pytest.raises(ValueError, match="indices\\[:, 1\\] must be told apart"):
+            gp.TuckerGibbs(model, indices, np.zeros(20))
+    with jax.enable_x64(True):
+        assert gp.TuckerGibbs(model, indices, np.zeros(20)).grids[1].shape == (20,)

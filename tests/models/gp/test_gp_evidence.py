@@ -98,11 +98,30 @@ def test_without_a_factor_they_are_minus_infinity():
     assert np.all(np.isfinite(conditionals(1.0)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_negative_parameters_that_are_not_known_yet_have_conditionals_of_minus_infinity(kind):
+    """The state space that stands in for what is none has a density of its own."""
+
+    @jax.jit
+    def conditionals(lengthscale, noise):
+        prior = {} if kind == "GP" else {"a": 1.5, "b": 2.0}
+        make = getattr(gp, kind)
+        process = make(
+            kernel=gp.Matern32(lengthscale), X=TIMES, noise=noise, solver=gp.statespace(parallel=False), **prior
+        )
+        return process.log_conditionals(Y)
+
+    assert np.all(np.isneginf(conditionals(-1.0, 0.1)))
+    assert np.all(np.isneginf(conditionals(1.0, -0.1)))
+    assert np.all(np.isfinite(conditionals(1.0, 0.1)))
+
+
 @pytest.mark.parametrize(
     ("build", "match"),
     [
         (lambda: gp.GP(gp.RBF(), TIMES, solver=gp.vecchia(2)).log_conditionals(Y), "solver must be dense"),
         (lambda: gp.GP(gp.RBF(), TIMES, solver=gp.hsgp(8)).factor.whiten(Y[:, None]), "solver must be dense"),
+        (lambda: gp.GP(gp.Matern32(), TIMES[::-1], solver=gp.statespace()).log_conditionals(Y), "X must be sorted"),
         (lambda: gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(), TIMES, 0.1).log_conditionals(Y), "closed form"),
     ],
 )

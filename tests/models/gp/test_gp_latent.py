@@ -49,10 +49,14 @@ def test_outputs_plates_and_batches(whiten):
         gp.gp_latent("outputs", gp.RBF(1.0), X[:5], whiten=whiten, num_outputs=3)
         with numpyro.plate("series", 2):
             gp.gp_latent("plated", gp.RBF(jnp.array([[0.5], [1.0]])), X[:5], whiten=whiten)
+            if whiten:
+                gp.gp_latent("both", gp.RBF(jnp.array([[0.5], [1.0]])), X[:5], num_outputs=3)
 
     trace = handlers.trace(handlers.seed(model, 0)).get_trace()
     assert trace["outputs"]["value"].shape == (3, 5)
     assert trace["plated"]["value"].shape == (2, 5)
+    if whiten:
+        assert trace["both"]["value"].shape == (2, 3, 5)
 
 
 def test_in_a_plate_of_one_law_every_function_is_its_own():
@@ -246,6 +250,10 @@ def test_hyperparameters_without_a_factor_are_rejected():
         (lambda: gp.latent_target(gp.RBF(), X, 3.0), "log_likelihood must be a function"),
         (lambda: gp.latent_target(gp.RBF(), X, lambda: 0.0), "log_likelihood must be called as"),
         (lambda: handlers.seed(gp.gp_latent, 0)("f", gp.RBF(), X, num_outputs=0), "num_outputs must be at least 1"),
+        (
+            lambda: handlers.seed(gp.gp_latent, 0)("f", gp.RBF(jnp.ones((3, 1))), X, num_outputs=2, whiten=False),
+            "num_outputs must be None with whiten=False",
+        ),
         (lambda: kernels.PCN(LATENT.target, -1.0), "step_size must be finite and positive"),
         (lambda: kernels.PCN(LATENT.target, 1.0, jnp.zeros((2, 2))), "prior_mean must have shape"),
         (lambda: kernels.PCNLangevin(LATENT.target, 1.0, 0.0, jnp.ones((2, 3))), "prior_tril must be a scalar, or"),

@@ -142,6 +142,42 @@ def test_noise_outside_the_scale_is_the_quadrature_of_gaussians(double, mixing):
     assert process.condition(Y, XS, noise=0.1, full_cov=True).event_shape == (3,)
 
 
+EDGES = {
+    "Uniform": lambda edge: dist.Uniform(0.1, edge),
+    "Pareto": lambda edge: dist.Pareto(edge, 2.0),
+    "HalfCauchy": lambda edge: dist.HalfCauchy(edge),
+}
+
+
+@pytest.mark.parametrize("noise_scaled", [False, True])
+@pytest.mark.parametrize("name", list(EDGES))
+def test_gradients_know_that_the_edges_of_a_law_move(double, name, noise_scaled):
+    @jax.jit
+    def value(edge):
+        process = gp.ScaleMixtureGP(EDGES[name](edge), gp.RBF(1.0), X, 0.1, noise_scaled=noise_scaled)
+        return process.log_prob(Y)
+
+    step = 1e-4
+    expected = (value(2.0 + step) - value(2.0 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(value)(2.0), expected, rtol=1e-5)
+    at_zero = jax.grad(lambda low: gp.ScaleMixtureGP(dist.Uniform(low, 3.0), gp.RBF(1.0), X, 0.1).log_prob(Y))(0.0)
+    assert np.isfinite(at_zero)
+
+
+def test_second_derivatives_of_a_mixture_are_right_or_refused(double):
+    def value(lengthscale, noise_scaled):
+        return gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(lengthscale), X, 0.1, noise_scaled=noise_scaled).log_prob(
+            Y
+        )
+
+    with pytest.raises(ValueError, match="differentiated once only"):
+        jax.hessian(value)(1.0, False)
+    slopes = [jax.grad(value)(1.0 + step, True) for step in (-1e-5, 1e-5)]
+    np.testing.assert_allclose(jax.hessian(value)(1.0, True), (slopes[1] - slopes[0]) / 2e-5, rtol=1e-5)
+    of_data = jax.hessian(lambda y: gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(1.0), X, 0.1).log_prob(y))(Y)
+    assert np.all(np.isfinite(of_data))
+
+
 SINGLE = {
     **MIXINGS,
     "InverseGamma": dist.InverseGamma(2.0, 3.0),

@@ -82,6 +82,31 @@ def test_missing_data_are_left_out(name):
     np.testing.assert_allclose(student.log_prob(y), expected.log_prob(y[keep]), rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["GP", "StudentTProcess"])
+def test_series_that_miss_different_data(kind):
+    """Predicted each by itself, in any shape; one joint covariance cannot serve them."""
+    prior = {} if kind == "GP" else {"a": 2.0, "b": 3.0}
+    times, new = TIMES.astype(float), jnp.array([5.5, 12.0])
+    process = getattr(gp, kind)(kernel=gp.Matern32(1.1), X=times, noise=0.1, solver=gp.statespace(), **prior)
+    y = jnp.stack([Y.astype(float).at[i : 5 * i].set(jnp.nan) for i in range(6)])
+    one_by_one = [process.condition(row, new) for row in y]
+    for shape in ((6,), (2, 3), (6, 1)):
+        found = process.condition(y.reshape(*shape, 40), new)
+        assert found.batch_shape == (*shape, 2)
+        for name in ("mean", "variance"):
+            expected = np.stack([getattr(law, name) for law in one_by_one]).reshape(*shape, 2)
+            np.testing.assert_allclose(getattr(found, name), expected, rtol=1e-10)
+
+    with pytest.raises(ValueError, match="y must miss the same times"):
+        process.condition(y, new, full_cov=True)
+    traced = jax.jit(lambda y: process.condition(y, new, full_cov=True).mean)
+    assert np.isnan(traced(y)).any(axis=1).tolist() == [False] + 5 * [True]
+    alike = y.at[:, 3:9].set(jnp.nan)[:2].at[:, 1:3].set(0.5).at[1].add(1.0)
+    found = process.condition(alike, new, full_cov=True)
+    expected = [process.condition(row, new, full_cov=True).mean for row in alike]
+    np.testing.assert_allclose(found.mean, np.stack(expected), rtol=1e-10)
+
+
 def test_paths_have_the_covariance_of_the_process():
     """L of the filter is the Cholesky factor of the sorted covariance; so draws are exact."""
     process = gp.GP(KERNELS["Matern52"](1.1), TIMES.astype(float), noise=0.1, solver=gp.statespace())
@@ -109,6 +134,19 @@ def test_float32_on_a_dense_grid():
     assert abs(values[0] - values[1]) < n * np.sqrt(n) * float(jnp.finfo(jnp.float32).eps)
 
 
+def test_works_in_a_shard_map():
+    """Parameters spread over devices: density and draws."""
+    mesh = jax.make_mesh((1,), ("chains",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def told(lengthscale):
+        process = gp.GP(gp.Matern32(lengthscale), TIMES.astype(float), noise=0.1, solver=gp.statespace(parallel=False))
+        return process.log_prob(Y), process.sample(jax.random.key(0))
+
+    spec, scales = jax.sharding.PartitionSpec("chains"), jnp.array([0.5, 1.0])
+    found = jax.jit(jax.shard_map(jax.vmap(told), mesh=mesh, in_specs=spec, out_specs=spec))(scales)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), found, jax.jit(jax.vmap(told))(scales))
+
+
 def test_batches_are_made_by_vmap():
     def build(lengthscale):
         return gp.GP(gp.Matern32(lengthscale), TIMES.astype(float), noise=0.1, solver=gp.statespace())
@@ -117,6 +155,8 @@ def test_batches_are_made_by_vmap():
     expected = [build(lengthscale).log_prob(Y) for lengthscale in (0.5, 1.0)]
     np.testing.assert_allclose(batch.log_prob(Y), expected, rtol=1e-10)
     assert batch.sample(jax.random.key(0), (3,)).shape == (3, 2, 40)
+    with pytest.raises(ValueError, match="y must have at most the axes"):
+        batch.condition(jnp.zeros((3, 2, 40)), TIMES)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -33,6 +33,18 @@ def test_without_a_minimum_it_has_not_converged():
     assert found.num_steps <= 20
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_small_slope_may_lead_far_down(x64):
+    """Minima a thousand units away; half the squared slope is far below the rounding of the function at the start."""
+    with jax.enable_x64(x64):
+        eps = jnp.finfo(jnp.result_type(float)).eps
+        for curvature in (1e-10, 1e-6, 1.0, 1e6):
+            loss = lambda x: 0.5 * curvature * (x - 1000.0) ** 2  # noqa: B023, E731
+            found = minimise(loss, jnp.asarray(0.0), 50)
+            assert found.is_converged
+            assert loss(found.point) <= 2 * FACTOR * eps
+
+
 def test_rounding_is_seen_that_the_value_does_not_tell():
     """Terms of 1e4 that cancel: the loss is known to their rounding only, not to that of its own value."""
     with jax.enable_x64(False):

@@ -149,6 +149,8 @@ KERNEL = nngp.NNGP(nngp.relu(), 2, 2.0, 0.0)
         (lambda: nngp.sparse(1.0), "sparsity"),
         (lambda: nngp.excess_kurtosis(8, 2, dual=nngp.erf()), "homogeneous"),
         (lambda: nngp.excess_kurtosis(0), "width"),
+        (lambda: nngp.excess_kurtosis([8, 16], depth=3), "one for each of 3 hidden layers"),
+        (lambda: nngp.excess_kurtosis([]), "one for each of 1 hidden layers"),
         (lambda: nngp.edgeworth_log_density(0.0, 1.0, 4.0), "less than 4"),
         (lambda: nngp.edgeworth_log_density(0.0, 0.0, 1.0), "variance"),
     ],
