@@ -90,7 +90,7 @@ class DeepKernelMachine(eqx.Module):
         >>> import jax.numpy as jnp
         >>> from bayesinf.models import gp, nngp
         >>> X = jnp.linspace(-2.0, 2.0, 20)
-        >>> machine = gp.DeepKernelMachine(gp.RBF(), gp.GramKernel(nngp.relu(), 2.0), depth=2, noise=0.01)
+        >>> machine = gp.DeepKernelMachine(gp.RBF(), gp.GramKernel(nngp.relu(), 2.0), depth=2, noise=0.1)
         >>> fitted = machine.fit(X, jnp.sin(2.0 * X))
         >>> bool(fitted.is_converged)
         True

@@ -1,6 +1,7 @@
 """Long runs in chunks: the numbers are those of one loop, and Ctrl-C returns what exists."""
 
 import _thread
+import signal
 import sys
 import threading
 
@@ -97,11 +98,15 @@ def test_a_real_signal_ends_a_run_without_a_bar():
         return jax.lax.fori_loop(0, 20_000, lambda _, x: jnp.sin(x) + 1.0, state), i
 
     iterate(work, (), jnp.zeros(()), jax.random.key(0), 2, False)  # compiled
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     timer = threading.Timer(1.0, _thread.interrupt_main)
     timer.daemon = True
     timer.start()
-    with pytest.warns(errors.SamplingWarning, match="interrupted after"):
-        _, kept = iterate(work, (), jnp.zeros(()), jax.random.key(0), 1_000_000, False)
+    try:
+        with pytest.warns(errors.SamplingWarning, match="interrupted after"):
+            _, kept = iterate(work, (), jnp.zeros(()), jax.random.key(0), 1_000_000, False)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert 0 < len(kept) < 1_000_000
 
 

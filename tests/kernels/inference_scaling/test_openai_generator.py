@@ -52,7 +52,7 @@ def plain(text):
 )
 def test_the_law_over_http_is_that_of_the_chain(style, mode):
     # E[Zhat] = Z and E[Zhat W] = p G, as of the driver in process (test_text_driver)
-    num = 24
+    num = 40
     with serve(style=style) as server:
         generator = generator_at(server.url, mode=mode, timeout=30.0)
 
