@@ -162,7 +162,7 @@ def test_digits_are_classified_and_written_down(tmp_path):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 60)
     X = 2.0 * np.eye(12)[labels] + 0.3 * rng.standard_normal((60, 12))
-    rows = digits.main(tmp_path, (X, labels), num_splits=1, num_train=40, num_test=20, num_samples=20)
+    rows = digits.main(tmp_path, (X, labels), num_splits=1, num_train=40, num_test=20, num_samples=100)
     assert_written(tmp_path, "digits", 2 * len(digits.METHODS) * len(digits.LEVELS))
     clean = [row for row in rows if row["level"] == 0.0]
     assert all(row["accuracy"] > 0.5 for row in clean)
