@@ -87,7 +87,7 @@ def bench_exact(compare):
             prior = gpjax.gps.Prior(
                 kernel=gpjax.kernels.RBF(lengthscale=lengthscale), mean_function=gpjax.mean_functions.Zero(), jitter=0.0
             )
-            likelihood = gpjax.likelihoods.Gaussian(num_datapoints=X.shape[0], obs_stddev=jnp.sqrt(noise))
+            likelihood = gpjax.likelihoods.Gaussian(obs_stddev=jnp.sqrt(noise))
             return gpjax.objectives.conjugate_mll(prior * likelihood, gpjax.Dataset(X, y[:, None]))
 
         calls["gpjax"] = value_and_grad(of_gpjax, Xj, yj)
