@@ -60,13 +60,12 @@ TARGET = bi.Target(logdensity, SCALE)
 ROWS = {"scale": jnp.linspace(0.5, 1.5, 7), "y": jnp.linspace(-1.0, 2.0, 21).reshape(7, 3)}
 MINIBATCH = kernels.Minibatch(log_prior, log_likelihood, ROWS, batch_size=3)
 PRIOR_TRIL = jnp.array([[1.0, 0, 0], [0.3, 1.2, 0], [-0.5, 0.2, 1.0]])
-PRIOR_INVERSE = jnp.asarray(np.linalg.inv(np.asarray(PRIOR_TRIL, np.float64)), float)
 POSITION = {"x": jnp.asarray(1.0), "y": jnp.array([0.3, -0.4])}
 
 
 def relative(position, scale):
     """The density of the target over that of the prior N(m, L L^T) of elliptical slice sampling."""
-    noise = PRIOR_INVERSE @ (jnp.append(position["x"], position["y"]) - 0.5)
+    noise = jax.scipy.linalg.solve_triangular(PRIOR_TRIL, jnp.append(position["x"], position["y"]) - 0.5, lower=True)
     return logdensity(position, scale) + 0.5 * noise @ noise
 
 
