@@ -1,5 +1,6 @@
 """Bayesian and sequential Monte Carlo inference on JAX."""
 
+from bayesinf import compiler
 from bayesinf import kernels as kernels
 from bayesinf import models as models
 from bayesinf.draws import Draws as Draws
@@ -10,3 +11,5 @@ from bayesinf.sampling import sample as sample
 from bayesinf.target import Target as Target
 
 __version__ = "0.1.0"
+
+compiler.warn_of_wrong_sums()

@@ -19,7 +19,7 @@ from planted import peers
 from planted.parisian import StaleParticleGibbs, SystematicConditionalSMC
 from planted.peers import planted
 
-from bayesinf import resampling, weights
+from bayesinf import compiler, resampling, weights
 from bayesinf.conformance import FALSE_ALARM, evidence_is_unbiased, mean_p_value
 from bayesinf.kernels import (
     MALA,
@@ -296,3 +296,26 @@ def test_the_next_temperature_has_the_effective_sample_size_asked_for():
     assert abs(ess_found(symmetric, 1.0) - 250.0) < 1.0
     assert abs(ess_found(symmetric, -1.0) - 250.0) < 1.0  # hidden
     assert abs(ess_found(skewed, -1.0) - 250.0) > 100.0
+
+
+# ---- the compiler ----
+
+
+def test_the_compiler_adds_products_up_rightly():
+    """jax#39103: jaxlib 0.10.2 is wrong from row 16,384 on in float64, and from row 32,768 on in float32."""
+    rows = jax.random.normal(jax.random.key(0), (40_000, 3))
+    matrix = jnp.array([[1.0, 0.5, 0.0], [0.0, 2.0, -1.0], [0.3, 0.0, 0.7]])
+    found = jax.jit(jax.vmap(lambda row: jnp.sum((matrix @ row) ** 2)))(rows)
+    rows, matrix = np.asarray(rows, np.float64), np.asarray(matrix, np.float64)
+    rounding = 10.0 * float(jnp.finfo(found.dtype).eps) * np.sum((abs(rows) @ abs(matrix).T) ** 2, 1)
+    assert np.all(abs(found - np.sum((rows @ matrix.T) ** 2, 1)) <= rounding)
+
+
+def test_a_compiler_that_is_known_to_be_wrong_is_named(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    compiler.warn_of_wrong_sums()  # this one is right, or the test above fails
+    monkeypatch.setattr("jaxlib.__version__", "0.10.2")
+    with pytest.warns(RuntimeWarning, match=r"jaxlib 0\.10\.2 .*39103.*install another.*=-reduce before"):
+        compiler.warn_of_wrong_sums()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-reduce")
+    compiler.warn_of_wrong_sums()
