@@ -1,7 +1,7 @@
 """Gaussian processes in float64: a series of 100,000 times, and an exact fit of 2,000 points; value and gradient.
 
-Beside tinygp's quasiseparable solver, and beside GPyTorch, GPJax and tinygp where they are installed. All see the same
-data and parameters, and must find the same log evidence. BENCH_GP_SCALE divides the sizes.
+Beside tinygp's quasiseparable solver and smolgp, and beside GPyTorch, GPJax and tinygp, where they are installed. All
+see the same data and parameters, and must find the same log evidence. BENCH_GP_SCALE divides the sizes.
 """
 
 import os
@@ -58,6 +58,14 @@ def bench_series(compare, smoothness):
             return tinygp.GaussianProcess(quasisep(scale=lengthscale), X, diag=noise).log_probability(y)
 
         calls["tinygp quasisep"] = value_and_grad(theirs, X, y)
+    if has("smolgp"):
+        import smolgp
+
+        def of_smolgp(lengthscale, noise, X, y):
+            kernel = getattr(smolgp.kernels, f"Matern{smoothness}")(scale=lengthscale)
+            return smolgp.GaussianProcess(kernel, X, noise=noise).log_probability(y)
+
+        calls["smolgp"] = value_and_grad(of_smolgp, X, y)
     compare(f"Matérn {smoothness[0]}/2, {NUM_TIMES:,} irregular times: log evidence and gradient", calls, rounds=7)
     agree(calls)
 

@@ -69,7 +69,18 @@ def pytest_terminal_summary(terminalreporter):
     write = terminalreporter.write_line
     if not TABLES:
         return
-    rivals = ("blackjax", "numpyro", "cuthbert", "hmmlearn", "dynamax", "tinygp", "gpjax", "gpytorch")
+    rivals = (
+        "blackjax",
+        "numpyro",
+        "cuthbert",
+        "hmmlearn",
+        "dynamax",
+        "tinygp",
+        "smolgp",
+        "gpjax",
+        "gpytorch",
+        "torch",
+    )
     names = [name for name in ("bayesinf", "jax", "numpy", *rivals) if has(name)]
     terminalreporter.section("medians")
     write(f"{jax.devices()[0].device_kind}, {platform.platform()}, Python {platform.python_version()}")

@@ -7,7 +7,7 @@ type XII with c = 2, k = 1, whose density is 2 s / (1 + s^2)^2, and s learnt by 
 kernel with a length scale for every column, all learnt. For every method the one with the highest marginal likelihood
 is taken of
 
-    relu or erf;    1 or 4 hidden layers;    variances (1, .1), (2, .1), (4, 1) of weights and biases;    nine noises e
+    relu or erf;    1 or 4 hidden layers;    variances (1, .1), (2, .1), (4, 1) of weights and biases;    21 noises e
 
 so that nothing is chosen by what is tested on. The negative log likelihood is that of new data, their noise included,
 in the units of the data. Splits are random, nine tenths to train on, the seed being the number of the split; inputs and
@@ -51,7 +51,7 @@ RESULTS = Path(__file__).parent / "results"
 DUALS = {"relu": nngp.relu, "erf": nngp.erf}
 DEPTHS = (1, 4)
 VARIANCES = ((1.0, 0.1), (2.0, 0.1), (4.0, 1.0))
-NOISES = tuple(float(2.0**-k) for k in range(9))  # 1 to 0.004 of the variance of the outputs
+NOISES = tuple(float(2.0**-k) for k in range(21))  # 1 to 1e-6 of the variance of the outputs
 FIXED, LEARNT, ARD = "s = 1", "s learnt", "RBF, lengths learnt"
 MIXTURES = tuple(f"{law}, noise {place}" for place in ("inside", "outside") for law in ("IG(2,2)", "IG(.5,.5)", "Burr"))
 METHODS = (FIXED, LEARNT, *MIXTURES, ARD)
@@ -281,6 +281,7 @@ def draw(rows: list[dict]):
         axis.set(title=name, xlabel=f"NLL above {FIXED}")
         axis.set_yticks(range(len(METHODS)), METHODS, fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
+        axis.locator_params(axis="x", nbins=4)
     np.atleast_1d(axes)[0].invert_yaxis()
     return figure
 
