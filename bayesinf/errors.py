@@ -32,6 +32,7 @@ __all__ = [
     "check_arguments",
     "check_choice",
     "check_count",
+    "check_finite",
     "check_floating",
     "check_fraction",
     "check_nonnegative",
@@ -239,6 +240,17 @@ def check_positive_scalar(name: str, value: Any) -> None:
     if shape != ():
         raise ValueError(f"{name} must be a scalar, got shape {shape}; for a kernel in each chain, vmap over kernels")
     check_positive(name, value)
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Neither NaN nor infinite in any element, and says where; skipped while traced."""
+    if not is_concrete(value):
+        return
+    is_bad = ~np.isfinite(np.asarray(value, dtype=float))
+    if np.any(is_bad):
+        where = np.argwhere(is_bad)[:5].squeeze(-1 if is_bad.ndim == 1 else ()).tolist()
+        found = f"{int(is_bad.sum())} that are not, at {where}" if is_bad.ndim else str(value)
+        raise ValueError(f"{name} must be finite, got {found}")
 
 
 def check_not_nan(name: str, value: Any, *, cure: str = "leave missing ones out") -> None:

@@ -47,6 +47,8 @@ def _check(kernel: Any) -> None:
         raise ValueError(f"prior_mean must have shape (d,) or be a scalar, got {mean.shape}")
     if tril.ndim > 2 or len(set(tril.shape)) > 1:
         raise ValueError(f"prior_tril must be a scalar, or have shape (d,) or (d, d), got {tril.shape}")
+    errors.check_finite("prior_mean", mean)
+    errors.check_finite("prior_tril", tril)
     errors.check_positive("the diagonal of prior_tril", tril if tril.ndim < 2 else jnp.diagonal(tril))
     if tril.ndim == 2 and errors.is_concrete(tril) and np.any(np.triu(tril, 1)):
         raise ValueError("prior_tril must be lower triangular; use jnp.linalg.cholesky(covariance)")

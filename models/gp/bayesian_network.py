@@ -122,7 +122,7 @@ class BayesianNetwork(eqx.Module):
         X, y = _rows(X), errors.as_array("y", is_floating=True)(y)
         if y.shape != X.shape[:1]:
             raise ValueError(f"y must have shape {X.shape[:1]}, a number for each row of X, got {y.shape}")
-        errors.check_not_nan("y", y)
+        errors.check_finite("y", y)
         errors.check_positive_scalar("noise", noise)
         return Target(_log_posterior, (self, X, y, jnp.asarray(noise)))
 

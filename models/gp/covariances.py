@@ -99,16 +99,24 @@ class _Scaled(Covariance):
                 f"lengthscale must be a scalar, or have a last axis of length 1 or {X.shape[-1]}, the number of input "
                 f"columns; got shape {shape}. A batch of B processes has lengthscales of shape (B, 1)"
             )
-        return 1.0 / self.lengthscale
+        return 1.0 / jnp.where(self.lengthscale > 0, self.lengthscale, 1.0)
+
+    def _positive(self) -> tuple[Array, ...]:
+        """Parameters that must be positive, of the shape of a batch."""
+        return (self.lengthscale if self.lengthscale.ndim == 0 else jnp.min(self.lengthscale, axis=-1),)
+
+    def _amplitude(self) -> Array:
+        """The variance; -1, which every solver refuses, where traced parameters are not positive."""
+        is_ok = jnp.asarray(True)
+        for parameter in self._positive():
+            is_ok = is_ok & (parameter > 0)
+        return jnp.where(is_ok, self.variance, -1.0)
 
     def diagonal(self, X):
         X = _as_rows("X", X)
-        batch = jnp.broadcast_shapes(self.variance.shape, self._inverse_scale(X).shape[:-1], self._batch_shape())
-        return jnp.broadcast_to(self.variance[..., None], (*batch, X.shape[0]))
-
-    def _batch_shape(self) -> tuple[int, ...]:
-        """Of the parameters that are not scales."""
-        return ()
+        self._inverse_scale(X)  # whose shape it checks
+        amplitude = self._amplitude()
+        return jnp.broadcast_to(amplitude[..., None], (*amplitude.shape, X.shape[0]))
 
 
 class _Stationary(_Scaled):
@@ -119,7 +127,7 @@ class _Stationary(_Scaled):
         """The correlation at squared distance r^2."""
 
     def evaluate(self, X1, X2):
-        return _wide(self.variance) * self.correlation(_squared_distance(X1, X2, self._inverse_scale(X1)))
+        return _wide(self._amplitude()) * self.correlation(_squared_distance(X1, X2, self._inverse_scale(X1)))
 
 
 class RBF(_Stationary):
@@ -192,11 +200,11 @@ class RationalQuadratic(_Stationary):
     def __check_init__(self):
         errors.check_positive("alpha", self.alpha)
 
-    def _batch_shape(self):
-        return self.alpha.shape
+    def _positive(self):
+        return (*super()._positive(), self.alpha)
 
     def correlation(self, squared):
-        alpha = _wide(self.alpha)
+        alpha = _wide(jnp.where(self.alpha > 0, self.alpha, 1.0))
         return jnp.exp(-alpha * jnp.log1p(0.5 * squared / alpha))
 
 
@@ -215,13 +223,13 @@ class Periodic(_Scaled):
         errors.check_positive("period", self.period)
 
     def evaluate(self, X1, X2):
-        period = self.period[..., None, None, None]
+        period = jnp.where(self.period > 0, self.period, 1.0)[..., None, None, None]
         sines = jnp.sin(math.pi * (X1[:, None, :] - X2[None, :, :]) / period)
         scaled = sines * _per_column(self._inverse_scale(X1))
-        return _wide(self.variance) * jnp.exp(-2.0 * jnp.sum(scaled**2, axis=-1))
+        return _wide(self._amplitude()) * jnp.exp(-2.0 * jnp.sum(scaled**2, axis=-1))
 
-    def _batch_shape(self):
-        return self.period.shape
+    def _positive(self):
+        return (*super()._positive(), self.period)
 
 
 class Linear(_Scaled):
@@ -234,13 +242,13 @@ class Linear(_Scaled):
     def evaluate(self, X1, X2):
         inverse = self._inverse_scale(X1)
         inverse = inverse[..., None, :] if inverse.ndim else inverse
-        return _wide(self.variance) * ((X1 * inverse) @ (X2 * inverse).mT)
+        return _wide(self._amplitude()) * ((X1 * inverse) @ (X2 * inverse).mT)
 
     def diagonal(self, X):
         X = _as_rows("X", X)
         inverse = self._inverse_scale(X)
         inverse = inverse[..., None, :] if inverse.ndim else inverse
-        return self.variance[..., None] * jnp.sum((X * inverse) ** 2, axis=-1)
+        return self._amplitude()[..., None] * jnp.sum((X * inverse) ** 2, axis=-1)
 
 
 def _as_rows(name: str, X: Any) -> Array:

@@ -58,13 +58,22 @@ class PriorMatch(eqx.Module):
 def bures_distance(A: Float[Array, "n n"], B: Float[Array, "n n"]) -> Float[Array, ""]:
     """The squared Wasserstein-2 distance of N(0, A) and N(0, B); differentiable, with relative jitter.
 
+    Raises:
+        ValueError: they are not two covariances of one shape. Where traced, an indefinite one gives NaN.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from bayesinf.models import gp
         >>> round(float(gp.bures_distance(4.0 * jnp.eye(3), jnp.eye(3))), 2)  # 3 (2 - 1)^2
         3.0
     """
-    return _spread(A) + _spread(B) - 2.0 * _nuclear(_root(A), _root(B))
+    A, B = (errors.as_array(name, is_floating=True)(value) for name, value in (("A", A), ("B", B)))
+    if A.ndim != 2 or A.shape[0] != A.shape[1] or A.shape != B.shape:
+        raise ValueError(f"A and B must be covariances of one shape (n, n), got {A.shape} and {B.shape}")
+    found = _spread(A) + _spread(B) - 2.0 * _nuclear(_root(A), _root(B))
+    if errors.is_concrete(found) and jnp.isnan(found):
+        raise ValueError("A and B must be positive semi-definite, got one that has no Cholesky factor")
+    return found
 
 
 def drawn_divergence(key: Array, network: Any, kernel: Any, sample_inputs: Any, num_functions: int) -> Float[Array, ""]:

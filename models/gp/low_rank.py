@@ -131,6 +131,7 @@ class HSGP(Solver):
 
         variance, base = _stationary(kernel)
         length = jnp.broadcast_to(base.lengthscale, (dim,))
+        length = jnp.where(length > 0, length, 1.0)  # the density is -inf there
 
         def density(wave: Array) -> Array:
             if isinstance(base, RBF):
@@ -139,7 +140,7 @@ class HSGP(Solver):
             return spectral_densities.spectral_density_matern(dim, nu, wave, 1.0, length)
 
         total = variance * base.variance
-        total = jnp.where(total >= 0, total, 1.0)  # the density is -inf there
+        total = jnp.where(total >= 0, total, 1.0)  # and there
         roots = jnp.sqrt(total * jax.vmap(density)(_waves(half, m)))
 
         noise, log_valid = raise_noise(diagonal(kernel, X), noise, self.jitter)

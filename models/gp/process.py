@@ -23,7 +23,7 @@ from numpyro.distributions import constraints
 
 from bayesinf import errors
 from bayesinf.captured import as_pytree
-from bayesinf.models.gp.covariances import as_covariance
+from bayesinf.models.gp.covariances import as_covariance, diagonal
 from bayesinf.models.gp.dense import cholesky_or_identity, dense
 from bayesinf.models.gp.solver import Factor, Solver
 
@@ -65,6 +65,8 @@ class Process(dist.Distribution):
         n = self.X.shape[0]
         self.noise = _as_noise(noise, n)
         self.mean_function = as_pytree(mean) if callable(mean) else errors.as_array("mean", is_floating=True)(mean)
+        if not callable(mean):
+            errors.check_finite("mean", self.mean_function)
         self.factor = solver.factorize(self.kernel, self.X, self.noise)
         loc = mean_at(self.mean_function, self.X, n)
         shape = jnp.broadcast_shapes(loc.shape[:-1], self.factor.batch_shape, *batches)
@@ -78,6 +80,19 @@ class Process(dist.Distribution):
     @property
     def mean(self) -> Array:
         return self.loc
+
+    @property
+    def variance(self) -> Array:
+        """Of each observation, shape (..., n), its noise included."""
+        if self._num_mapped():
+            return jax.vmap(lambda process: process.variance)(self)
+        prior = diagonal(self.kernel, self.X)
+        total = prior if self.noise is None else prior + self.noise
+        return self._variance(jnp.broadcast_to(total, self.loc.shape).astype(self.loc.dtype))
+
+    def _variance(self, of_normal: Array) -> Array:
+        """Of each observation, given that at scale one."""
+        raise NotImplementedError
 
     def _num_mapped(self) -> int:
         """Axes that a vmap has put before those that the process was made with."""
@@ -246,6 +261,9 @@ class GP(Process):
         self._prepare(kernel, X, mean, noise, dense() if solver is None else solver)
         super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
 
+    def _variance(self, of_normal: Array) -> Array:
+        return of_normal
+
     def _log_prob(self, residual: Array) -> Array:
         columns, batch = to_columns(residual, self.batch_shape)
         return from_columns(self.factor.log_prob(columns)[..., None, :], batch)[..., 0]
@@ -344,6 +362,8 @@ def _as_noise(noise: Any, n: int, name: str = "noise") -> Any:
 def mean_at(mean: Any, X: Array, n: int) -> Array:
     """The mean function at X, shape (..., n)."""
     value = jnp.asarray(mean(X)) if callable(mean) else mean
+    if callable(mean) and n > 1 and value.shape == (n, 1):
+        raise ValueError(f"mean must return one number for each input, shape ({n},), got a column, {value.shape}")
     if value.ndim and value.shape[-1] not in (1, n):
         raise ValueError(
             f"mean must be a number, a function of the inputs, or of shape (n,), and a function to predict elsewhere; "

@@ -170,11 +170,13 @@ def _periodic(kernel: Any, intervals: Array, order: int) -> LinearSDE:
     # coefficients of exp((cos t - 1) / l^2) by the trapezoidal rule, exponentially accurate for a periodic function
     num = 8 * (order + 1)
     t = 2 * np.pi * np.arange(num) / num
-    values = jnp.exp((np.cos(t) - 1.0) / _scalar("lengthscale", kernel.lengthscale) ** 2)
+    length = _scalar("lengthscale", kernel.lengthscale)
+    values = jnp.exp((np.cos(t) - 1.0) / jnp.where(length > 0, length, 1.0) ** 2)
     cosines = np.cos(np.arange(order + 1)[:, None] * t) * np.where(np.arange(order + 1) == 0, 1.0, 2.0)[:, None] / num
     coefficients = jnp.maximum(jnp.asarray(cosines, intervals.dtype) @ values.astype(intervals.dtype), 0.0)
 
-    angle = 2 * math.pi * intervals / _scalar("period", kernel.period)
+    period = _scalar("period", kernel.period)
+    angle = 2 * math.pi * intervals / jnp.where(period > 0, period, 1.0)
     transitions = jnp.ones((*intervals.shape, 1, 1), intervals.dtype)
     for j in range(1, order + 1):
         cos, sin = jnp.cos(j * angle), jnp.sin(j * angle)
@@ -182,7 +184,8 @@ def _periodic(kernel: Any, intervals: Array, order: int) -> LinearSDE:
         transitions = _blocks(transitions, turn)
     spread = jnp.concatenate([coefficients[:1], jnp.repeat(coefficients[1:], 2)])
     observation = jnp.asarray([1.0] + [1.0, 0.0] * order, intervals.dtype)
-    return LinearSDE(transitions, _scalar("variance", kernel.variance) * jnp.diag(spread), observation)
+    amplitude = jnp.where((length > 0) & (period > 0), _scalar("variance", kernel.variance), -1.0)  # which is refused
+    return LinearSDE(transitions, amplitude * jnp.diag(spread), observation)
 
 
 def _scalar(name: str, parameter: Array) -> Array:

@@ -76,10 +76,19 @@ class StudentTProcess(Process):
         self.a, self.b = (jnp.broadcast_to(value, self.loc.shape[:-1]).astype(self.loc.dtype) for value in (a, b))
         super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
 
+    @property
+    def _is_ok(self) -> Array:
+        """Traced values of a and b are not refused."""
+        return (self.a > 0) & (self.b > 0)
+
+    def _variance(self, of_normal: Array) -> Array:
+        a, b = self.a[..., None], self.b[..., None]
+        return jnp.where(a > 1, b / jnp.where(a > 1, a - 1.0, 1.0), jnp.inf) * of_normal
+
     def _log_prob(self, residual: Array) -> Array:
         log_scale, quadratic = scale_free(self.factor, residual, self.batch_shape)
         half = 0.5 * jnp.sum(~jnp.isnan(residual), axis=-1)
-        is_ok = (self.a > 0) & (self.b > 0)  # traced values are not refused
+        is_ok = self._is_ok
         a, b = (jnp.where(is_ok, value, 1.0) for value in (self.a, self.b))
         log_ratio = gammaln(a + half) - gammaln(a) - half * jnp.log(b)
         value = log_scale + log_ratio - (a + half) * jnp.log1p(0.5 * quadratic / b)
@@ -96,6 +105,7 @@ class StudentTProcess(Process):
     def _sample(self, key: Any, sample_shape: tuple[int, ...]) -> Array:
         key_scale, key_path = jax.random.split(key)
         scales = dist.InverseGamma(self.a, self.b).sample(key_scale, sample_shape)
+        scales = jnp.where(self._is_ok, scales, jnp.nan)
         return jnp.sqrt(scales)[..., None] * self._correlated(key_path, sample_shape)
 
     def _condition(self, residual: Array, Xs: Array, noise: Array, full_cov: bool) -> tuple[Array, ...]:
@@ -103,8 +113,8 @@ class StudentTProcess(Process):
         half = 0.5 * jnp.sum(~jnp.isnan(residual), axis=-1)
         mean, spread = self._predict(residual, Xs, full_cov)
         root = jnp.sqrt((self.b + 0.5 * quadratic) / (self.a + half))
-        root = jnp.where((self.a > 0) & (self.b > 0), root, jnp.nan)
-        df = 2.0 * (self.a + half)
+        root, df = (jnp.where(self._is_ok, value, jnp.nan) for value in (root, 2.0 * (self.a + half)))
+        mean = jnp.where(self._is_ok[..., None], mean, jnp.nan)
         if full_cov:
             return df, mean, root[..., None, None] * joint_tril(spread, noise)
         return jnp.broadcast_to(df[..., None], mean.shape), mean, root[..., None] * marginal_scale(spread, noise)

@@ -121,12 +121,10 @@ class VecchiaFactor(Factor):
         return self.variances.shape[0]
 
     def log_prob(self, columns: Float[Array, "n s"]) -> Float[Array, " s"]:
-        terms = (
-            self._news(columns) ** 2 / self.variances[:, None]
-            + jnp.log(self.variances)[:, None]
-            + math.log(2 * math.pi)
-        )
-        return jnp.where(jnp.isneginf(self.log_ok), -jnp.inf, -0.5 * jnp.sum(terms, axis=0))
+        is_ok = ~jnp.isneginf(self.log_ok)
+        variances = jnp.where(is_ok, self.variances, 1.0)[:, None]
+        terms = self._news(columns) ** 2 / variances + jnp.log(variances) + math.log(2 * math.pi)
+        return jnp.where(is_ok, -0.5 * jnp.sum(terms, axis=0), -jnp.inf)
 
     def sqrt_matvec(self, columns: Float[Array, "n s"]) -> Float[Array, "n s"]:
         def step(i: Array, drawn: Array) -> Array:

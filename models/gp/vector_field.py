@@ -275,7 +275,7 @@ class VectorField(eqx.Module):
         frames = self.kernel.laplacian.frames[index]
         if vectors.shape != frames.shape[:2]:
             raise ValueError(f"vectors must have shape {frames.shape[:2]}, one for each index, got {vectors.shape}")
-        errors.check_not_nan("vectors", vectors)
+        errors.check_finite("vectors", vectors)
         return index, jnp.einsum("tDd,tD->td", frames, vectors.astype(frames.dtype))
 
 
@@ -328,17 +328,23 @@ def _check_index(kernel: ConnectionMatern, index: Any) -> Array:
 
 @jax.jit
 def _regress(field: VectorField, index: Array, coordinates: Array) -> tuple[Array, Array, Array]:
-    """L L^T = I + F^T F / noise, the mean weights, and the log evidence."""
-    features = field.kernel.features(index)
+    """L L^T = I + F^T F / noise, the mean weights, and the log evidence; NaN and -inf of parameters below zero."""
+    kernel = field.kernel
+    is_ok = (kernel.lengthscale > 0) & (kernel.variance > 0) & (field.noise > 0)  # traced values are not refused
+    length, variance, noise = (
+        jnp.where(is_ok, scale, 1.0) for scale in (kernel.lengthscale, kernel.variance, field.noise)
+    )
+    features = ConnectionMatern(kernel.laplacian, kernel.nu, length, variance).features(index)
     F, y = features.reshape(-1, features.shape[-1]), coordinates.reshape(-1)
-    noise = field.noise.astype(F.dtype)
+    noise = noise.astype(F.dtype)
     tril, log_ok = cholesky_or_identity(jnp.eye(F.shape[1], dtype=F.dtype) + F.T @ F / noise)
     half = solve(tril, (F.T @ y / noise)[:, None])
     weights = jax.scipy.linalg.solve_triangular(tril, half, lower=True, trans=1)[:, 0]
     log_scale = 2.0 * jnp.sum(jnp.log(jnp.diagonal(tril))) + y.size * jnp.log(2.0 * math.pi * noise)
     # |y - F w|^2 / noise + |w|^2, a sum of squares, rather than the difference that it equals
     quadratic = jnp.sum((y - F @ weights) ** 2) / noise + jnp.sum(weights**2)
-    return tril, weights, -0.5 * (quadratic + log_scale) + log_ok
+    value = -0.5 * (quadratic + log_scale) + log_ok
+    return jnp.where(is_ok, tril, jnp.nan), jnp.where(is_ok, weights, jnp.nan), jnp.where(is_ok, value, -jnp.inf)
 
 
 def _log_evidence(field: VectorField, index: Array, coordinates: Array) -> Array:

@@ -128,9 +128,18 @@ class NNGP(Combinable):
         errors.check_choice("head", self.head, ("nngp", "ntk"))
 
     @property
+    def _is_ok(self) -> Array:
+        return (self.w_var > 0) & (self.b_var >= 0) & (self.last_w_var > 0)
+
+    def _amplitude(self) -> Array:
+        """What multiplies the kernel; -1, which every Gaussian process refuses, where traced variances are negative."""
+        return jnp.where(self._is_ok, self.last_w_var, -1.0)
+
+    @property
     def network(self) -> Layer:
         """Its layers, but for the last linear map."""
-        first = dense(self.w_var, self.b_var)
+        w_var, b_var = (jnp.where(self._is_ok, value, 1.0) for value in (self.w_var, self.b_var))
+        first = dense(w_var, b_var)
         block = Sequence((activation(self.dual), first))
         match self.residual:
             case None:
@@ -155,12 +164,12 @@ class NNGP(Combinable):
         """
         X1 = _flat(check_inputs("X1", X1))
         matrix = _matrix(self.network, self.head, X1, None if X2 is None else _flat(check_inputs("X2", X2)))
-        return self.last_w_var.astype(matrix.dtype) * matrix
+        return self._amplitude().astype(matrix.dtype) * matrix
 
     def diagonal(self, X: Real[ArrayLike, "n ..."]) -> Float[Array, " n"]:
         """K(x, x) for x of X, in time proportional to n; arguments and errors as of a call."""
         diagonal = _diagonal(self.network, self.head, _flat(check_inputs("X", X)))
-        return self.last_w_var.astype(diagonal.dtype) * diagonal
+        return self._amplitude().astype(diagonal.dtype) * diagonal
 
 
 def serial(*layers: Layer, head: Head = "nngp") -> NetworkKernel:

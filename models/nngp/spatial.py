@@ -69,7 +69,7 @@ class Conv(Layer):
 
     def propagate(self, state: Covariance) -> Covariance:
         if state.num_places != 2:
-            raise ValueError(f"conv must be given images (n, height, width, channels), got {state.num_places + 1} axes")
+            raise ValueError(f"conv must be given images (n, height, width, channels), got {state.num_places + 2} axes")
         w, b = self.w_var.astype(state.c.dtype), self.b_var.astype(state.c.dtype)
         average = self._average if state.has_pairs else lambda x, copies: self._average(x, 1)
         q, p, c = (b + w * average(x, 2) for x in (state.q, state.p, state.c))

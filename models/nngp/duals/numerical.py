@@ -35,6 +35,18 @@ def _as_pytree(phi: Any) -> Any:
     return phi if isinstance(phi, eqx.Module) or not callable(phi) else Partial(phi)
 
 
+def _check_scalar(phi: Any) -> None:
+    """That phi takes numbers of JAX, traced ones too, and returns one."""
+    try:
+        found = jax.eval_shape(phi, jax.ShapeDtypeStruct((), jnp.result_type(float)))
+    except (TypeError, jax.errors.JAXTypeError) as error:
+        name = getattr(getattr(phi, "func", phi), "__name__", repr(phi))
+        first = str(error).splitlines()[0]
+        raise ValueError(f"phi must be a function of jax.numpy, such as jnp.tanh; {name} fails: {first}") from error
+    if getattr(found, "shape", None) != ():
+        raise ValueError(f"phi must return one number, got {found}")
+
+
 class Numerical(Dual):
     """A function of one variable, by `terms` coefficients of its Hermite expansion.
 
@@ -49,6 +61,7 @@ class Numerical(Dual):
     def __check_init__(self):
         errors.check_arguments("phi", self.function, "x")
         errors.check_count("terms", self.terms)
+        _check_scalar(self.function)
 
     def phi(self, x: Floats) -> Floats:
         return self.function(x)
@@ -119,12 +132,15 @@ def _normal(x: Floats) -> Floats:
 def numerical(phi: Callable[[Array], Array], *, terms: int = 128) -> Numerical:
     """The dual of any smooth function of one variable.
 
+    Kinks cost accuracy: that of relu is off by 2e-4, where `piecewise_linear` is exact. Functions that jump are off by
+    some percent, however many the terms.
+
     Args:
-        phi: maps a scalar to a scalar, and JAX differentiates it twice.
+        phi: maps a scalar to a scalar, finite everywhere, and JAX differentiates it twice.
         terms: of the Hermite expansion; more for functions that bend sharply within a standard deviation.
 
     Raises:
-        ValueError: `phi` is no function of one argument, or `terms` not a whole number above zero.
+        ValueError: `phi` is no function of JAX of one scalar, or `terms` not a whole number above zero.
 
     Example:
         >>> import jax.numpy as jnp

@@ -54,6 +54,8 @@ class PiecewiseLinear(Dual):
             )
         if self.intercept.shape != ():
             raise ValueError(f"intercept must be a scalar, got shape {self.intercept.shape}")
+        for name, values in (("knots", self.knots), ("slopes", self.slopes), ("intercept", self.intercept)):
+            errors.check_finite(name, values)
         if errors.is_concrete(self.knots) and not np.all(np.diff(np.asarray(self.knots)) > 0):
             raise ValueError(f"knots must be increasing, got {np.asarray(self.knots)}")
 

@@ -16,6 +16,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real
 
+from bayesinf import errors
 from bayesinf.models.gaussian import as_floating
 from bayesinf.models.nngp.duals.angles import angle
 from bayesinf.models.nngp.duals.dual import Dual, root
@@ -37,6 +38,7 @@ class Rectifier(Dual):
     def __check_init__(self):
         if self.slope.shape != ():
             raise ValueError(f"slope must be a scalar, got shape {self.slope.shape}")
+        errors.check_finite("slope", self.slope)
 
     def phi(self, x: Floats) -> Floats:
         return jnp.where(x > 0, x, self.slope.astype(x.dtype) * x)

@@ -101,7 +101,7 @@ def test_negative_scales_that_are_not_known_yet_are_minus_infinity(name):
 
     value, slopes, mean = answers(1.0, 1.0, 0.1)
     assert np.all(np.isfinite([value, *slopes, *mean]))
-    for bad in ((1.0, 1.0, -0.1), (1.0, -0.01, 1.0), (jnp.nan, 1.0, 0.1)):
+    for bad in ((1.0, 1.0, -0.1), (1.0, -0.01, 1.0), (-1.0, 1.0, 1.0), (0.0, 1.0, 1.0), (jnp.nan, 1.0, 0.1)):
         value, slopes, mean = answers(*bad)
         assert value == -jnp.inf
         assert np.all(np.isnan(mean))
@@ -113,9 +113,39 @@ def test_negative_scales_of_mixtures_that_are_not_known_yet_are_minus_infinity()
     student = jax.jit(lambda a, b: gp.StudentTProcess(a, b, gp.RBF(), X, noise=0.1).log_prob(Y))
     assert np.isfinite(student(1.0, 1.0))
     assert student(-0.5, 1.0) == student(1.0, -0.5) == -jnp.inf  # gamma functions of -0.5 are numbers
+    draws = jax.jit(lambda a: gp.StudentTProcess(a, 1.0, gp.RBF(), X, noise=0.1).sample(jax.random.key(0)))
+    means = jax.jit(lambda a: gp.StudentTProcess(a, 1.0, gp.RBF(), X, noise=0.1).condition(Y, NEW).mean)
+    for found in (draws, means):
+        assert np.all(np.isfinite(found(1.0)))
+        assert np.all(np.isnan(found(-0.5)))
     mixture = jax.jit(lambda noise: gp.ScaleMixtureGP(MIXING, gp.RBF(), X, noise).log_prob(Y))
     assert np.isfinite(mixture(0.1))
     assert mixture(-0.1) == -jnp.inf
+
+
+@pytest.mark.parametrize(
+    ("make", "solver"),
+    [
+        (lambda p: gp.Periodic(1.0, 1.0, p), gp.dense()),
+        (lambda p: gp.Periodic(1.0, 1.0, p), gp.statespace()),
+        (lambda p: gp.Periodic(p, 1.0, 3.0), gp.statespace()),
+        (lambda p: gp.RationalQuadratic(1.0, 1.0, p), gp.dense()),
+        (lambda p: gp.Linear(p), gp.dense()),
+        (lambda p: gp.RBF(jnp.stack([p, 1.0])), gp.dense()),
+        (lambda p: nngp.NNGP(nngp.relu(), 1, 2.0, p), gp.dense()),
+        (lambda p: nngp.NNGP(nngp.sin(), 2, p, 1.0), gp.dense()),
+        (lambda p: nngp.NNGP(nngp.erf(), 1, 2.0, 0.1, p), gp.dense()),
+    ],
+    ids=lambda value: "" if callable(value) else type(value).__name__,
+)
+def test_other_parameters_below_zero_are_minus_infinity_too(make, solver):
+    """The kernels are even in most of them, or stay positive where a variance of biases is a little below zero."""
+    places = X if isinstance(solver, type(gp.statespace())) else np.stack([X, X[::-1] ** 2], axis=1)
+    value_and_slope = jax.jit(
+        jax.value_and_grad(lambda p: gp.GP(make(p), places, noise=1.0, solver=solver).log_prob(Y))
+    )
+    assert np.all(np.isfinite(value_and_slope(1.0)))
+    assert value_and_slope(-0.01) == (-jnp.inf, 0.0)
 
 
 def test_failed_factorisations_in_a_loop_are_rejected_and_counted():
@@ -188,6 +218,22 @@ def test_data_that_do_not_fit_are_named_whatever_the_solver(name, changes, match
             lambda: gp.latent_target(gp.RBF(), X, lambda f, y: f - y, Y).target.logdensity(jnp.zeros(6)),
             "must return a scalar",
         ),
+        (lambda: gp.GP(gp.RBF(), X, mean=np.nan), "mean must be finite, got nan"),
+        (lambda: gp.StudentTProcess(1.0, 1.0, gp.RBF(), X, mean=np.inf), "mean must be finite, got inf"),
+        (
+            lambda: gp.GP(gp.RBF(), X[:, None], mean=lambda X: X),
+            r"one number for each input, shape \(6,\), got a column",
+        ),
+        (
+            lambda: gp.bures_distance(np.eye(3), np.eye(2)),
+            r"covariances of one shape \(n, n\), got \(3, 3\) and \(2, 2\)",
+        ),
+        (lambda: gp.bures_distance(np.ones(3), np.ones(3)), "covariances of one shape"),
+        (lambda: gp.bures_distance(-np.eye(3), np.eye(3)), "must be positive semi-definite"),
+        (lambda: nngp.numerical(np.tanh), "phi must be a function of jax.numpy, .*tanh fails"),
+        (lambda: nngp.numerical(lambda x: jnp.ones(3)), "phi must return one number"),
+        (lambda: nngp.leaky_relu(np.nan), "slope must be finite"),
+        (lambda: nngp.piecewise_linear([0.0], [1.0, np.nan]), "slopes must be finite"),
         (lambda: gp.sgpr(np.zeros(0)), "Z must have at least one row"),
         (lambda: gp.sgpr(np.array([0.0, np.nan])), "Z must not be NaN"),
         (lambda: gp.GP(gp.RBF(), X, solver=gp.sgpr(np.ones((3, 2)))), "Z must have rows of the shape of those of X"),

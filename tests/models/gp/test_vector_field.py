@@ -218,7 +218,7 @@ CIRCLE = np.stack([np.cos(np.arange(40) / 40 * 2 * np.pi), np.sin(np.arange(40) 
         ("noise must", lambda laplacian: gp.VectorField(gp.ConnectionMatern(laplacian), 0.0)),
         ("index must lie", lambda laplacian: seen(laplacian, [400], FLOW[:1])),
         ("vectors must have", lambda laplacian: seen(laplacian, [0, 1], FLOW[:1])),
-        ("vectors must not", lambda laplacian: seen(laplacian, [0], np.full((1, 3), np.nan))),
+        ("vectors must be finite", lambda laplacian: seen(laplacian, [0], np.full((1, 3), np.nan))),
     ],
 )
 def test_bad_arguments_are_named(message, make, laplacian, unchecked):
@@ -228,6 +228,27 @@ def test_bad_arguments_are_named(message, make, laplacian, unchecked):
 
 def seen(laplacian, index, vectors):
     return gp.VectorField(gp.ConnectionMatern(laplacian)).condition(np.array(index), vectors)
+
+
+def test_parameters_below_zero_that_are_not_known_yet(laplacian):
+    """Evidence of minus infinity with slope zero, and a field that is NaN."""
+    index = np.arange(5)
+    vectors = np.ones((5, laplacian.frames.shape[1]))
+
+    @jax.jit
+    def answers(*parameters):
+        def field(length, variance, noise):
+            return gp.VectorField(gp.ConnectionMatern(laplacian, 1.5, length, variance), noise)
+
+        value, slopes = jax.value_and_grad(lambda p: field(*p).log_evidence(index, vectors))(parameters)
+        return value, slopes, field(*parameters).condition(index, vectors).mean(index)
+
+    assert all(np.all(np.isfinite(found)) for found in answers(1.0, 1.0, 0.1))
+    for bad in ((1.0, 1.0, -0.1), (1.0, -1.0, 0.1), (-1.0, 1.0, 0.1)):
+        value, slopes, mean = answers(*bad)
+        assert value == -jnp.inf
+        assert slopes == (0.0, 0.0, 0.0)
+        assert np.all(np.isnan(mean))
 
 
 def test_single_precision(laplacian):
