@@ -78,7 +78,9 @@ def test_value_and_gradient_are_those_of_tinygp(name, peer, variance):
     np.testing.assert_allclose(found_slopes, slopes, rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["Matern12", "Matern32", pytest.param("sum", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["Matern12", "Matern32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Matern52", "sum"))]
+)
 def test_the_associative_scan_is_the_sequential_one(name):
     """A11 in parallel, with missing data; the gradient of its value."""
     y = Y.astype(float).at[3].set(jnp.nan)
