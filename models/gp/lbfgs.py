@@ -52,7 +52,8 @@ def minimise(loss: Callable[[PyTree], Array], start: PyTree, num_steps: int) -> 
         start: where the search begins; the loss is finite there.
         num_steps: at most.
     """
-    direct, search = optax.scale_by_lbfgs(), optax.scale_by_zoom_linesearch(max_linesearch_steps=20)
+    # every search tries the step of Newton first; fifty halvings reach from it to the rounding of the arguments
+    direct, search = optax.scale_by_lbfgs(), optax.scale_by_zoom_linesearch(50, initial_guess_strategy="one")
 
     def promised(grad: PyTree, state: Any, point: PyTree) -> tuple[PyTree, Any, Array]:
         direction, state = direct.update(grad, state, point)
@@ -63,17 +64,21 @@ def minimise(loss: Callable[[PyTree], Array], start: PyTree, num_steps: int) -> 
         return (count < num_steps) & (decrease > FACTOR * _least_rounding(value)) & ~is_stuck
 
     def step(carry: Any) -> Any:
-        point, (state, was_searching), before, grad, _, count, _ = carry
-        direction, state, _ = promised(grad, state, point)
+        last, (state, was_searching), before, slope, _, count, _ = carry
+        direction, state, _ = promised(slope, state, last)
         # the first step tries a length of one: the curvature is not known yet, and a small slope may lead far down
-        length = jnp.where(count == 0, jnp.maximum(1.0, 1.0 / ot.norm(grad)), 1.0).astype(before.dtype)
+        length = jnp.where(count == 0, jnp.maximum(1.0, 1.0 / ot.norm(slope)), 1.0).astype(before.dtype)
         direction = ot.scale(length, direction)
         search_state: Any
-        updates, search_state = search.update(direction, was_searching, point, value=before, grad=grad, value_fn=loss)
-        point = optax.apply_updates(point, updates)
+        updates, search_state = search.update(direction, was_searching, last, value=before, grad=slope, value_fn=loss)
+        point = optax.apply_updates(last, updates)
         value, grad = search_state.value, search_state.grad
         _, _, decrease = promised(grad, state, point)
-        return point, (state, search_state), value, grad, decrease, count + 1, ~(value < before)
+        is_lower = value < before
+        point, value, grad = jax.tree.map(
+            lambda new, old: jnp.where(is_lower, new, old), (point, value, grad), (last, before, slope)
+        )
+        return point, (state, search_state), value, grad, decrease, count + 1, ~is_lower
 
     value, grad = jax.value_and_grad(loss)(start)
     carry = (

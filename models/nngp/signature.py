@@ -10,7 +10,8 @@ time t of a path y solves
 
 The scheme of order 1 is the kernel of the network's own Euler scheme, without error; that of order 2 is Heun's, from
 row to row, with the trapezoid along them. Rows are cumulative sums, so times of y are done in parallel. With the
-identity in place of phi, and variances 1, 0 and 1, it is the signature kernel.
+identity in place of phi, and variances 1, 0 and 1, it is the signature kernel; that of straight lines then has half the
+error of the stencil (K_10 + K_01) (1 + p/2 + p^2/12) - K_00 (1 - p^2/12), which cannot go along rows in parallel.
 
 References:
     Cirone, Lemercier and Salvi (2023), arXiv:2303.17671.
@@ -121,6 +122,11 @@ def _after(row: Array, source: Array) -> Array:
     return row.at[..., 1:].add(jnp.cumsum(source, axis=-1))
 
 
+def _along(force: Array) -> Array:
+    """Means over the sides of cells."""
+    return 0.5 * (force[..., :-1] + force[..., 1:])
+
+
 @jax.jit
 def _own(kernel: NeuralSignature, steps: Array) -> Float[Array, "n times"]:
     """K_xx(t, t) of every path at all times, from the triangle below the diagonal."""
@@ -142,12 +148,12 @@ def _own(kernel: NeuralSignature, steps: Array) -> Float[Array, "n times"]:
             """K(i+1, i+1) from K(i+1, i) = K(i, i+1), and what the cell (i, i) adds."""
             return 2.0 * jnp.take(after, i, axis=1) - variance[:, 0] + here * cell
 
-        after = _after(row, before * force[:, :-1])
+        below = _along(force) if kernel.order == 2 else force[:, :-1]
+        after = _after(row, before * below)
         last = corners(after, corner)
         if kernel.order == 2:
-            ahead = kernel._force(last[:, None], own, after)
-            mean = 0.25 * (force[:, :-1] + force[:, 1:] + ahead[:, :-1] + ahead[:, 1:])
-            after = _after(row, before * mean)
+            above = _along(kernel._force(last[:, None], own, after))
+            after = _after(row, before * 0.5 * (below + above))
             side = kernel._force(last, variance[:, 0], jnp.take(after, i, axis=1))
             last = corners(after, 0.25 * (corner + 2.0 * side + kernel._force(last, last, last)))
         is_next = times == i + 1
@@ -167,11 +173,11 @@ def _cross(kernel: NeuralSignature, left: Array, right: Array) -> Float[Array, "
         increment, variance, next_variance = given
         products = jnp.einsum("nd,mjd->nmj", increment, right)
         force = kernel._force(variance[:, None, None], p, row)
-        after = _after(row, products * force[..., :-1])
+        below = _along(force) if kernel.order == 2 else force[..., :-1]
+        after = _after(row, products * below)
         if kernel.order == 2:
-            ahead = kernel._force(next_variance[:, None, None], p, after)
-            mean = 0.25 * (force[..., :-1] + force[..., 1:] + ahead[..., :-1] + ahead[..., 1:])
-            after = _after(row, products * mean)
+            above = _along(kernel._force(next_variance[:, None, None], p, after))
+            after = _after(row, products * 0.5 * (below + above))
         return after, None
 
     return jax.lax.scan(step, start, (left.swapaxes(0, 1), q.T[:-1], q.T[1:]))[0][..., -1]

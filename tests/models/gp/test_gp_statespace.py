@@ -1,6 +1,7 @@
 """The O(n) solver against dense algebra: values, gradients, predictions, paths, missing data."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,33 @@ def test_value_and_gradient_are_those_of_dense_algebra(name):
     np.testing.assert_allclose(found_slopes, slopes, rtol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["Matern12", "Matern32", pytest.param("sum", marks=pytest.mark.slow)])
+@pytest.mark.skipif(importlib.util.find_spec("tinygp") is None, reason="needs tinygp")
+@pytest.mark.parametrize(
+    ("name", "peer", "variance"),
+    [("Matern12", "Exp", 2.0), ("Matern32", "Matern32", 1.0), ("Matern52", "Matern52", 1.0)],
+)
+def test_value_and_gradient_are_those_of_tinygp(name, peer, variance):
+    """A11, of its quasiseparable solver, which is another algorithm in O(n) and wants times in order."""
+    import tinygp
+
+    order = np.argsort(TIMES)
+
+    @jax.jit
+    def quasiseparable(lengthscale, noise, mean):
+        kernel = variance * getattr(tinygp.kernels.quasisep, peer)(scale=lengthscale)
+        times = jnp.asarray(np.asarray(TIMES)[order], jnp.float64)
+        process = tinygp.GaussianProcess(kernel, times, mean=mean, diag=noise * jnp.ones(40))
+        return process.log_probability(Y.astype(float)[order])
+
+    expected, slopes = jax.value_and_grad(quasiseparable, (0, 1, 2))(*parameters())
+    found, found_slopes = value_and_grad(name, gp.statespace(parallel=False, order=14), Y.astype(float), *parameters())
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    np.testing.assert_allclose(found_slopes, slopes, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "name", ["Matern12", "Matern32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Matern52", "sum"))]
+)
 def test_the_associative_scan_is_the_sequential_one(name):
     """A11 in parallel, with missing data; the gradient of its value."""
     y = Y.astype(float).at[3].set(jnp.nan)

@@ -55,3 +55,30 @@ def test_rounding_is_seen_that_the_value_does_not_tell():
 
         found = minimise(loss, jnp.ones(2000, jnp.float32), 1)
         assert found.rounding > 1e4 * jnp.finfo(jnp.float32).eps  # of one of the terms
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_minimum_close_to_the_start_is_found(x64):
+    """Steps of length one lead far past it, and very short ones change nothing that is seen."""
+    with jax.enable_x64(x64):
+        scales = jnp.array([1.0, 1.5, 2.0])
+        for distance in (1e-2, 1e-3, 1e-6, 1e-9):
+            loss = lambda x: jnp.sum((scales * (x - distance)) ** 2 + (x - distance) ** 4)  # noqa: B023, E731
+            found = minimise(lambda x: 1.0 + loss(x), jnp.zeros(3), 50)  # noqa: B023
+            assert found.is_converged
+            # the promise is that of the steepest direction where no other has been seen: a condition number of four
+            assert loss(found.point) <= 4 * FACTOR * found.rounding
+
+
+def test_it_never_ends_above_where_it_began():
+    """A loss of rounding alone, whose gradient promises what is not there."""
+
+    @jax.custom_jvp
+    def loss(x):
+        return jnp.abs(x)
+
+    loss.defjvp(lambda x, dx: (jnp.abs(x[0]), dx[0]))
+    found = minimise(loss, jnp.asarray(0.0), 20)
+    assert found.point == 0.0
+    assert found.value == 0.0
+    assert not found.is_converged

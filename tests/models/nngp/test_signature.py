@@ -23,6 +23,7 @@ def bessel(product):
 
 @pytest.mark.parametrize(("order", "ratio"), [(1, 2.0), (2, 4.0)])
 def test_straight_lines_have_bessel_functions(order, ratio):
+    """A9: with 128 steps the second order errs by 2e-5 at most, relative to kernels above one."""
     exact = bessel(SLOPES @ SLOPES.T)
     with jax.enable_x64(True):
         errors = []
@@ -33,15 +34,34 @@ def test_straight_lines_have_bessel_functions(order, ratio):
             errors.append(np.abs(np.asarray(matrix) - exact))
     assert np.all(np.abs(errors[0] / errors[1] / ratio - 1) < 0.05)
     if order == 2:
-        assert np.max(errors[1]) <= 5e-5 * np.max(exact)
+        assert np.all(errors[1] <= 2e-5 * np.maximum(1.0, exact))
+
+
+def stencil(product, steps):
+    """K_11 = (K_10 + K_01) (1 + p/2 + p^2/12) - K_00 (1 - p^2/12), that of the signature kernel alone."""
+    p, K = product / steps**2, np.ones((steps + 1, steps + 1))
+    for i in range(steps):
+        for j in range(steps):
+            K[i + 1, j + 1] = (K[i + 1, j] + K[i, j + 1]) * (1 + p / 2 + p**2 / 12) - K[i, j] * (1 - p**2 / 12)
+    return K[-1, -1]
+
+
+@pytest.mark.parametrize("product", [-1.0, 0.25, 1.0, 1.7, 2.0, 3.0])
+def test_the_second_order_is_closer_than_the_published_stencil(product):
+    """Everywhere; the own kernel too, of one line. At <a, b> = 1.7 the stencil errs by 1.2e-5 with 128 steps."""
+    with jax.enable_x64(True):
+        lines = jnp.array([[[0.0], [1.0]], [[0.0], [product]], [[0.0], [abs(product) ** 0.5]]])
+        matrix = np.asarray(nngp.NeuralSignature(nngp.monomial(1), 1.0, 0.0, 1.0, 2, 32)(lines))
+    assert abs(matrix[0, 1] - bessel(product)) < abs(stencil(product, 32) - bessel(product))
+    assert abs(matrix[2, 2] - bessel(abs(product))) < abs(stencil(abs(product), 32) - bessel(abs(product)))
 
 
 def test_orders_agree_in_the_limit():
     """Halved steps divide the error of the second order by four, and Richardson's limit of the first is near."""
     with jax.enable_x64(True):
         paths = jnp.asarray(PATHS)
-        first = [nngp.NeuralSignature(nngp.relu(), 1.5, 0.25, 1.0, 1, refine)(paths) for refine in (16, 32)]
-        second = [nngp.NeuralSignature(nngp.relu(), 1.5, 0.25, 1.0, 2, refine)(paths) for refine in (8, 16, 32)]
+        first = [nngp.NeuralSignature(nngp.relu(), 1.5, 0.25, 1.0, 1, refine)(paths) for refine in (32, 64)]
+        second = [nngp.NeuralSignature(nngp.relu(), 1.5, 0.25, 1.0, 2, refine)(paths) for refine in (16, 32, 64)]
         limit = (4 * second[2] - second[1]) / 3
         falls = jnp.abs(second[0] - limit) / jnp.abs(second[1] - limit)
         assert jnp.all((falls > 3) & (falls < 5)), falls
