@@ -205,25 +205,28 @@ def markdown(rows: list[dict]) -> str:
 
 def draw(times: np.ndarray, y: np.ndarray, rows: list[dict], pictures: dict):
     """Forecasts of the full model, their errors, and coverage against the years ahead."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained", width_ratios=(2, 1.4, 1))
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained", width_ratios=(1.8, 1.4, 1))
+    colors = {FULL: "#0072B2", FROZEN: "#009E73", RULE: "#D55E00"}
     origins = sorted({origin for _, origin in pictures})
     axes[0].plot(times, y, ".", color="0.6", ms=1)
     for origin in origins:
         mean, sd = pictures[FULL, origin]
         ahead = (times >= origin) & (times < origin + NUM_YEARS)
         axes[0].fill_between(
-            times[ahead], (mean - 2 * sd)[ahead], (mean + 2 * sd)[ahead], color="#0072B2", alpha=0.3, lw=0
+            times[ahead], (mean - 2 * sd)[ahead], (mean + 2 * sd)[ahead], color=colors[FULL], alpha=0.3, lw=0
         )
-        axes[0].plot(times[ahead], mean[ahead], color="#0072B2", lw=0.8)
-        axes[0].axvline(origin, color="0.7", lw=0.6, ls=":")
-        for method, color in ((FULL, "#0072B2"), (RULE, "#D55E00")):
-            axes[1].plot(times[ahead], (y - pictures[method, origin][0])[ahead], color=color, lw=0.7)
+        axes[0].plot(times[ahead], mean[ahead], color=colors[FULL], lw=0.8)
+        for axis in axes[:2]:
+            axis.axvline(origin, color="0.7", lw=0.6, ls=":")
+        for method in (RULE, FULL):
+            axes[1].plot(times[ahead], (y - pictures[method, origin][0])[ahead], color=colors[method], lw=0.7)
         for sign in (-2, 2):
             axes[1].plot(times[ahead], sign * sd[ahead], "k--", lw=0.7)
     axes[0].set(title="forecasts of five years, two standard deviations", ylabel="ppm", xlim=(origins[0] - 4, None))
     axes[0].set_ylim(np.nanmin(y[times > origins[0] - 4]) - 2, None)
-    axes[1].set(title="errors (blue), of the rule (red)", ylabel="ppm", xticks=origins)
-    for method, color in ((FULL, "#0072B2"), (FROZEN, "#009E73"), (RULE, "#D55E00")):
+    axes[1].set(title="errors, and two standard deviations (dashed)", ylabel="ppm")
+    axes[1].set_xticks(origins, [f"{origin:g}" for origin in origins])
+    for method, color in colors.items():
         for level, style in ((50, "s--"), (95, "o-")):
             years = range(1, NUM_YEARS + 1)
             covered = [
@@ -233,8 +236,8 @@ def draw(times: np.ndarray, y: np.ndarray, rows: list[dict], pictures: dict):
             axes[2].plot(years, covered, style, color=color, ms=4, lw=1, label=method if level == 95 else None)
     for level in (0.5, 0.95):
         axes[2].axhline(level, color="0.5", lw=0.8, ls="--")
-    axes[2].set(title="coverage of 50% and 95%", xlabel="years ahead", ylim=(0, 1.03))
-    axes[2].legend(frameon=False, fontsize=7, loc="lower left")
+    axes[2].set(title="coverage of 95%, of 50% (dashed)", xlabel="years ahead", ylim=(0, 1.03))
+    figure.legend(frameon=False, loc="outside lower center", ncols=len(colors))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure

@@ -48,6 +48,7 @@ LEVELS = (0.0, 0.5, 1.0, 2.0, 4.0)
 NOISES = tuple(float(2.0**-k) for k in range(9))  # of the regression, relative to the scale
 DUALS = {"relu": nngp.relu, "erf": nngp.erf}
 LAWS = {"IG(2,2)": (2.0, 2.0), "IG(.5,.5)": (0.5, 0.5)}
+PROBLEMS = ("regression", "classification")
 METHODS = ("s = 1", "s learnt", *LAWS)
 NUM_CLASSES, NUM_TRAIN, NUM_TEST, NUM_DRAWS = 10, 200, 400, 1_000
 
@@ -192,7 +193,7 @@ def main(
     num_train: int = NUM_TRAIN,
     num_test: int = NUM_TEST,
     num_samples: int = 200,
-    problems: Sequence[str] = ("regression", "classification"),
+    problems: Sequence[str] = PROBLEMS,
 ) -> list[dict]:
     """Runs both problems, writes digits.png and digits.csv, and returns the rows of the table."""
     X, labels = load() if data is None else data
@@ -261,5 +262,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Digits with noise, by Gaussian and heavy-tailed processes.")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where the figure and the table go")
     parser.add_argument("--splits", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=200, help="of each of two chains, after as many to warm up")
+    parser.add_argument("--problems", nargs="+", default=PROBLEMS, choices=PROBLEMS)
     given = parser.parse_args()
-    print(markdown(main(given.results, num_splits=given.splits)))
+    started = time.perf_counter()
+    print(markdown(main(given.results, None, given.splits, num_samples=given.samples, problems=given.problems)))
+    print(f"{time.perf_counter() - started:.0f} s")

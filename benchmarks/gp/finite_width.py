@@ -12,7 +12,7 @@ The second is exact in the limit too, and is the better the wider the network: w
 root mean squares over 61 new inputs, of the mean, in standard deviations of the process, and of the logarithm of the
 standard deviation; less what the noise of the estimates, known from eight independent parts of each, adds to them.
 
-    python -m benchmarks.gp.finite_width                # minutes
+    python -m benchmarks.gp.finite_width                # ten minutes of a processor
 
 References:
     Neal (1996), doi:10.1007/978-1-4612-0745-0.

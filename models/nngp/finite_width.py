@@ -25,8 +25,10 @@ from bayesinf import errors
 from bayesinf.models.nngp.covariance import check_inputs
 from bayesinf.models.nngp.duals.dual import Dual
 from bayesinf.models.nngp.duals.rectifiers import Rectifier, relu
-from bayesinf.models.nngp.kernel import NNGP
-from bayesinf.models.nngp.layers import check_dual
+from bayesinf.models.nngp.finite_layers import Plan, forward
+from bayesinf.models.nngp.kernel import NNGP, NetworkKernel
+from bayesinf.models.nngp.layers import Dense, check_dual
+from bayesinf.models.nngp.layers import Sequence as Layers
 from bayesinf.models.nngp.weights import WeightLaw, iid
 
 __all__ = ["edgeworth_log_density", "excess_kurtosis", "sample_features", "sample_network"]
@@ -34,7 +36,7 @@ __all__ = ["edgeworth_log_density", "excess_kurtosis", "sample_features", "sampl
 
 def sample_network(
     key: errors.KeyLike,
-    kernel: NNGP,
+    kernel: NNGP | NetworkKernel,
     X: Real[ArrayLike, "n ..."],
     *,
     width: int,
@@ -43,18 +45,21 @@ def sample_network(
 ) -> Float[Array, "n outputs"]:
     """The outputs of a random network of finite width, whose covariance tends to `kernel(X)`.
 
-    The first and the last layer have independent normal weights, those between hidden layers follow `law`.
+    The weights that multiply the inputs, and those that make the outputs, are independent normal ones, those between
+    hidden layers follow `law`; of a convolution every offset of the filter has a matrix of its own. Layer norm takes
+    off the mean of the units, which is zero in the limit.
 
     Args:
         key: PRNG key or seed.
-        kernel: an `NNGP`, with any `residual` but "ode".
-        X: inputs, (n, d).
-        width: units in every hidden layer.
+        kernel: an `NNGP`, with any `residual` but "ode", or a kernel of layers made by `serial`, all but `flow`.
+        X: inputs, (n, d), sequences (n, time, d) or images (n, height, width, channels).
+        width: units in every hidden layer; of a convolution, its channels.
         law: of the weights between hidden layers; `iid()` where it is None.
-        num_outputs: outputs of one network, which share its hidden layers.
+        num_outputs: outputs of one network, which share its hidden layers. Layers that end in a residual connection,
+            `recurrent` or `layer_norm` have as many units as they are wide, of which the first are given.
 
     Raises:
-        ValueError: the kernel has no network of finite depth, or shapes do not match.
+        ValueError: the kernel has no network of finite depth, or is the tangent kernel, or shapes do not match.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,8 +67,23 @@ def sample_network(
         >>> kernel = nngp.NNGP(nngp.relu(), depth=2, w_var=2.0, b_var=0.1)
         >>> nngp.sample_network(0, kernel, jnp.ones((5, 3)), width=64, law=nngp.sparse(0.5)).shape
         (5, 1)
+        >>> kernel = nngp.serial(
+        ...     nngp.conv(3, stride=2), nngp.activation(nngp.relu()), nngp.average_pool(2), nngp.flatten(), nngp.dense()
+        ... )
+        >>> nngp.sample_network(0, kernel, jnp.ones((5, 8, 8, 3)), width=16, num_outputs=10).shape
+        (5, 10)
     """
     errors.check_count("num_outputs", num_outputs)
+    if isinstance(kernel, NetworkKernel):
+        inputs = _checked(kernel, X, width)
+        plan = Plan(width, num_outputs, iid() if law is None else law, reads_inputs=True, gives_outputs=True)
+        outputs = forward(kernel.network, errors.as_key(key), inputs, plan)
+        if outputs.shape[1] < num_outputs:
+            raise ValueError(
+                f"num_outputs must be at most {outputs.shape[1]}, the units of the last layer, got {num_outputs}; "
+                "take a greater width, or end the layers in dense()"
+            )
+        return outputs[:, :num_outputs]
     key_hidden, key_weights, key_biases = jax.random.split(errors.as_key(key), 3)
     units = _hidden(key_hidden, kernel, X, width, law)
     scale = jnp.sqrt(kernel.last_w_var).astype(units.dtype)
@@ -75,23 +95,53 @@ def sample_network(
 
 
 def sample_features(
-    key: errors.KeyLike, kernel: NNGP, X: Real[ArrayLike, "n ..."], *, width: int, law: WeightLaw | None = None
-) -> Float[Array, "n width"]:
-    """What the last layer of a random network is given: given these features F its outputs are exactly Gaussian.
+    key: errors.KeyLike,
+    kernel: NNGP | NetworkKernel,
+    X: Real[ArrayLike, "n ..."],
+    *,
+    width: int,
+    law: WeightLaw | None = None,
+) -> Float[Array, "n features"]:
+    """What the last layer of a random network is given: given these m features F its outputs are exactly Gaussian.
 
-        f | F ~ N(0, s (b + w F F^T / width))       with w_var w, b_var b and last_w_var s of the kernel
+        f | F ~ N(0, s (b + w F F^T / m))       with w_var w, b_var b and last_w_var s of the kernel
 
-    Arguments and errors as of `sample_network`; the kernel has no residual connections.
+    Arguments and errors as of `sample_network`; the kernel is an `NNGP` without residual connections, where m is the
+    width, or its layers end in `dense(w, b)`, where s is 1.
     """
+    if isinstance(kernel, NetworkKernel):
+        match kernel.network:
+            case Layers(layers=(*before, Dense())) if before:
+                inputs = _checked(kernel, X, width)
+                plan = Plan(width, width, iid() if law is None else law, reads_inputs=True)
+                return forward(Layers(tuple(before)), errors.as_key(key), inputs, plan)
+        raise ValueError("kernel must end in dense(), after other layers; sample_network takes others")
     if getattr(kernel, "residual", None) is not None:
         raise ValueError(f"kernel must have residual=None, got {kernel.residual!r}; sample_network takes others")
     return kernel.dual.phi(_hidden(errors.as_key(key), kernel, X, width, law))
 
 
+def _checked(kernel: NetworkKernel, X: Real[ArrayLike, "n ..."], width: int) -> Array:
+    """Inputs that the kernel takes: what is no kernel is no network either, and is refused in the same words."""
+    _check_head(kernel)
+    errors.check_count("width", width)
+    inputs = check_inputs("X", X)
+    jax.eval_shape(kernel.diagonal, inputs)
+    return inputs
+
+
+def _check_head(kernel: NNGP | NetworkKernel) -> None:
+    if kernel.head != "nngp":
+        raise ValueError(
+            f'kernel must have head="nngp", the covariance of the outputs of a network, got {kernel.head!r}'
+        )
+
+
 def _hidden(key: Array, kernel: NNGP, X: Real[ArrayLike, "n ..."], width: int, law: WeightLaw | None) -> Array:
     """Units before the last activation; of a residual network, after the last block."""
     if not isinstance(kernel, NNGP):
-        raise ValueError(f"kernel must be an NNGP, got {type(kernel).__name__}")
+        raise ValueError(f"kernel must be an NNGP, or layers put together by serial(), got {type(kernel).__name__}")
+    _check_head(kernel)
     if kernel.residual == "ode":
         raise ValueError('kernel must have finite depth, got residual="ode"; "scaled" with many blocks is close')
     errors.check_count("width", width)

@@ -166,7 +166,7 @@ KERNEL = nngp.NNGP(nngp.relu(), 2, 2.0, 0.0)
             lambda: nngp.sample_network(0, nngp.NNGP(nngp.relu(), 2, 2.0, 0.0, residual="ode"), X, width=8),
             "finite depth",
         ),
-        (lambda: nngp.sample_network(0, nngp.serial(nngp.dense()), X, width=8), "must be an NNGP"),
+        (lambda: nngp.sample_network(0, 2.0 * KERNEL, X, width=8), "must be an NNGP, or layers"),
         (
             lambda: nngp.sample_features(0, nngp.NNGP(nngp.relu(), 2, 2.0, 0.0, residual="plain"), X, width=8),
             "residual",
