@@ -100,6 +100,7 @@ def test_exact_start_invariance_rejects(kernel):
 SLOW_ON_PATHS = ("blocks with stale borders", "path not a candidate", "maps in the wrong order")
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_ON_PATHS)) for name in WRONG_LAW_OF_PATHS],
@@ -137,6 +138,7 @@ def test_geweke_rejects(transition):
     assert geweke_joint(0, posteriors.prior, posteriors.simulate, transition).p_value < FALSE_ALARM
 
 
+@pytest.mark.usefixtures("run_fast")
 def test_geweke_rejects_parameters_given_the_old_path():
     build = functools.partial(laws.particle_gibbs, kind=parisian.StaleParticleGibbs)
     report = geweke_joint(0, laws.draw_parameters_and_path, laws.draw_series, laws.transition(build))
