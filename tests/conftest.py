@@ -34,9 +34,9 @@ def unchecked():
 
 
 @pytest.fixture
-def compile_fast():
+def compile_fast(request):
     """Unoptimised programs in slow tests too, where nearly all of their time is compilation."""
-    yield from _unoptimised(True)
+    yield from _unoptimised("run_fast" not in request.fixturenames)
 
 
 @pytest.fixture
