@@ -1,5 +1,6 @@
 """Shared set-up: shapes and dtypes of every public signature are checked while the tests run."""
 
+import gc
 import os
 import time
 from importlib.metadata import version
@@ -61,6 +62,13 @@ def forget_programs():
     import jax
 
     jax.clear_caches()
+
+
+def pytest_collection_finish():
+    # what is imported stays: to look through it again and again for garbage is a twentieth of the time
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 20)
 
 
 def pytest_addoption(parser):
