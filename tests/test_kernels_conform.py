@@ -212,7 +212,6 @@ def test_law_of_paths_is_invariant(name):
     assert report.raise_if_rejected().notes["moved"] > 0.5
 
 
-@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize("name", [but_slow(name, "ParticleGibbs interweaving") for name in JOINT])
 def test_joint_law_with_the_data_is_invariant(name):
     build = laws.transition(JOINT[name])

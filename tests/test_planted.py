@@ -138,7 +138,6 @@ def test_geweke_rejects(transition):
     assert geweke_joint(0, posteriors.prior, posteriors.simulate, transition).p_value < FALSE_ALARM
 
 
-@pytest.mark.usefixtures("run_fast")
 def test_geweke_rejects_parameters_given_the_old_path():
     build = functools.partial(laws.particle_gibbs, kind=parisian.StaleParticleGibbs)
     report = geweke_joint(0, laws.draw_parameters_and_path, laws.draw_series, laws.transition(build))
