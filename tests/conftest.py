@@ -1,5 +1,6 @@
 """Shared set-up: shapes and dtypes of every public signature are checked while the tests run."""
 
+import gc
 import os
 import time
 from importlib.metadata import version
@@ -18,6 +19,8 @@ if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1" and versi
     # a version that does not know a flag ends the process
     # code of one program is made on one core: the workers have the others, and what is split has to be put together
     flags = " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    # of what is optimised at all, under `run_fast`
+    flags += " --xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flags
 
 STARTED = time.monotonic()
@@ -32,12 +35,22 @@ def unchecked():
 
 
 @pytest.fixture
-def compile_fast():
+def compile_fast(request):
     """Unoptimised programs in slow tests too, where nearly all of their time is compilation."""
+    yield from _unoptimised("run_fast" not in request.fixturenames)
+
+
+@pytest.fixture
+def run_fast():
+    """Programs that are optimised a little, where running takes longer: a quarter of it, for twice the compilation."""
+    yield from _unoptimised(False)
+
+
+def _unoptimised(value):
     import jax
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_disable_most_optimizations", value)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
 
@@ -49,6 +62,13 @@ def forget_programs():
     import jax
 
     jax.clear_caches()
+
+
+def pytest_collection_finish():
+    # what is imported stays: to look through it again and again for garbage is a twentieth of the time
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 20)
 
 
 def pytest_addoption(parser):

@@ -21,6 +21,7 @@ from bayesinf.conformance import (
     mean_p_value,
     simulation_based_calibration,
 )
+from bayesinf.conformance.batches import batch_size
 from bayesinf.conformance.comparison import law_has_moved
 
 TARGET = bi.Target(lambda x: jnp.sum(3.0 * x - jnp.exp(x)))
@@ -85,6 +86,11 @@ def test_law_has_moved_counts_discrete_ties_evenly():
     starts, fresh, ends = np.random.default_rng(0).poisson(2.0, size=(3, 20_000))
     assert Report("", law_has_moved(starts, ends, fresh)).p_value > FALSE_ALARM
     assert Report("", law_has_moved(starts, np.maximum(ends, 1), fresh)).p_value < FALSE_ALARM
+
+
+@pytest.mark.parametrize(("num", "size"), [(100, 100), (40_000, 20_000), (50_000, 12_500), (20_011, 20_000)])
+def test_batches_are_equal_where_they_can_be(num, size):
+    assert batch_size(num, 20_000) == size
 
 
 def test_a_kernel_that_never_moves_passes_and_is_told():

@@ -205,6 +205,7 @@ def test_law_is_invariant(name):
     assert report.raise_if_rejected().notes["moved"] > 0.9
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize("name", [but_slow(name, *SLOW_ON_PATHS) for name in ON_PATHS])
 def test_law_of_paths_is_invariant(name):
     report = exact_start_invariance(1, ON_PATHS[name], laws.draw_path, num_chains=40_000, num_steps=10)

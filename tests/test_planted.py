@@ -100,6 +100,7 @@ def test_exact_start_invariance_rejects(kernel):
 SLOW_ON_PATHS = ("blocks with stale borders", "path not a candidate", "maps in the wrong order")
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW_ON_PATHS)) for name in WRONG_LAW_OF_PATHS],

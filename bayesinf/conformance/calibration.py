@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from bayesinf import errors
+from bayesinf.conformance.batches import batch_size
 from bayesinf.conformance.comparison import columns, pairs, uniform_p_values
 from bayesinf.conformance.report import Report
 from bayesinf.errors import KeyLike
@@ -111,7 +112,7 @@ def _simulate(prior_sampler, simulator, posterior_sampler, quantities, keys, num
             extra = quantities(truth, y), jax.vmap(lambda theta: quantities(theta, y))(draws)
         return truth, draws, y, extra
 
-    return jax.lax.map(simulation, keys, batch_size=min(keys.size, BATCH))
+    return jax.lax.map(simulation, keys, batch_size=batch_size(keys.size, BATCH))
 
 
 def _pooled(truths: PyTree, draws: PyTree, num_simulations: int, num_draws: int) -> dict[str, Float[np.ndarray, "s l"]]:

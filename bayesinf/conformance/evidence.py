@@ -10,6 +10,7 @@ import scipy.stats
 from jaxtyping import Array, ArrayLike, Key
 
 from bayesinf import errors
+from bayesinf.conformance.batches import batch_size
 from bayesinf.conformance.report import Report
 from bayesinf.errors import KeyLike
 
@@ -82,7 +83,7 @@ def evidence_is_unbiased(
 
 @eqx.filter_jit
 def _replicate(estimate: Callable[[Key[Array, ""]], Array], keys: Key[Array, " n"]) -> Array:
-    return jax.lax.map(estimate, keys, batch_size=min(keys.size, BATCH))
+    return jax.lax.map(estimate, keys, batch_size=batch_size(keys.size, BATCH))
 
 
 def _skewed_mean_p_value(samples: np.ndarray, truth: float, slack: float) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Key, PyTree
 
 from bayesinf import errors
+from bayesinf.conformance.batches import batch_size
 from bayesinf.conformance.comparison import law_has_moved
 from bayesinf.conformance.report import Report
 from bayesinf.errors import KeyLike
@@ -112,4 +113,4 @@ def _run(key, kernel, exact_sampler, num_chains, num_steps, prepare, statistics)
         before, fresh = (jax.tree.map(lambda leaf: leaf[i], observed) for i in (0, 1))  # noqa: B023
         return before, observe(last), fresh
 
-    return jax.lax.map(chain, jax.random.split(key, num_chains), batch_size=min(num_chains, BATCH))
+    return jax.lax.map(chain, jax.random.split(key, num_chains), batch_size=batch_size(num_chains, BATCH))

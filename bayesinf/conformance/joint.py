@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Key, PyTree
 
 from bayesinf import errors
+from bayesinf.conformance.batches import batch_size
 from bayesinf.conformance.comparison import law_has_moved
 from bayesinf.conformance.report import Report
 from bayesinf.errors import KeyLike
@@ -96,4 +97,4 @@ def _alternate(prior_sampler, simulator, transition, keys, num_rounds):
 
         return start, jax.lax.fori_loop(0, num_rounds, alternate, start), fresh
 
-    return jax.lax.map(chain, keys, batch_size=min(keys.size, BATCH))
+    return jax.lax.map(chain, keys, batch_size=batch_size(keys.size, BATCH))

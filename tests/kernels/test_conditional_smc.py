@@ -161,6 +161,7 @@ def _moments_after(kernel, num, num_steps):
     return min(p_mean, conformance.mean_p_value(values**2, np.diag(smoothed.cov))), info
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     "options",
     [
@@ -175,12 +176,14 @@ def test_the_smoothing_law_is_invariant(options):
     assert not np.any(info.is_divergent)
 
 
+@pytest.mark.usefixtures("run_fast")
 def test_systematic_ancestors_move_the_smoothing_law():
     model, ys, _ = problem("OW", 50)
     p_value, _ = _moments_after(SystematicConditionalSMC(model, ys, 4), 20_000, 3)
     assert p_value < FALSE_ALARM
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     ("refresh", "last", "published", "tolerance"),
     [

@@ -167,6 +167,7 @@ WIDTHS = np.array([0.3, 1.0, 2.0])
 CORRELATED = np.diag(WIDTHS) @ np.array([[1.0, 0.8, 0.0], [0.8, 1.0, -0.5], [0.0, -0.5, 1.0]]) @ np.diag(WIDTHS)
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     ("name", "metric"),
     [("BAOAB", "diagonal"), pytest.param("BAOAB", "dense", marks=pytest.mark.slow), ("UBU", "dense")],

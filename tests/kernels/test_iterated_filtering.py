@@ -259,6 +259,7 @@ def climb(key, num_iterations=60, cooling=0.02, **options):
     return iterated_filtering(key, build, start, SERIES, num_iterations=num_iterations, **options)
 
 
+@pytest.mark.usefixtures("run_fast")
 def test_it_finds_the_maximum():
     found = jax.jit(jax.vmap(climb))(jax.random.split(jax.random.key(0), 6))
     # what the maximum likelihood estimate leaves open is a standard deviation in each, and 3 / 2 of the log likelihood;

@@ -94,6 +94,7 @@ def test_fully_adapted_weights_are_equal():
     np.testing.assert_allclose(found.ess[1:], 50, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("run_fast")
 def test_paris_looks_ahead_too():
     total = AdditiveFunctional(lambda x: x, lambda x_prev, x, t: x)
     exact = rts_smoother(MODEL, YS).means.sum()

@@ -19,7 +19,7 @@ from bayesinf.models import StochasticVolatility
 
 @eqx.filter_jit
 def _estimates(keys, model, ys, options):
-    return jax.lax.map(lambda key: paris(key, model, ys, TOTALS, **options).estimate, keys, batch_size=250)
+    return jax.lax.map(lambda key: paris(key, model, ys, TOTALS, **options).estimate, keys, batch_size=100)
 
 
 def _replicates(name, num, last=50, **options):
@@ -27,6 +27,7 @@ def _replicates(name, num, last=50, **options):
     return np.asarray(_estimates(jax.random.split(jax.random.key(1), num), model, ys, options), np.float64), smoothed
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     "options",
     [
@@ -70,6 +71,7 @@ def test_resampling_and_the_last_particles_are_those_of_the_filter():
     np.testing.assert_allclose(1 / np.sum(np.exp(found.log_weights) ** 2), found.ess[-1], rtol=1e-4)
 
 
+@pytest.mark.usefixtures("run_fast")
 def test_few_particles_have_a_visible_bias():
     # so the test above has the power to see one
     small, smoothed = _replicates("OW", 1_000, num_particles=4, method="exact")
@@ -162,6 +164,7 @@ def _assert_ratio(numerator, denominator, *, above=0.0, below=np.inf):
         assert log_ratio + margin < np.log(below), (np.exp(log_ratio), error)
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     ("num_particles", "lengths", "excess"),
     [(20, (20, 80), 1.5), pytest.param(50, (50, 200), 3.0, marks=pytest.mark.slow)],  # the second is the published one

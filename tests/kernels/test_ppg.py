@@ -39,6 +39,9 @@ def _sweep_batch(kernel, keys, paths):
     return jax.vmap(one)(keys, paths)
 
 
+_step = eqx.filter_jit(lambda kernel, key, state: kernel.step(key, state))
+
+
 def _sweep(kernel, key, paths):
     """New paths and estimates, of independent replicates."""
     keys = jax.random.split(key, len(paths))
@@ -72,6 +75,7 @@ def test_the_fixed_problems_are_those_of_the_published_table():
         np.testing.assert_allclose(smoothed.log_evidence, log_evidence, rtol=1e-9)
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     ("name", "size", "options"),
     [
@@ -104,6 +108,7 @@ def test_an_exact_path_gives_unbiased_estimates_and_an_exact_path_at_every_size(
     assert min(p_values.values()) > FALSE_ALARM, p_values
 
 
+@pytest.mark.usefixtures("run_fast")
 def test_missing_rows_are_integrated_out():
     name, ys = "PPG1d", np.array(problem("PPG1d", 50)[1])
     ys[[0, 3, 20, 21, 22, 50]] = np.nan
@@ -115,6 +120,7 @@ def _with_data(name, ys):
     return Scalar(**PARAMETERS[name]), jnp.asarray(ys), smooth(np.asarray(ys, np.float64), **PARAMETERS[name])
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     ("bug", "name", "num"),
     [
@@ -131,6 +137,7 @@ def test_stationarity_is_lost_by_every_planted_bug(bug, name, num):
     assert min(p_values.values()) < FALSE_ALARM, p_values
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize("name", ["OW", "PPG1d"])
 def test_the_planted_class_without_its_bug_passes(name):
     p_values = stationarity(ParisianGibbs, name, 4, 2, num=40_000, method="exact")
@@ -223,6 +230,7 @@ def test_the_roll_out_has_no_visible_bias_where_paris_has():
 SIZES = {20: 8_000, 40: 4_000, 80: 5_000}  # replicates for each number of particles
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     ("num_particles", "published", "tolerance"),
     [
@@ -298,9 +306,8 @@ def test_sweeps_are_those_of_the_kernel_and_go_on_from_the_last_path():
     kernel = ParisianGibbs(model, ys, TOTALS, **options)
     _, key_sweeps = jax.random.split(jax.random.key(7))
     state, is_updated = kernel.init(path), []
-    step = jax.jit(lambda kernel, key, state: kernel.step(key, state))
     for i in range(3):
-        state, info = step(kernel, jax.random.fold_in(key_sweeps, i), state)
+        state, info = _step(kernel, jax.random.fold_in(key_sweeps, i), state)
         np.testing.assert_allclose(result.estimates[i], info.estimate, rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(result.log_evidence[i], info.log_evidence, rtol=1e-4)
         is_updated.append(info.is_updated)
@@ -314,7 +321,7 @@ def test_what_the_backward_draws_of_a_sweep_cost_is_told(method):
     """The reference draws backward too: N M draws a step, and none on the way to the first."""
     model, ys, _ = problem("OW", 20)
     kernel = ParisianGibbs(model, ys, TOTALS, num_particles=30, num_backward=2, method=method)
-    _, info = kernel.step(jax.random.key(0), kernel.init(jnp.zeros(21)))
+    _, info = _step(kernel, jax.random.key(0), kernel.init(jnp.zeros(21)))
     assert info.num_proposals.shape == info.num_exact.shape == (21,)
     assert info.num_proposals[0] == info.num_exact[0] == 0
     proposals, exact = np.asarray(info.num_proposals[1:]), np.asarray(info.num_exact[1:])

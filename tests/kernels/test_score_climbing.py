@@ -40,6 +40,7 @@ def fit(target, family, start, num_chains, num_iterations, **options):
     return np.asarray(jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), num_chains)), np.float64)
 
 
+@pytest.mark.usefixtures("run_fast")
 @pytest.mark.parametrize(
     ("is_rao_blackwellized", "num_chains", "num_iterations"),
     [(True, 128, 8_000), pytest.param(False, 40, 50_000, marks=pytest.mark.slow)],  # the second as published

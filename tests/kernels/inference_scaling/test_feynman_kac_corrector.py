@@ -155,7 +155,7 @@ def test_a_forgotten_divergence_is_seen_and_another_scheme_is_as_good():
         assert mean_p_value(estimates[:, i], expected[i]) > FALSE_ALARM
 
 
-@pytest.mark.usefixtures("compile_fast")
+@pytest.mark.usefixtures("run_fast")
 def test_the_variance_of_the_evidence_is_unbiased():
     """Exactly, where particles are resampled in every step: E[Zhat^2 V] = var(Zhat)."""
     case = CASES["product"]
