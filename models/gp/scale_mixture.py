@@ -131,7 +131,7 @@ class ScaleMixtureGP(Process):
     def _whitened(self) -> Array:
         """K' = c D^{-1/2} K D^{-1/2}: s K + D = D^{1/2} (s K' / c + I) D^{1/2}."""
         K, root = gram(self.kernel, self.X), jnp.sqrt(self._noise)
-        return K if jnp.ndim(self.noise) == 0 else K / root[:, None] / root
+        return K if jnp.asarray(self.noise).ndim == 0 else K / root[:, None] / root
 
     @property
     def _scaled(self) -> ScaledMatrix:
@@ -145,7 +145,7 @@ class ScaleMixtureGP(Process):
 
     def _sample(self, key: Any, sample_shape: tuple[int, ...]) -> Array:
         key_scale, key_normals = jax.random.split(key)
-        scales = self.mixing.sample(key_scale, sample_shape)
+        scales = jnp.asarray(self.mixing.sample(key_scale, sample_shape))
         if self.noise_scaled:
             return jnp.sqrt(scales)[..., None] * self._correlated(key_normals, sample_shape)
         normals = jax.random.normal(key_normals, (math.prod(sample_shape), *self.loc.shape), self.loc.dtype)
