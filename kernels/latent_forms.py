@@ -32,6 +32,10 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 
 __all__ = ["FORMS", "Form", "LatentGaussian", "Triangle", "as_latent"]
 
+_STACKED = (
+    "stack functions into one, as MultivariateNormal(loc.reshape(-1), scale_tril=jnp.kron(jnp.eye(outputs), tril))"
+)
+
 
 class LatentGaussian(eqx.Module):
     """The law of f at one value of the parameters.
@@ -89,23 +93,28 @@ def as_latent(law: Any, noise: Any = None) -> LatentGaussian:
     """A `LatentGaussian` from a process, or from a multivariate normal law.
 
     Raises:
-        ValueError: the law is neither, or one of several vectors, or `noise` does not fit it.
+        ValueError: the law is neither, has noise of its own, or is one of several vectors, or `noise` does not fit it.
     """
     shape = law.shape() if isinstance(law, dist.Distribution) else ()
     if len(shape) > 1:
-        raise ValueError(f"build must return the law of one vector f, got one of shape {shape}")
+        raise ValueError(f"build must return the law of one vector f, got one of shape {shape}; {_STACKED}")
     while isinstance(law, dist.Independent | dist.ExpandedDistribution):
         law = law.base_dist
     loc, factor = getattr(law, "loc", None), getattr(law, "factor", None)
     if isinstance(law, dist.MultivariateNormal):
         factor = law.scale_tril
-    if loc is None or factor is None:
+    if loc is None or factor is None or not getattr(law, "is_gaussian", True):
         raise ValueError(
             f"build must return a models.gp.GP or a MultivariateNormal, the law of f, got {type(law).__name__}"
         )
+    if getattr(law, "noise", None) is not None:
+        raise ValueError(
+            f"build must return a {type(law).__name__} with noise=None, the law of f, got one with noise, which is not "
+            "that of f: give that of the data to log_likelihood; solver=dense(jitter=...) makes a factor exist"
+        )
     loc = jnp.asarray(loc)
     if loc.ndim != 1 or (isinstance(factor, jax.Array) and factor.ndim != 2):
-        raise ValueError(f"build must return the law of one vector f, got one of shape {loc.shape}")
+        raise ValueError(f"build must return the law of one vector f, got one of shape {loc.shape}; {_STACKED}")
     if noise is not None:
         noise = jnp.asarray(noise)
         if noise.shape not in ((), loc.shape):

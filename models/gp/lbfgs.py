@@ -33,7 +33,7 @@ class Minimum(NamedTuple):
         decrease: what one more step promises.
         rounding: r, of the value.
         num_steps: steps made.
-        is_converged: whether the decrease is at most 10 r.
+        is_converged: whether the decrease is at most 10 r, and not below zero.
     """
 
     point: PyTree
@@ -92,7 +92,9 @@ def minimise(loss: Callable[[PyTree], Array], start: PyTree, num_steps: int) -> 
     )
     point, _, value, _, decrease, count, _ = jax.lax.while_loop(is_unfinished, step, carry)
     rounding = jnp.maximum(_least_rounding(value), _seen_rounding(loss, point, value))
-    return Minimum(point, value, decrease, rounding, count, decrease <= FACTOR * rounding)
+    # a promise below zero is of curvature that rounding has made negative, and tells nothing
+    is_converged = (decrease >= -_least_rounding(value)) & (decrease <= FACTOR * rounding)
+    return Minimum(point, value, decrease, rounding, count, is_converged)
 
 
 def _least_rounding(value: Array) -> Array:

@@ -12,7 +12,7 @@ References:
 """
 
 import contextlib
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,13 @@ __all__ = [
 
 
 class Process(dist.Distribution):
-    """What processes share: inputs, mean, noise, the factorised covariance, and their shapes."""
+    """What processes share: inputs, mean, noise, the factorised covariance, and their shapes.
+
+    Class attributes:
+        is_gaussian: whether its law is that of `loc` and `factor`, rather than a mixture of such.
+    """
+
+    is_gaussian: ClassVar[bool] = False
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012, as of its base
     support = constraints.real_vector  # type: ignore[assignment]  # pyright: ignore
@@ -254,6 +260,8 @@ class GP(Process):
     References:
         Rasmussen and Williams (2006), Gaussian Processes for Machine Learning, chapter 2.
     """
+
+    is_gaussian = True
 
     def __init__(
         self, kernel: Any, X: Any, *, mean: Any = 0.0, noise: Any = None, solver: Any = None, validate_args: Any = None

@@ -15,6 +15,7 @@ References:
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from bayesinf import errors
 from bayesinf.models.gp.covariances import diagonal, gram
 from bayesinf.models.gp.dense import dense
 from bayesinf.models.gp.process import Process, joint_tril, marginal_scale, mean_elsewhere
+from bayesinf.models.gp.spectral import ScaledMatrix, eigh
 from bayesinf.models.gp.student_t import scale_free
 
 __all__ = ["ScaleMixtureGP"]
@@ -40,6 +42,10 @@ LEAST = -1e30
 
 class ScaleMixtureGP(Process):
     """A Gaussian process whose scale has any law on the positive numbers.
+
+    Densities have second derivatives in everything. With the noise not scaled those of third order in the kernel are
+    refused, as are second ones of draws and predictions. Inside of a `jax.lax.scan` or `jax.lax.map`, of which JAX's
+    second derivatives forget custom rules, nothing is refused, and what would be is wrong.
 
     Args:
         mixing: H, a NumPyro distribution of one positive number, such as `HalfCauchy`.
@@ -103,7 +109,7 @@ class ScaleMixtureGP(Process):
             )
         self.values = self.vectors = None
         if not noise_scaled:
-            self.values, self.vectors = self._eigh()
+            self.values, self.vectors = eigh(self._whitened())
         super().__init__((), self.loc.shape[-1:], validate_args=validate_args)
 
     def scale_posterior(self, y: ArrayLike) -> tuple[Float[Array, " j"], Float[Array, " j"]]:
@@ -112,20 +118,24 @@ class ScaleMixtureGP(Process):
         scales, log_terms = self._quadrature(residual)
         return scales, log_terms - logsumexp(log_terms)
 
+    @property
     def _noise(self) -> Array:
         return jnp.broadcast_to(jnp.asarray(self.noise, self.loc.dtype), self.loc.shape)
 
-    def _eigh(self) -> tuple[Array, Array]:
-        """Of D^{-1/2} K D^{-1/2}; under a vmap over one noise for all data, one decomposition serves the batch."""
+    @property
+    def _unit(self) -> Array:
+        """c: one noise for all data stays outside of K, so that under a vmap over it one decomposition serves all."""
         noise = jnp.asarray(self.noise, self.loc.dtype)
-        if noise.ndim == 0:
-            values, vectors = _eigh(gram(self.kernel, self.X))
-            return values / noise, vectors
-        return _eigh(self._whitened())
+        return noise if noise.ndim == 0 else jnp.ones_like(noise[0])
 
     def _whitened(self) -> Array:
-        root = jnp.sqrt(self._noise())
-        return gram(self.kernel, self.X) / root[:, None] / root
+        """K' = c D^{-1/2} K D^{-1/2}: s K + D = D^{1/2} (s K' / c + I) D^{1/2}."""
+        K, root = gram(self.kernel, self.X), jnp.sqrt(self._noise)
+        return K if jnp.asarray(self.noise).ndim == 0 else K / root[:, None] / root
+
+    @property
+    def _scaled(self) -> ScaledMatrix:
+        return ScaledMatrix(self._whitened(), self.values, self.vectors)
 
     def _log_prob(self, residual: Array) -> Array:
         flat = residual.reshape(-1, residual.shape[-1])
@@ -134,24 +144,24 @@ class ScaleMixtureGP(Process):
         return jnp.where(jnp.isneginf(self.factor.log_ok), -jnp.inf, found.reshape(residual.shape[:-1]))
 
     def _sample(self, key: Any, sample_shape: tuple[int, ...]) -> Array:
-        key_scale, key_path, key_noise = jax.random.split(key, 3)
-        roots = jnp.sqrt(self.mixing.sample(key_scale, sample_shape))[..., None]
+        key_scale, key_normals = jax.random.split(key)
+        scales = jnp.asarray(self.mixing.sample(key_scale, sample_shape))
         if self.noise_scaled:
-            return roots * self._correlated(key_path, sample_shape)
-        normals = jax.random.normal(key_path, (*sample_shape, *self.loc.shape), self.loc.dtype)
-        path = (normals * jnp.sqrt(self.values)) @ self.vectors.T
-        noise = jax.random.normal(key_noise, path.shape, path.dtype)
-        return jnp.sqrt(self._noise()) * (roots * path + noise)
+            return jnp.sqrt(scales)[..., None] * self._correlated(key_normals, sample_shape)
+        normals = jax.random.normal(key_normals, (math.prod(sample_shape), *self.loc.shape), self.loc.dtype)
+        scales = scales.reshape(-1).astype(self.loc.dtype) / self._unit
+        drawn = self._scaled.sqrt_matvec(scales, normals)
+        return jnp.sqrt(self._noise) * drawn.reshape((*sample_shape, *self.loc.shape))
 
     def _quadrature(self, residual: Array) -> tuple[Array, Array]:
         """Nodes s_j, and log of w_j p(r | s_j) H(s_j) s_j."""
         log_likelihood = self._log_likelihood(residual)
         points, log_rule = (jnp.asarray(part, self.loc.dtype) for part in _legendre(self.nodes))
 
-        def log_terms(u: Array) -> Array:
-            return log_likelihood(u) + _log_prior(self.mixing, u)
+        def log_terms(u: Array, is_constant: bool = False) -> Array:
+            return log_likelihood(u, is_constant) + _log_prior(self.mixing, u)
 
-        low, high = _window(log_terms, *_reach(self.mixing, self.loc.dtype))
+        low, high = _window(partial(log_terms, is_constant=True), *_reach(self.mixing, self.loc.dtype))
         u = 0.5 * (low + high) + 0.5 * (high - low) * points
         return jnp.exp(u), log_terms(u) + log_rule + jnp.log(0.5 * (high - low))
 
@@ -159,14 +169,19 @@ class ScaleMixtureGP(Process):
         if self.noise_scaled:
             log_scale, quadratic = scale_free(self.factor, residual, ())
             n = residual.shape[-1]
-            return lambda u: log_scale - 0.5 * n * u - 0.5 * quadratic * jnp.exp(-u)
-        root, scaled = jnp.sqrt(self._noise()), self._whitened()
+            return lambda u, is_constant=False: log_scale - 0.5 * n * u - 0.5 * quadratic * jnp.exp(-u)
+        scaled, unit, root = self._scaled, self._unit, jnp.sqrt(self._noise)
         log_scale = jnp.sum(jnp.log(root))
-        return lambda u: _log_densities(scaled, residual / root, jnp.exp(u), self.values, self.vectors) - log_scale
+
+        def log_likelihood(u: Array, is_constant: bool = False) -> Array:
+            return scaled.log_densities(jnp.exp(u) / unit, residual / root, is_constant=is_constant) - log_scale
+
+        return log_likelihood
 
     def _condition(self, residual: Array, Xs: Array, noise: Array, full_cov: bool) -> tuple[Array, ...]:
         flat = residual.reshape(-1, residual.shape[-1])
-        found = jax.lax.map(lambda row: self._condition_one(row, Xs, noise, full_cov), flat)
+        # not a loop: in one second derivatives would be wrong rather than refused, and the result is as large
+        found = jax.jit(jax.vmap(lambda row: self._condition_one(row, Xs, noise, full_cov)))(flat)
         return jax.tree.map(lambda part: part.reshape((*residual.shape[:-1], *part.shape[1:])), found)
 
     def _condition_one(self, residual: Array, Xs: Array, noise: Array, full_cov: bool) -> tuple[Array, ...]:
@@ -179,18 +194,16 @@ class ScaleMixtureGP(Process):
             wide = jnp.sqrt(scales).reshape(-1, *(1,) * spread.ndim)
             return log_weights, means, wide * (joint_tril(spread, noise) if full_cov else marginal_scale(spread, noise))
 
-        root = jnp.sqrt(self._noise())
-        shrunk = scales[:, None] / (scales[:, None] * self.values + 1.0)  # (j, n)
-        cross = self.vectors.T @ (gram(self.kernel, self.X, Xs) / root[:, None])
-        means = (shrunk * (self.vectors.T @ (residual / root))) @ cross
-        prior_mean = mean_elsewhere(self.mean_function, Xs)
+        scaled, unit, root = self._scaled, self._unit, jnp.sqrt(self._noise)
+        cross = gram(self.kernel, self.X, Xs) / root[:, None]
+        solved = scaled.solve(scales / unit, residual / root)
+        means = mean_elsewhere(self.mean_function, Xs) + scales[:, None] * (solved @ cross)
+        forms = scaled.forms(scales / unit, cross, full=full_cov)
         if full_cov:
-            prior = gram(self.kernel, Xs)
-            spread = scales[:, None, None] * prior
-            spread = spread - jnp.einsum("am,ja,al->jml", cross, scales[:, None] * shrunk, cross)
-            return log_weights, prior_mean + means, joint_tril(spread, noise)
-        spread = scales[:, None] * (diagonal(self.kernel, Xs) - shrunk @ cross**2)
-        return log_weights, prior_mean + means, marginal_scale(spread, noise)
+            s = scales[:, None, None]
+            return log_weights, means, joint_tril(s * (gram(self.kernel, Xs) - s * forms), noise)
+        s = scales[:, None]
+        return log_weights, means, marginal_scale(s * (diagonal(self.kernel, Xs) - s * forms), noise)
 
     def _law(self, arrays: tuple[Array, ...], full_cov: bool) -> dist.Distribution:
         log_weights, means, scales = arrays
@@ -243,55 +256,3 @@ def _window(log_terms: Any, low: Array, high: Array) -> tuple[Array, Array]:
 def _legendre(num: int) -> tuple[np.ndarray, np.ndarray]:
     points, rule = np.polynomial.legendre.leggauss(num)
     return points, np.log(rule)
-
-
-def _eigh(matrix: Array) -> tuple[Array, Array]:
-    """Eigenvalues, those below zero by rounding set to it, and vectors; constants: see `_log_densities`."""
-    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(matrix))
-    n = matrix.shape[-1]
-    tolerance = n * jnp.finfo(matrix.dtype).eps * jnp.max(jnp.abs(values), axis=-1, keepdims=True)
-    return jnp.where(values < -10 * tolerance, jnp.nan, jnp.maximum(values, 0.0)), vectors
-
-
-@jax.custom_jvp
-def _log_densities(K: Array, r: Array, scales: Array, values: Array, vectors: Array) -> Array:
-    """Log N(r; 0, s K + I) for every s, given the eigenvalues and vectors of K; -inf where K is not semidefinite.
-
-    The derivative goes through K alone: that of an eigendecomposition does not exist where eigenvalues are equal. The
-    second would need it, and is refused.
-    """
-    del K
-    spread = scales[:, None] * values + 1.0
-    rotated = vectors.T @ r
-    value = -0.5 * jnp.sum(jnp.log(spread) + rotated**2 / spread, axis=-1) - 0.5 * r.shape[-1] * math.log(2 * math.pi)
-    return jnp.where(jnp.isnan(value), -jnp.inf, value)
-
-
-@_log_densities.defjvp
-def _log_densities_jvp(primals, tangents):
-    (K, r, scales, values, vectors), (K_dot, r_dot, scales_dot, _, _) = primals, tangents
-    values, vectors = _differentiable_once(K, values, vectors)
-    is_ok = ~jnp.any(jnp.isnan(values))
-    values = jnp.where(jnp.isnan(values), 0.0, values)
-    spread = scales[:, None] * values + 1.0
-    solved = (vectors.T @ r) / spread
-    change = vectors.T @ jnp.where(is_ok, K_dot, 0.0) @ vectors
-    by_matrix = jnp.sum(solved * (solved @ change), axis=-1) - jnp.sum(jnp.diagonal(change) / spread, axis=-1)
-    by_scale = jnp.sum(values * (solved**2 - 1.0 / spread), axis=-1)
-    tangent = 0.5 * scales * by_matrix + 0.5 * scales_dot * by_scale - solved @ (vectors.T @ r_dot)
-    return _log_densities(K, r, scales, primals[3], vectors), jnp.where(is_ok, tangent, 0.0)
-
-
-@jax.custom_jvp
-def _differentiable_once(K: Array, values: Array, vectors: Array) -> tuple[Array, Array]:
-    """The eigenvalues and vectors of K, which have no derivative here: it would be taken for zero."""
-    del K
-    return values, vectors
-
-
-@_differentiable_once.defjvp
-def _differentiable_once_jvp(primals, tangents):
-    raise ValueError(
-        "log_prob must be differentiated once only in the parameters of the kernel and the noise, for a ScaleMixtureGP "
-        "whose noise is not scaled; noise_scaled=True and StudentTProcess have second derivatives"
-    )

@@ -119,6 +119,11 @@ def observed_prior():
     [
         (lambda: simple(lambda: 0.0), r"build must be called as build\(theta\)"),
         (lambda: simple(lambda theta: theta), "build must return a models.gp.GP or a MultivariateNormal"),
+        (
+            lambda: simple(lambda theta: gp.GP(gp.RBF(theta), X, noise=0.1)),
+            "with noise=None, the law of f, got one with",
+        ),
+        (lambda: simple(lambda theta: gp.StudentTProcess(2.0, 2.0, gp.RBF(theta), X)), "got StudentTProcess"),
         (lambda: simple(lambda theta: gp.GP(gp.RBF(theta * jnp.ones((2, 1))), X)), "the law of one vector f"),
         (
             lambda: simple(lambda theta: dist.MultivariateNormal(jnp.zeros(5), jnp.eye(5)).expand([3]).to_event(1)),

@@ -164,18 +164,74 @@ def test_gradients_know_that_the_edges_of_a_law_move(double, name, noise_scaled)
     assert np.isfinite(at_zero)
 
 
-def test_second_derivatives_of_a_mixture_are_right_or_refused(double):
-    def value(lengthscale, noise_scaled):
-        return gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(lengthscale), X, 0.1, noise_scaled=noise_scaled).log_prob(
-            Y
-        )
+LAWS = {"HalfCauchy": lambda edge: dist.HalfCauchy(edge), "Uniform": lambda edge: dist.Uniform(0.5, 40.0 * edge)}
 
-    with pytest.raises(ValueError, match="differentiated once only"):
-        jax.hessian(value)(1.0, False)
-    slopes = [jax.grad(value)(1.0 + step, True) for step in (-1e-5, 1e-5)]
-    np.testing.assert_allclose(jax.hessian(value)(1.0, True), (slopes[1] - slopes[0]) / 2e-5, rtol=1e-5)
-    of_data = jax.hessian(lambda y: gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(1.0), X, 0.1).log_prob(y))(Y)
-    assert np.all(np.isfinite(of_data))
+
+@pytest.mark.parametrize("name", list(LAWS))
+def test_second_derivatives_are_those_of_dense_gaussians(double, name):
+    """In kernel, noise, mean and law of the scale, of two series; with duplicated inputs, so of equal eigenvalues."""
+    x, data = np.repeat(X[:4], 2), np.stack([Y[:8], -Y[2:10]])
+    points, rule = np.polynomial.legendre.leggauss(200)
+
+    def parts(theta):
+        return theta[0] * gp.RBF(theta[1]), theta[2] * jnp.linspace(0.5, 2.0, 8), theta[3], LAWS[name](theta[4])
+
+    def value(theta):
+        kernel, noise, mean, law = parts(theta)
+        return jnp.sum(gp.ScaleMixtureGP(law, kernel, x, noise, mean=mean).log_prob(data))
+
+    def reference(theta):
+        kernel, noise, mean, law = parts(theta)
+        low, high = (jnp.log(0.5), jnp.log(40.0 * theta[4])) if name == "Uniform" else (-15.0, 25.0)
+        u, K = low + (high - low) * (points + 1) / 2, kernel(jnp.asarray(x))
+
+        def log_terms(u):
+            gaussian = dist.MultivariateNormal(mean * jnp.ones(8), jnp.exp(u) * K + jnp.diag(noise))
+            return gaussian.log_prob(data) + law.log_prob(jnp.exp(u)) + u
+
+        terms = jax.lax.map(log_terms, u) + jnp.log(rule * (high - low) / 2)[:, None]
+        return jnp.sum(jax.scipy.special.logsumexp(terms, axis=0))
+
+    theta = jnp.array([1.3, 1.0, 0.1, 0.2, 1.1])
+    found, expected = (jax.jit(jax.hessian(f))(theta) for f in (value, reference))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="at most twice"):
+        jax.make_jaxpr(jax.jacfwd(jax.hessian(value)))(theta)
+
+
+def test_second_derivatives_with_the_noise_scaled(double):
+    def value(lengthscale):
+        return gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(lengthscale), X, 0.1, noise_scaled=True).log_prob(Y)
+
+    slopes = [jax.jit(jax.grad(value))(1.0 + step) for step in (-1e-5, 1e-5)]
+    np.testing.assert_allclose(jax.jit(jax.hessian(value))(1.0), (slopes[1] - slopes[0]) / 2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [0.1, np.linspace(0.05, 0.3, 12)])
+def test_draws_and_predictions_of_a_mixture_have_derivatives(double, noise):
+    """They held the eigendecomposition constant once."""
+
+    def values(lengthscale):
+        process = gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(lengthscale), X, noise)
+        each, joint = process.condition(Y, XS), process.condition(Y, XS, full_cov=True)
+        drawn = process.sample(jax.random.key(0), (2,))
+        return each.mean, each.variance, joint.log_prob(jnp.ones(3)), drawn
+
+    found = jax.jit(jax.jacfwd(values))(1.0)
+    ends = [jax.jit(values)(1.0 + step) for step in (-1e-5, 1e-5)]
+    for slope, low, high in zip(found, *ends, strict=True):
+        np.testing.assert_allclose(slope, (high - low) / 2e-5, rtol=1e-5, atol=1e-7)
+    for i in (1, 3):
+        with pytest.raises(ValueError, match="once"):
+            jax.make_jaxpr(jax.hessian(lambda lengthscale: values(lengthscale)[i]))(1.0)  # noqa: B023
+
+
+def test_draws_of_a_mixture_have_its_covariance(double):
+    process = gp.ScaleMixtureGP(dist.InverseGamma(6.0, 10.0), gp.RBF(1.0), X, np.linspace(0.05, 0.3, 12))  # E s = 2
+    drawn = np.asarray(process.sample(jax.random.key(0), (20_000,)))
+    for i, j in [(0, 0), (11, 11), (3, 4), (0, 11)]:
+        expected = 2.0 * rbf(X, X)[i, j] + np.diag(np.linspace(0.05, 0.3, 12))[i, j]
+        assert mean_p_value(drawn[:, i] * drawn[:, j], expected) > FALSE_ALARM
 
 
 SINGLE = {

@@ -31,6 +31,8 @@ def test_without_a_minimum_it_has_not_converged():
     found = minimise(lambda x: 1.0 / (1.0 + x), jnp.asarray(0.0), 20)
     assert not found.is_converged
     assert found.num_steps <= 20
+    # of negative curvature, the step promises less than nothing
+    assert not minimise(lambda x: -0.5 * x**2, jnp.asarray(0.5), 20).is_converged
 
 
 @pytest.mark.parametrize("x64", [False, True])
