@@ -111,6 +111,8 @@ class DeepKernelMachine(eqx.Module):
         errors.check_arguments("kernel_of_gram", self.kernel_of_gram, "q, p, c")
         errors.check_count("depth", self.depth)
         errors.check_positive("width_ratio", self.width_ratio)
+        if self.noise.shape != ():
+            raise ValueError(f"noise must be one variance for all data, got shape {self.noise.shape}")
         errors.check_nonnegative("noise", self.noise)
         if self.width_ratio.shape not in ((), (self.depth,)):
             raise ValueError(
@@ -204,7 +206,7 @@ def _check_data(X: Any, Y: Any, Z: Any) -> tuple[Array, Array, Array | None]:
     X, Y = as_inputs("X", X), errors.as_array("Y", is_floating=True)(Y)
     if Y.ndim not in (1, 2) or Y.shape[0] != X.shape[0] or 0 in Y.shape:
         raise ValueError(f"Y must have shape ({X.shape[0]},) or ({X.shape[0]}, c), a row for each of X, got {Y.shape}")
-    errors.check_not_nan("Y", Y)
+    errors.check_finite("Y", Y)
     return X, Y, None if Z is None else _check_rows("Z", as_inputs("Z", Z), X)
 
 
@@ -236,7 +238,12 @@ def _objective(machine: DeepKernelMachine, raw: Array, X: Array, Y: Array, Z: Ar
     nu = jnp.broadcast_to(machine.width_ratio, (machine.depth,)).astype(raw.dtype)
     columns = Y.reshape(Y.shape[0], -1)
     likelihood = (_exact(machine, last, columns) if Z is None else _bound(machine, last, columns))[0]
-    return likelihood - jnp.sum(nu * divergences)
+    return jnp.where(_is_ok(machine), likelihood - jnp.sum(nu * divergences), -jnp.inf)
+
+
+def _is_ok(machine: DeepKernelMachine) -> Array:
+    """Traced values are not refused."""
+    return (machine.noise >= 0) & jnp.all(machine.width_ratio > 0)
 
 
 @jax.jit
@@ -257,6 +264,7 @@ def _predict(
         half = solve(inner, prior)
         mean = half.T @ whitened
         variance = last[2][n:] - jnp.sum(prior**2, axis=0) + jnp.sum(half**2, axis=0)
+    mean, variance = (jnp.where(_is_ok(machine), value, jnp.nan) for value in (mean, variance))
     return mean.reshape(-1, *Y.shape[1:]), variance
 
 
@@ -264,8 +272,11 @@ def _propagate(
     machine: DeepKernelMachine, raw: Array, X: Array, new: Array | None
 ) -> tuple[tuple[Array, Any, Any], Array, Array]:
     """The last K_ii, K_it and diagonal of K_tt (None without new inputs); KL and G_ii of every layer."""
+    K = gram(machine.kernel, X, X).astype(raw.dtype)
+    if K.ndim > 2:
+        raise ValueError(f"kernel must be one covariance function, got a batch of shape {K.shape[:-2]}; use jax.vmap")
     first: tuple[Array, Any, Any] = (
-        gram(machine.kernel, X, X).astype(raw.dtype),
+        K,
         None if new is None else gram(machine.kernel, X, new).astype(raw.dtype),
         None if new is None else diagonal(machine.kernel, new).astype(raw.dtype),
     )
@@ -280,7 +291,9 @@ def _propagate(
         root = tril @ M
         G = root @ root.T
         q = jnp.diagonal(G)
-        K = machine.kernel_of_gram(q[:, None], q[None, :], G)
+        K = jnp.asarray(machine.kernel_of_gram(q[:, None], q[None, :], G))
+        if K.shape != G.shape:
+            raise ValueError(f"kernel_of_gram must return the shape of c, {G.shape}, got {K.shape}")
         if cross is not None:
             half = solve(tril, cross)
             moved = M.T @ half

@@ -137,6 +137,10 @@ class ScaleMixtureGP(Process):
     def _scaled(self) -> ScaledMatrix:
         return ScaledMatrix(self._whitened(), self.values, self.vectors)
 
+    def _variance(self, of_normal: Array) -> Array:
+        mean = jnp.asarray(self.mixing.mean, of_normal.dtype)
+        return mean * of_normal if self.noise_scaled else mean * (of_normal - self._noise) + self._noise
+
     def _log_prob(self, residual: Array) -> Array:
         flat = residual.reshape(-1, residual.shape[-1])
         found = jax.lax.map(lambda row: logsumexp(self._quadrature(row)[1]), flat)

@@ -86,11 +86,14 @@ class ScaledMatrix(eqx.Module):
 
 
 def eigh(K: Float[Array, "... n n"]) -> tuple[Float[Array, "... n"], Float[Array, "... n n"]]:
-    """Eigenvalues, those below zero by rounding set to it and those below that to NaN, and vectors; constants."""
+    """Eigenvalues, those that are rounding set to zero and those below zero by more to NaN, and vectors; constants.
+
+    Large scales would make a variance of what is rounding, and explain by it data that repeat inputs.
+    """
     values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(K))
     vectors = jnp.where(jnp.isnan(vectors), 0.0, vectors)  # the values are NaN then
     tolerance = K.shape[-1] * jnp.finfo(K.dtype).eps * jnp.max(jnp.abs(values), axis=-1, keepdims=True)
-    return jnp.where(values < -10 * tolerance, jnp.nan, jnp.maximum(values, 0.0)), vectors
+    return jnp.where(values < -10 * tolerance, jnp.nan, jnp.where(values < tolerance, 0.0, values)), vectors
 
 
 def _inverse(values: Array, scales: Array) -> Array:

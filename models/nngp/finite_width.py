@@ -16,6 +16,7 @@ References:
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,7 @@ def sample_network(
     errors.check_count("num_outputs", num_outputs)
     if isinstance(kernel, NetworkKernel):
         inputs = _checked(kernel, X, width)
-        plan = Plan(width, num_outputs, iid() if law is None else law, reads_inputs=True, gives_outputs=True)
+        plan = Plan(width, num_outputs, _as_law(law), reads_inputs=True, gives_outputs=True)
         outputs = forward(kernel.network, errors.as_key(key), inputs, plan)
         if outputs.shape[1] < num_outputs:
             raise ValueError(
@@ -87,10 +88,9 @@ def sample_network(
     key_hidden, key_weights, key_biases = jax.random.split(errors.as_key(key), 3)
     units = _hidden(key_hidden, kernel, X, width, law)
     scale = jnp.sqrt(kernel.last_w_var).astype(units.dtype)
-    if kernel.residual is not None:
-        weights = jax.random.normal(key_weights, (num_outputs, width), units.dtype) * width**-0.5
-        return scale * units @ weights.T
     weights = jax.random.normal(key_weights, (num_outputs, width), units.dtype) * width**-0.5
+    if kernel.residual is not None:
+        return scale * units @ weights.T
     return scale * _affine(kernel, kernel.dual.phi(units), weights, key_biases)
 
 
@@ -113,12 +113,21 @@ def sample_features(
         match kernel.network:
             case Layers(layers=(*before, Dense())) if before:
                 inputs = _checked(kernel, X, width)
-                plan = Plan(width, width, iid() if law is None else law, reads_inputs=True)
+                plan = Plan(width, width, _as_law(law), reads_inputs=True)
                 return forward(Layers(tuple(before)), errors.as_key(key), inputs, plan)
         raise ValueError("kernel must end in dense(), after other layers; sample_network takes others")
     if getattr(kernel, "residual", None) is not None:
         raise ValueError(f"kernel must have residual=None, got {kernel.residual!r}; sample_network takes others")
-    return kernel.dual.phi(_hidden(errors.as_key(key), kernel, X, width, law))
+    units = _hidden(errors.as_key(key), kernel, X, width, law)
+    return kernel.dual.phi(units)
+
+
+def _as_law(law: Any) -> WeightLaw:
+    if law is None:
+        return iid()
+    if not isinstance(law, WeightLaw):
+        raise ValueError(f"law must be one of nngp's, such as nngp.orthogonal(), got {law!r}")
+    return law
 
 
 def _checked(kernel: NetworkKernel, X: Real[ArrayLike, "n ..."], width: int) -> Array:
@@ -147,7 +156,7 @@ def _hidden(key: Array, kernel: NNGP, X: Real[ArrayLike, "n ..."], width: int, l
     errors.check_count("width", width)
     inputs = check_inputs("X", X)
     inputs = inputs.reshape(inputs.shape[0], -1)
-    law = iid() if law is None else law
+    law = _as_law(law)
     key_first, key_bias, key_layers = jax.random.split(key, 3)
     first = jax.random.normal(key_first, (width, inputs.shape[1]), inputs.dtype) * inputs.shape[1] ** -0.5
     units = _affine(kernel, inputs, first, key_bias)

@@ -137,7 +137,7 @@ def test_single_precision_finds_the_same():
         ("width_ratio must", lambda: gp.DeepKernelMachine(gp.RBF(), identity, 2, -1.0)),
         ("noise must", lambda: gp.DeepKernelMachine(gp.RBF(), identity, noise=-1.0)),
         ("Y must have", lambda: network(1.0).fit(X, Y[:4])),
-        ("Y must not be NaN", lambda: network(1.0).fit(X, np.full(8, np.nan))),
+        ("Y must be finite", lambda: network(1.0).fit(X, np.full(8, np.nan))),
         ("Z must have", lambda: network(1.0).fit(X, Y, Z=np.zeros((3, 1)))),
         ("raw must have", lambda: network(1.0).objective(jnp.zeros((1, 8, 8)), X, Y)),
         ("positive definite", lambda: gp.DeepKernelMachine(gp.Constant(1.0), identity, 1, 1.0, 0.0, 0.0).fit(X, Y)),

@@ -39,6 +39,11 @@ def flat(A, B):
     return jnp.ones(len(A))
 
 
+def machine(kernel=None, of_gram=None, **arguments):
+    of_gram = gp.GramKernel(nngp.relu(), 2.0) if of_gram is None else of_gram
+    return gp.DeepKernelMachine(gp.RBF() if kernel is None else kernel, of_gram, **arguments)
+
+
 def log_likelihood(f, y):
     return -jnp.sum((f - y) ** 2)
 
@@ -148,6 +153,21 @@ def test_other_parameters_below_zero_are_minus_infinity_too(make, solver):
     assert value_and_slope(-0.01) == (-jnp.inf, 0.0)
 
 
+@pytest.mark.parametrize("Z", [None, X[:3]], ids=["exact", "inducing"])
+def test_negative_parameters_of_deep_kernel_machines_are_minus_infinity(Z):
+    raw = jnp.zeros((1, 3, 3) if Z is not None else (1, 6, 6))
+
+    @jax.jit
+    @jax.value_and_grad
+    def objective(parameters):
+        noise, width_ratio = parameters
+        return machine(noise=noise, width_ratio=width_ratio).objective(raw, X, Y, Z=Z)
+
+    assert np.isfinite(objective((0.1, 1.0))[0])
+    for bad in ((-0.1, 1.0), (0.1, -1.0)):
+        assert objective(bad) == (-jnp.inf, (0.0, 0.0))
+
+
 def test_failed_factorisations_in_a_loop_are_rejected_and_counted():
     """A chain at the edge of what has a factor: it stays inside, and Info says how often it did not move."""
 
@@ -230,6 +250,13 @@ def test_data_that_do_not_fit_are_named_whatever_the_solver(name, changes, match
         ),
         (lambda: gp.bures_distance(np.ones(3), np.ones(3)), "covariances of one shape"),
         (lambda: gp.bures_distance(-np.eye(3), np.eye(3)), "must be positive semi-definite"),
+        (lambda: machine(noise=np.ones(6)), r"noise must be one variance for all data, got shape \(6,\)"),
+        (lambda: machine(gp.RBF(np.ones((2, 1)))).fit(X, Y), "kernel must be one covariance function, got a batch"),
+        (lambda: machine(of_gram=lambda q, p, c: c[:1]).fit(X, Y), "kernel_of_gram must return the shape of c"),
+        (lambda: machine().fit(X, np.full(6, np.inf)), "Y must be finite"),
+        (lambda: nngp.sample_network(0, NETWORK, X[:, None], width=8, law="iid"), "law must be one of nngp's"),
+        (lambda: nngp.sample_features(0, NETWORK, X[:, None], width=8, law=nngp.iid), "law must be one of nngp's"),
+        (lambda: nngp.sample_features(0, gp.RBF(), X[:, None], width=8), "kernel must be an NNGP, or layers"),
         (lambda: nngp.numerical(np.tanh), "phi must be a function of jax.numpy, .*tanh fails"),
         (lambda: nngp.numerical(lambda x: jnp.ones(3)), "phi must return one number"),
         (lambda: nngp.leaky_relu(np.nan), "slope must be finite"),

@@ -440,3 +440,46 @@ def test_bad_arguments_of_mixtures_are_named():
         gp.ScaleMixtureGP(3.0, gp.RBF(), np.arange(2.0), 0.1)
     with pytest.raises(ValueError, match="noise must be a variance, got None"):
         gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(), np.arange(2.0), None)
+
+
+@pytest.mark.parametrize("enabled", [False, True], ids=["float32", "float64"])
+def test_repeated_inputs_say_how_large_the_noise_is_whatever_the_scale(enabled):
+    """Of pairs, sums are normal with s 2 K + noise and differences with noise alone, which no scale explains.
+
+    The eigenvalues of K that are zero come out as rounding; times a scale without bound they did explain it.
+    """
+    x = np.linspace(0.0, 3.0, 4)
+    twice, y = np.repeat(x, 2), np.sin(np.repeat(x, 2)) + np.tile([0.0, 0.1], 4)
+    values, vectors = np.linalg.eigh(2.0 * rbf(x, x))
+    sums, differences = (y[::2] + y[1::2]) / np.sqrt(2), (y[::2] - y[1::2]) / np.sqrt(2)
+    u = np.linspace(-60.0, 60.0, 200_001)
+    with jax.enable_x64(enabled):
+        for noise in (1e-6, 1e-4, 1e-2):
+            variances = np.exp(u)[:, None] * values + noise
+            terms = -0.5 * np.sum(np.log(2 * np.pi * variances) + (vectors.T @ sums) ** 2 / variances, axis=1)
+            terms += scipy.stats.halfcauchy.logpdf(np.exp(u)) + u
+            expected = scipy.special.logsumexp(terms) + np.log(u[1] - u[0])
+            expected += np.sum(scipy.stats.norm.logpdf(differences, scale=np.sqrt(noise)))
+            found = gp.ScaleMixtureGP(dist.HalfCauchy(1.0), gp.RBF(1.0), twice, noise).log_prob(y)
+            np.testing.assert_allclose(found, expected, rtol=1e-10 if enabled else 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["GP", "StudentTProcess", "ScaleMixtureGP"])
+def test_variances_are_those_of_each_observation(kind):
+    noise = np.linspace(0.1, 0.5, 12)
+    of_normal = 2.0 + noise
+    process, expected = {
+        "GP": lambda: (gp.GP(2.0 * gp.RBF(), X, noise=noise), of_normal),
+        "StudentTProcess": lambda: (gp.StudentTProcess(3.0, 4.0, 2.0 * gp.RBF(), X, noise=noise), 2.0 * of_normal),
+        "ScaleMixtureGP": lambda: (
+            gp.ScaleMixtureGP(dist.InverseGamma(3.0, 4.0), 2.0 * gp.RBF(), X, noise),
+            2.0 * 2.0 + noise,
+        ),
+    }[kind]()
+    np.testing.assert_allclose(process.variance, expected, rtol=1e-6)
+    batch = jax.vmap(lambda v: gp.GP(v * gp.RBF(), X, noise=noise))(jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(batch.variance, [1.0 + noise, 2.0 + noise], rtol=1e-6)
+
+
+def test_the_variance_of_heavy_tails_is_infinite():
+    assert np.all(np.isinf(gp.StudentTProcess(1.0, 1.0, gp.RBF(), X, noise=0.1).variance))
