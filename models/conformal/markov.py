@@ -203,12 +203,18 @@ def share(is_member: Bool[Array, " n"]) -> Float[Array, " n"]:
 def weighted_p_value(
     scores: Float[Array, " r"], weights: Float[Array, " r"], observed: Whole, key: errors.KeyLike | None
 ) -> Float[Array, ""]:
-    """P(score > observed) + u P(score = observed), u uniform, or 1 without a key."""
-    # one evaluation of every score: recomputed in another loop, a tie may differ in its last bit
-    scores = jax.lax.optimization_barrier(scores)
+    """P(score > observed) + u P(score = observed), u uniform, or 1 without a key; equal is what rounding makes of it.
+
+    Compilers may evaluate a score twice, and differently in its last bits; a truth that is not level with itself would
+    have a p-value of 0.
+    """
     u = 1.0 if key is None else jax.random.uniform(errors.as_key(key))
+    found = scores[observed]
+    largest = jnp.max(jnp.abs(jnp.where(jnp.isfinite(scores), scores, 0.0)))
+    rounding = 8.0 * float(jnp.finfo(scores.dtype).eps) * largest
+    level = (scores == found) | (jnp.abs(scores - found) <= rounding)
     # of NaN nobody knows whether it is higher: it counts as if it were
-    above, level = ~(scores <= scores[observed]), scores == scores[observed]
+    above = ~(scores <= found) & ~level
     return jnp.minimum(jnp.sum(weights, where=above) + u * jnp.sum(weights, where=level), 1.0)
 
 

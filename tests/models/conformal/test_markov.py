@@ -196,3 +196,13 @@ def test_a_score_that_is_nan_rejects_nothing(group):
     before = path[-2]
     nan_elsewhere = markov_p_value(path, 2, lambda tail, counts: jnp.where(tail[0] == before, 0.0, jnp.nan))
     assert nan_elsewhere.p == 1.0
+
+
+def test_scores_that_differ_by_rounding_are_level():
+    """As where a compiler evaluates one of them twice; the truth is always level with itself."""
+    with jax.enable_x64(False):
+        one = np.float32(1.0)
+        scores = jnp.array([one, np.nextafter(one, np.float32(2.0)), 1.0 - 1e-4, 1.0 + 1e-4, jnp.inf, -jnp.inf])
+        weights = jnp.full(6, 1.0 / 6.0)
+        found = [float(markov.weighted_p_value(scores, weights, i, None)) for i in range(6)]
+    np.testing.assert_allclose(np.multiply(found, 6), [4.0, 4.0, 5.0, 2.0, 1.0, 6.0], rtol=1e-6)
