@@ -95,7 +95,8 @@ class Sum(Combinable):
 
     def diagonal(self, X: Any) -> Float[Array, "... n"]:
         """The variances k(x_i, x_i)."""
-        return diagonal(self.left, X) + diagonal(self.right, X)
+        left, right = diagonal(self.left, X), diagonal(self.right, X)
+        return _unless_negative(left, right, left + right)
 
 
 class Product(Combinable):
@@ -114,7 +115,8 @@ class Product(Combinable):
 
     def diagonal(self, X: Any) -> Float[Array, "... n"]:
         """The variances k(x_i, x_i)."""
-        return diagonal(self.left, X) * diagonal(self.right, X)
+        left, right = diagonal(self.left, X), diagonal(self.right, X)
+        return _unless_negative(left, right, left * right)
 
 
 def gram(kernel: Any, X1: Any, X2: Any = None) -> Float[Array, "... n m"]:
@@ -146,6 +148,12 @@ def as_covariance(kernel: Any) -> Any:
     if not callable(kernel) or isinstance(kernel, type):
         raise ValueError(f"kernel must be a covariance function k(X1, X2), got {kernel!r}; for instance RBF(1.0)")
     return as_pytree(kernel)
+
+
+def _unless_negative(left: Array, right: Array, value: Array) -> Array:
+    """The value, or what is negative of the parts: no covariance, which another part would hide."""
+    least = jnp.minimum(left, right)
+    return jnp.where(least < 0, least, value)
 
 
 def _count(name: str, X: Any) -> int:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from bayesinf.models.gp.covariances import diagonal, gram
 from bayesinf.models.gp.solver import Factor, Solver, check_jitter, raise_noise
+from bayesinf.models.kernel_algebra import Combinable
 
 __all__ = ["Dense", "DenseFactor", "cholesky_or_identity", "dense", "log_density", "solve"]
 
@@ -51,7 +52,8 @@ class Dense(Solver):
 
     def factorize(self, kernel: Any, X: Array, noise: Float[Array, "..."] | None) -> "DenseFactor":
         K = gram(kernel, X)
-        variances = jnp.diagonal(K, axis1=-2, axis2=-1)
+        # ours tell negative variances of parts, which the sum may hide
+        variances = diagonal(kernel, X) if isinstance(kernel, Combinable) else jnp.diagonal(K, axis1=-2, axis2=-1)
         noise, log_valid = raise_noise(variances, noise, self.jitter)
         covariance = K + jnp.eye(K.shape[-1], dtype=K.dtype) * noise[..., None, :]
         tril, log_ok = cholesky_or_identity(covariance)

@@ -131,7 +131,7 @@ def _matern(kernel: Any, p: int, intervals: Array) -> LinearSDE:
 
 def _in_lengths(kernel: Any, p: int, intervals: Array) -> Array:
     length = _scalar("lengthscale", kernel.lengthscale)
-    length = jnp.where(length > 0, length, jnp.nan)  # a negative one has no stationary law
+    length = jnp.where(length > 0, length, 1.0)  # the diagonal of the kernel tells
     return intervals * (math.sqrt(2 * p + 1) / length)
 
 
@@ -184,8 +184,7 @@ def _periodic(kernel: Any, intervals: Array, order: int) -> LinearSDE:
         transitions = _blocks(transitions, turn)
     spread = jnp.concatenate([coefficients[:1], jnp.repeat(coefficients[1:], 2)])
     observation = jnp.asarray([1.0] + [1.0, 0.0] * order, intervals.dtype)
-    amplitude = jnp.where((length > 0) & (period > 0), _scalar("variance", kernel.variance), -1.0)  # which is refused
-    return LinearSDE(transitions, amplitude * jnp.diag(spread), observation)
+    return LinearSDE(transitions, _scalar("variance", kernel.variance) * jnp.diag(spread), observation)
 
 
 def _scalar(name: str, parameter: Array) -> Array:

@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bayesinf import errors
-from bayesinf.models.gp.covariances import gram
+from bayesinf.models.gp.covariances import diagonal, gram
 from bayesinf.models.gp.parallel_filter import filter_in_parallel
 from bayesinf.models.gp.sde import LinearSDE, as_sde
 from bayesinf.models.gp.solver import Factor, Solver, check_jitter, raise_noise
@@ -88,7 +88,7 @@ class StateSpace(Solver):
         times = xp.asarray(times)[order]
         gaps = jnp.asarray(xp.diff(times, prepend=times[:1]))
         sde = as_sde(kernel, gaps, self.order)
-        variance = sde.observation @ sde.stationary @ sde.observation
+        variance = diagonal(kernel, X[:1]).astype(sde.stationary.dtype)
         noise, log_valid = raise_noise(jnp.broadcast_to(variance, times.shape), noise, self.jitter)
         if noise.ndim > 1:
             raise ValueError(f"noise must be a number or (n,) for solver=statespace(), got {noise.shape}; use jax.vmap")

@@ -153,6 +153,22 @@ def test_other_parameters_below_zero_are_minus_infinity_too(make, solver):
     assert value_and_slope(-0.01) == (-jnp.inf, 0.0)
 
 
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "hsgp"])
+def test_what_is_negative_is_not_hidden_by_other_parts(name):
+    @jax.jit
+    @jax.value_and_grad
+    def log_prob(parameters):
+        length, variance = parameters
+        kernels = variance * gp.Matern32(length) + 5.0 * gp.Matern12(2.0), gp.Matern32(length) * gp.Matern12(variance)
+        return sum(gp.GP(kernel, X, noise=0.1, solver=SOLVERS[name]).log_prob(Y) for kernel in kernels)
+
+    assert np.isfinite(log_prob((1.0, 1.0))[0])
+    for bad in ((-1.0, 1.0), (1.0, -0.01), (-1.0, -1.0)):
+        value, slopes = log_prob(bad)
+        assert value == -jnp.inf
+        assert slopes == (0.0, 0.0)
+
+
 @pytest.mark.parametrize("Z", [None, X[:3]], ids=["exact", "inducing"])
 def test_negative_parameters_of_deep_kernel_machines_are_minus_infinity(Z):
     raw = jnp.zeros((1, 3, 3) if Z is not None else (1, 6, 6))
